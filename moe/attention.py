@@ -1,0 +1,161 @@
+"""Grouped-query attention with RoPE over packed documents.
+
+Shapes
+  B sequences   S seq_len   T tokens = B*S   D d_model   H n_heads   G n_kv_heads   A d_head   W
+  sliding_window
+
+A batch is a flat row of T tokens; a document never sees another one. Documents of one length share one call
+of scaled_dot_product_attention, so no mask of S x S is ever made, on any device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.permute import invert, permute_rows
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one packed batch, grouped by length.
+
+    groups     (length, number of documents) in the order in which order_T lists their tokens
+    order_T    [T] token positions, documents of equal length side by side; None: the batch is in that order
+    inverse_T  [T] the inverse of order_T
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    order_T: Tensor | None
+    inverse_T: Tensor | None
+
+
+def find_documents(doc_ids_BS: Tensor, device: torch.device) -> Documents:
+    """Find the documents of a packed batch.
+
+    doc_ids_BS [B, S] int64 on the CPU: changes where a new document starts. A sequence's end ends its
+    document. Works on the host, so that the lengths are Python ints and no layer asks the device for them.
+    """
+    n_seqs, seq_len = doc_ids_BS.shape
+    is_start_BS = torch.ones_like(doc_ids_BS, dtype=torch.bool)
+    is_start_BS[:, 1:] = doc_ids_BS[:, 1:] != doc_ids_BS[:, :-1]
+    starts = is_start_BS.flatten().nonzero().flatten()
+    lengths = torch.diff(starts, append=torch.tensor([n_seqs * seq_len]))
+    distinct, n_documents = lengths.unique(return_counts=True)
+    groups = tuple(zip(distinct.tolist(), n_documents.tolist(), strict=True))
+    if len(groups) == 1:
+        return Documents(groups, None, None)
+    order_T = torch.cat([(starts[lengths == n, None] + torch.arange(n)).flatten() for n, _ in groups])
+    return Documents(groups, order_T.to(device), invert(order_T).to(device))
+
+
+def rope_tables(
+    cfg: ModelConfig, n_seqs: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each [T, 1, A/2], in fp32 or wider (Su et al. 2021, section 3.4.2).
+
+    Positions count from the start of the sequence: attention sees only their differences, so a document that
+    starts in the middle needs no reset.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, cfg.d_head, 2, device=device, dtype=wide) / cfg.d_head
+    frequencies = 1.0 / cfg.rope_theta**exponents
+    angles = torch.outer(torch.arange(cfg.seq_len, device=device, dtype=wide), frequencies)
+    angles = angles.repeat(n_seqs, 1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_THA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + A/2) of each head: the half-split convention of Hugging Face."""
+    first, second = x_THA.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THA.dtype)
+
+
+def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """Return the attention output [T, H, A]: causal, inside each document, at most `window` keys per
+    query.
+    """
+    if documents.order_T is not None and documents.inverse_T is not None:
+        q_THA, k_TGA, v_TGA = (
+            permute_rows(x, documents.order_T, documents.inverse_T) for x in (q_THA, k_TGA, v_TGA)
+        )
+    outputs, start = [], 0
+    for length, n_documents in documents.groups:
+        stop = start + length * n_documents
+        q, k, v = (
+            x[start:stop].view(n_documents, length, x.size(1), x.size(2)).transpose(1, 2)
+            for x in (q_THA, k_TGA, v_TGA)
+        )
+        out = _attend_equal_lengths(q, k, v, window)
+        outputs.append(out.transpose(1, 2).reshape(stop - start, q_THA.size(1), q_THA.size(2)))
+        start = stop
+    out_THA = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    if documents.order_T is not None and documents.inverse_T is not None:
+        out_THA = permute_rows(out_THA, documents.inverse_T, documents.order_T)
+    return out_THA
+
+
+def _attend_equal_lengths(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Attend within documents of one length: q [n, H, length, A], k and v [n, G, length, A]."""
+    is_grouped = q.size(1) != k.size(1)
+    if window is None or q.size(2) <= window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
+    return _attend_windowed(q, k, v, window, is_grouped)
+
+
+def _attend_windowed(q: Tensor, k: Tensor, v: Tensor, window: int, is_grouped: bool) -> Tensor:
+    """Attend in chunks of `window` queries, each to its own chunk and the one before.
+
+    The mask is [W, 2W] whatever the length, where a whole-document mask would be length squared.
+    """
+    n, _, length, d_head = q.shape
+    n_chunks = -(-length // window)
+    pad = n_chunks * window - length  # padded keys lie after every real query, so causality hides them
+    q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+    first = F.scaled_dot_product_attention(
+        q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True, enable_gqa=is_grouped
+    )
+
+    def chunks(x: Tensor, start: int, stop: int) -> Tensor:
+        part = x[:, :, start * window : stop * window]
+        heads = part.size(1)
+        part = part.reshape(n, heads, stop - start, window, d_head).transpose(1, 2)
+        return part.reshape(n * (stop - start), heads, window, d_head)
+
+    k_pair = torch.cat([chunks(k, 0, n_chunks - 1), chunks(k, 1, n_chunks)], dim=2)
+    v_pair = torch.cat([chunks(v, 0, n_chunks - 1), chunks(v, 1, n_chunks)], dim=2)
+    query = torch.arange(window, device=q.device)[:, None] + window
+    key = torch.arange(2 * window, device=q.device)[None, :]
+    mask = (key <= query) & (key > query - window)
+    rest = F.scaled_dot_product_attention(
+        chunks(q, 1, n_chunks), k_pair, v_pair, attn_mask=mask, enable_gqa=is_grouped
+    )
+    rest = rest.view(n, n_chunks - 1, q.size(1), window, d_head).transpose(1, 2)
+    rest = rest.reshape(n, q.size(1), (n_chunks - 1) * window, d_head)
+    return torch.cat([first, rest], dim=2)[:, :, :length]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023); no biases."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.d_head, self.window = cfg.d_head, cfg.sliding_window
+        self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=False)
+        self.k = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
+        self.v = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
+        self.o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(cfg.d_head, eps=cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = nn.RMSNorm(cfg.d_head, eps=cfg.norm_eps) if cfg.qk_norm else None
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        q_THA = self.q(x_TD).view(x_TD.size(0), -1, self.d_head)
+        k_TGA = self.k(x_TD).view(x_TD.size(0), -1, self.d_head)
+        v_TGA = self.v(x_TD).view(x_TD.size(0), -1, self.d_head)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THA, k_TGA = self.q_norm(q_THA), self.k_norm(k_TGA)
+        q_THA, k_TGA = apply_rope(q_THA, *rope), apply_rope(k_TGA, *rope)
+        out_THA = attend(q_THA, k_TGA, v_TGA, documents, self.window)
+        return self.o(out_THA.flatten(1))

@@ -1,0 +1,128 @@
+"""The router: which experts a token takes, with which weights, and what it reports for balancing.
+
+Shapes
+  B sequences   T tokens   D d_model   E n_experts   K top_k   Q n_groups
+
+Logits, scores and choice are fp32 or wider: bf16 has 8 significant bits, so experts within 0.4% of each other
+would tie and the winner would depend on how a matrix product was tiled.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.balance import RouterStats, balance_sum, counts_per_sequence, load_fractions, z_sum
+from moe.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each token goes.
+
+    expert_ids_TK  [T, K] int64, distinct per token, best first
+    weights_TK     [T, K] fp32 or wider
+    is_kept_TK     [T, K] bool, False where the capacity factor drops the row; None: dropless
+    """
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    is_kept_TK: Tensor | None
+
+
+class Router(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model))
+
+    def forward(
+        self, x_TD: Tensor, bias_E: Tensor, load_frac_E: Tensor, is_counted_T: Tensor
+    ) -> tuple[Routing, RouterStats]:
+        """Route every token; count only those of is_counted_T [T] bool.
+
+        bias_E [E], load_frac_E [E]: this layer's rows of RouterState. T is a multiple of seq_len.
+        """
+        router, n_seqs = self.cfg.router, x_TD.size(0) // self.cfg.seq_len
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        scores_TE = logits_TE.softmax(-1) if router.score == "softmax" else logits_TE.sigmoid()
+        with torch.no_grad():
+            expert_ids_TK = choose_experts(
+                scores_TE + bias_E, self.cfg.top_k, n_groups=router.n_groups, top_groups=router.top_groups
+            )
+        weights_TK = scores_TE.gather(-1, expert_ids_TK)
+        # Sigmoid scores do not sum to 1 over experts; balancing speaks of probabilities
+        # (DeepSeek-V3, 2412.19437, equation 19).
+        probs_TE = scores_TE if router.score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
+        is_kept_TK = self._within_capacity(expert_ids_TK, weights_TK, n_seqs)
+        if router.normalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        counts_BE = counts_per_sequence(expert_ids_TK, is_counted_T, n_seqs, self.cfg.n_experts)
+        load_frac_TE = load_frac_E.expand_as(probs_TE)
+        if self.cfg.balance.scope == "sequence":
+            load_frac_TE = load_fractions(counts_BE).repeat_interleave(self.cfg.seq_len, dim=0)
+        n_dropped = torch.zeros((), dtype=torch.int64, device=x_TD.device)
+        if is_kept_TK is not None:
+            n_dropped = (~is_kept_TK & is_counted_T.unsqueeze(1)).sum()
+        stats = RouterStats(
+            balance_sum=balance_sum(probs_TE, load_frac_TE, is_counted_T),
+            z_sum=z_sum(logits_TE, is_counted_T),
+            counts_E=counts_BE.sum(0),
+            entropy_sum=(torch.special.entr(probs_TE.detach()).sum(-1) * is_counted_T).sum(),
+            n_dropped=n_dropped,
+        )
+        return Routing(expert_ids_TK, weights_TK * router.scale, is_kept_TK), stats
+
+    @torch.no_grad()
+    def _within_capacity(self, expert_ids_TK: Tensor, weights_TK: Tensor, n_seqs: int) -> Tensor | None:
+        if self.cfg.router.capacity_factor is None:
+            return None
+        rows_per_seq = self.cfg.seq_len * self.cfg.top_k
+        capacity = math.ceil(self.cfg.router.capacity_factor * rows_per_seq / self.cfg.n_experts)
+        return within_capacity(expert_ids_TK, weights_TK, n_seqs, capacity, self.cfg.n_experts)
+
+
+def choose_experts(scores_TE: Tensor, top_k: int, *, n_groups: int, top_groups: int) -> Tensor:
+    """Return the ids of the top_k best experts of each token, [T, K], best first; ties go to the lower id.
+
+    With n_groups > 1 only experts of the top_groups best groups compete. A group's score is the sum of its
+    two best experts (DeepSeek-V3, 2412.19437, section 2.1.2).
+    """
+    if top_groups < n_groups:
+        grouped_TQE = scores_TE.unflatten(-1, (n_groups, -1))
+        n_best = min(2, grouped_TQE.size(-1))
+        group_scores_TQ = grouped_TQE.topk(n_best, dim=-1).values.sum(-1)
+        group_ids = _best_first(group_scores_TQ)[:, :top_groups]
+        is_open_TQ = torch.zeros_like(group_scores_TQ, dtype=torch.bool).scatter_(1, group_ids, True)
+        scores_TE = grouped_TQE.masked_fill(~is_open_TQ.unsqueeze(-1), -math.inf).flatten(1)
+    return _best_first(scores_TE)[:, :top_k]
+
+
+def _best_first(scores: Tensor) -> Tensor:
+    # A stable sort keeps equal scores in index order; topk promises no order among ties.
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def within_capacity(
+    expert_ids_TK: Tensor, weights_TK: Tensor, n_seqs: int, capacity: int, n_experts: int
+) -> Tensor:
+    """Return which rows an expert keeps when it takes at most `capacity` rows of each sequence, [T, K] bool.
+
+    The rows of lowest weight go first, among equals the later token. Counting per sequence, and not per
+    micro-batch, keeps the outcome independent of how sequences are spread over ranks.
+    """
+    n_rows = expert_ids_TK.numel()
+    by_weight_N = weights_TK.flatten().sort(descending=True, stable=True).indices
+    seq_of_row_N = torch.arange(n_rows, device=expert_ids_TK.device) // (n_rows // n_seqs)
+    bucket_N = seq_of_row_N * n_experts + expert_ids_TK.flatten()
+    order_N = by_weight_N[bucket_N[by_weight_N].sort(stable=True).indices]  # by bucket, heaviest first
+    sorted_bucket_N = bucket_N[order_N]
+    first_in_bucket_N = torch.searchsorted(sorted_bucket_N, sorted_bucket_N)
+    place_N = torch.arange(n_rows, device=order_N.device) - first_in_bucket_N
+    is_kept_N = torch.empty(n_rows, dtype=torch.bool, device=order_N.device)
+    is_kept_N[order_N] = place_N < capacity
+    return is_kept_N.view_as(expert_ids_TK)
