@@ -1,0 +1,61 @@
+"""Windows for evaluation, by the convention of lm-eval's rolling log-likelihood.
+
+A document's text tokens are scored once each, without its bos and eos. Windows predict seq_len tokens and do
+not overlap in what they score; the first is preceded by bos, each later one by the one token before it, and
+the last one, when it is not full, is moved back to keep a full context.
+Bits per byte = sum of nll in nats / (ln 2 * UTF-8 bytes of the text).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.corpus import Corpus
+from data.errors import DataError
+from data.loader import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Window:
+    inputs: np.ndarray  # [n] int64, n <= seq_len
+    targets: np.ndarray  # [n] int64, IGNORE_INDEX where another window scores the token
+
+
+@dataclass(frozen=True)
+class EvaluationDocument:
+    source: str
+    ids: np.ndarray  # int64, without bos and eos
+    n_bytes: int  # UTF-8 length of the decoded text
+
+
+def rolling_windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, bos_id: int) -> list[Window]:
+    """Cut the text tokens of one document into windows that score each of them exactly once."""
+    stream = np.concatenate([[bos_id], np.asarray(ids, dtype=np.int64)])
+    n_tokens = len(stream) - 1
+    windows = []
+    for first in range(0, n_tokens, seq_len):
+        end = min(first + seq_len, n_tokens)
+        # stream[j] predicts stream[j + 1]. Only the last window can begin before what it scores; one that is
+        # also the first is as short as the document.
+        begin = max(0, end - seq_len)
+        targets = stream[begin + 1 : end + 1].copy()
+        targets[: first - begin] = IGNORE_INDEX
+        windows.append(Window(stream[begin:end], targets))
+    return windows
+
+
+def evaluation_documents(corpus: Corpus, split: str = "valid") -> Iterator[EvaluationDocument]:
+    """Yield the documents of a split, source after source."""
+    streams = corpus.split(split)
+    if not any(stream.n_documents for stream in streams):
+        raise DataError(
+            f"{corpus.path}: the {split} split is empty (valid_frac={corpus.manifest.valid_frac}); "
+            "prepare a corpus with a larger valid_frac, or more documents"
+        )
+    tokenizer = corpus.load_tokenizer()
+    for stream in streams:
+        for number in range(stream.n_documents):
+            ids = stream.document(number)[1:-1].astype(np.int64)
+            n_bytes = len(tokenizer.decode(ids.tolist()).encode("utf-8"))
+            yield EvaluationDocument(stream.name, ids, n_bytes)

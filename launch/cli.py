@@ -1,0 +1,115 @@
+"""The `turnout` command. Each command is a thin story; the exit codes are in launch/exit_codes.py."""
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from data.errors import DataError
+from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
+from training.config import ConfigError
+
+app = App(
+    name="turnout",
+    help="Pretrain Mixture-of-Experts language models; the parallel layout cannot change the result.",
+    version=metadata.version("turnout"),
+)
+
+
+@app.command
+def prepare(
+    *inputs: Annotated[str, Parameter(help="PATH or NAME=PATH: a file, or a directory searched for files.")],
+    out: Annotated[Path, Parameter(help="Directory of the corpus; run again after a kill to continue.")],
+    embedded: Annotated[
+        bool, Parameter(negative=(), help="Use this Python's standard library; needs no input.")
+    ] = False,
+    weight: Annotated[
+        tuple[str, ...], Parameter(help="NAME=W, the share of a source in training; repeat for each source.")
+    ] = (),
+    tokenizer: Annotated[
+        Path | None, Parameter(help="tokenizer.model or tokenizer.json to use; else one is trained.")
+    ] = None,
+    vocab_size: Annotated[int, Parameter(help="Tokens of the tokenizer that is trained.")] = 32_768,
+    text_field: Annotated[str, Parameter(help="Field that holds the text in jsonl and parquet.")] = "text",
+    valid_frac: Annotated[float, Parameter(help="Share of documents held out for evaluation.")] = 0.01,
+    workers: Annotated[int | None, Parameter(help="Processes that tokenise; default: all cores.")] = None,
+) -> None:
+    """Turn text (txt, jsonl, parquet, also .gz .bz2 .xz .zst) into a tokenised corpus for `turnout train`.
+
+    Example: turnout prepare web=crawl/ code=src.jsonl.zst --weight web=0.7 --weight code=0.3 --out
+    corpora/mix
+    """
+    # Imported here because datasets and torch take seconds, which --help need not wait for.
+    from launch.prepare import run_prepare
+
+    run_prepare(
+        inputs,
+        out=out,
+        embedded=embedded,
+        weights=weight,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        text_field=text_field,
+        valid_frac=valid_frac,
+        workers=workers,
+    )
+
+
+@app.command
+def train(
+    recipe: Annotated[str, Parameter(help="Name of a packaged recipe, or a TOML file.")],
+    /,
+    *,
+    run_dir: Annotated[Path | None, Parameter(help="New directory for everything the run writes.")] = None,
+    nproc: Annotated[int, Parameter(help="Ranks on this machine: one per GPU, or CPU processes.")] = 1,
+    overrides: Annotated[
+        tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
+    ] = (),
+    dry_run: Annotated[
+        bool, Parameter(negative=(), help="Print what the run needs and start nothing.")
+    ] = False,
+) -> None:
+    """Train a model by a recipe, on the ranks of this machine.
+
+    Example: turnout train tiny --run-dir runs/first --nproc 2 --set train.n_steps=200
+    """
+    # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
+    from launch.train import plan_run, start_run
+
+    if nproc < 1:
+        raise ConfigError(f"--nproc {nproc} must be at least 1; use the number of ranks to start")
+    if dry_run:
+        plan_run(recipe, overrides, nproc=nproc)
+        return
+    if run_dir is None:
+        raise ConfigError("--run-dir is required; name a new directory, for example --run-dir runs/first")
+    sys.exit(start_run(recipe, overrides, run_dir=run_dir, nproc=nproc))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; every error a user can cause ends in one line on stderr and its exit code."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, console=Console(soft_wrap=True))
+    except CycloptsError as err:
+        _fail(f"{' '.join(str(err).split())} (`turnout --help` shows the usage)", BAD_CONFIG)
+    except (ConfigError, DataError) as err:
+        _fail(str(err), exit_code(err))
+    except OSError as err:
+        where = f"{err.filename}: " if err.filename else ""
+        _fail(f"{where}{err.strerror or err}", OTHER)
+    except KeyboardInterrupt:
+        _fail("interrupted", OTHER)
+    sys.exit(DONE)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"turnout: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""What an exit code says, and which error leads to which. Scripts rely on these numbers."""
+
+from data.errors import DataError
+from training.config import ConfigError
+
+DONE = 0
+OTHER = 1
+BAD_CONFIG = 2
+BAD_DATA = 3
+BAD_CHECKPOINT = 4
+CAN_BE_RESUMED = 75
+
+KNOWN = {DONE, OTHER, BAD_CONFIG, BAD_DATA, BAD_CHECKPOINT, CAN_BE_RESUMED}
+
+
+def exit_code(err: BaseException) -> int:
+    if isinstance(err, ConfigError):
+        return BAD_CONFIG
+    if isinstance(err, DataError):
+        return BAD_DATA
+    return OTHER

@@ -1,0 +1,47 @@
+"""All that can be checked of a training run before ranks start."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from data.corpus import Corpus, open_corpus
+from data.errors import DataError
+from training.batches import build_loader
+from training.config import ConfigError, RunConfig
+from training.hardware import cpu_has_fp16
+
+
+def check_machine(cfg: RunConfig, nproc: int) -> None:
+    """Raise ConfigError where this machine cannot run nproc ranks of cfg."""
+    n_gpus = torch.cuda.device_count()
+    if n_gpus and nproc > n_gpus:
+        raise ConfigError(
+            f"--nproc {nproc} is more than the {n_gpus} GPUs of this machine; use at most {n_gpus}"
+        )
+    if cfg.train.precision == "fp16" and not n_gpus and not cpu_has_fp16():
+        raise ConfigError("train.precision=fp16: this CPU has no fp16 arithmetic; use fp32 or bf16")
+    if "wandb" in cfg.log.trackers and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "log.trackers names wandb, which is not installed; pip install 'turnout[wandb]', or leave it out"
+        )
+
+
+def check_corpus(cfg: RunConfig) -> Corpus:
+    """Open the corpus, verify it as asked, and see that it can feed the run. Raises DataError or
+    ConfigError.
+    """
+    corpus = open_corpus(Path(cfg.data.corpus), verify=cfg.data.verify)
+    tokenizer = corpus.load_tokenizer()
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={cfg.model.vocab_size} is below the {tokenizer.vocab_size} tokens of "
+            f"{corpus.tokenizer_path}; use model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}"
+        )
+    build_loader(cfg, corpus).batch(0, slice(0, 1))
+    if not any(stream.n_documents for stream in corpus.split("valid")):
+        raise DataError(
+            f"{corpus.path}: the validation split is empty, so the run could not be evaluated; "
+            "prepare the corpus with a larger --valid-frac"
+        )
+    return corpus

@@ -1,0 +1,89 @@
+"""`turnout prepare`: from the words of the command line to data.prepare."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.manifest import CorpusManifest
+from data.prepare import prepare_corpus
+from data.sources import Source, embedded_sources
+from launch.console import PrepareConsole
+from training.config import ConfigError
+
+
+def run_prepare(
+    inputs: Sequence[str],
+    *,
+    out: Path,
+    embedded: bool,
+    weights: Sequence[str],
+    tokenizer: Path | None,
+    vocab_size: int,
+    text_field: str,
+    valid_frac: float,
+    workers: int | None,
+) -> None:
+    """Prepare a corpus and print what it holds. Raises ConfigError or DataError."""
+    if embedded == bool(inputs):
+        raise ConfigError("name some input, PATH or NAME=PATH, or pass --embedded, but not both")
+    if not 0 <= valid_frac < 1:
+        raise ConfigError(f"--valid-frac {valid_frac} must be at least 0 and below 1; 0.01 is usual")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers} must be at least 1")
+    sources = embedded_sources() if embedded else parse_sources(inputs, weights, text_field)
+    if embedded and weights:
+        raise ConfigError("--weight has no effect with --embedded; drop it")
+    console = PrepareConsole()
+    try:
+        manifest = prepare_corpus(
+            sources=sources,
+            out=out,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            valid_frac=valid_frac,
+            n_workers=workers or os.cpu_count() or 1,
+            report=console.report,
+        )
+    finally:
+        console.close()
+    _print_summary(out, manifest)
+
+
+def _print_summary(out: Path, manifest: CorpusManifest) -> None:
+    for source in manifest.sources:
+        train, valid = source.splits["train"], source.splits["valid"]
+        skipped = f", {source.n_skipped_files} files skipped (not UTF-8)" if source.n_skipped_files else ""
+        print(
+            f"{source.name}: weight {source.weight:.4g}, {train.n_documents:,} documents ({train.n_tokens:,} "
+            f"tokens) to train on, {valid.n_documents:,} held out{skipped}"
+        )
+    print(f"corpus {out}: vocabulary {manifest.vocab_size}, hash {manifest.corpus_hash}")
+
+
+def parse_sources(inputs: Sequence[str], weights: Sequence[str], text_field: str) -> list[Source]:
+    """Read `PATH` or `NAME=PATH` inputs and `NAME=W` weights."""
+    paths: dict[str, str] = {}
+    for text in inputs:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).name.split(".")[0], text
+        if name in paths:
+            raise ConfigError(
+                f"two inputs are called {name!r}; give them names: one={paths[name]} two={path}"
+            )
+        paths[name] = path
+    weight_of = dict(_parse_weight(text) for text in weights)
+    strangers = sorted(weight_of.keys() - paths.keys())
+    if strangers:
+        raise ConfigError(f"--weight names {strangers[0]!r}, but the sources are {sorted(paths)}")
+    return [Source(name, Path(path), weight_of.get(name), text_field) for name, path in paths.items()]
+
+
+def _parse_weight(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError as err:
+        raise ConfigError(
+            f"--weight {text!r} is not NAME=NUMBER; write for example --weight web=0.7"
+        ) from err

@@ -1,0 +1,153 @@
+"""From a recipe name or file and `--set path=value` to a checked RunConfig, and back to TOML.
+
+A wrong setting ends in one ConfigError line: where it was written, its value, and the way out.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from training.config import ConfigError, RunConfig
+
+RECIPES = resources.files("launch") / "recipes"
+
+
+def recipe_names() -> list[str]:
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in RECIPES.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the config of a packaged recipe or of a TOML file, with `path=value` overrides applied.
+
+    Raises ConfigError.
+    """
+    text, origin = _read_recipe(recipe)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError(f"{origin}: not valid TOML: {err}") from err
+    for override in overrides:
+        _apply_override(tree, override)
+    return check_config(tree, origin)
+
+
+def check_config(tree: Mapping[str, Any], origin: str) -> RunConfig:
+    """Return the RunConfig of a tree of plain values, or raise ConfigError naming the first wrong path."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as err:
+        raise ConfigError(_explain(err, origin)) from err
+
+
+def to_toml(cfg: RunConfig) -> str:
+    """Return the resolved config as TOML; settings that are None are left out, which is how they are read
+    back.
+    """
+    return tomli_w.dumps(cfg.model_dump(mode="json", exclude_none=True))
+
+
+def setting_paths(schema: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every setting."""
+    for name, field in schema.model_fields.items():
+        section = _section(field.annotation)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from setting_paths(section, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for choice in choices:
+        if isinstance(choice, type) and issubclass(choice, BaseModel):
+            return choice
+    return None
+
+
+def _read_recipe(recipe: str) -> tuple[str, str]:
+    if recipe in recipe_names():
+        return (RECIPES / f"{recipe}.toml").read_text(encoding="utf-8"), f"recipe {recipe}"
+    path = Path(recipe)
+    if path.suffix != ".toml":
+        close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"recipe {recipe!r} does not exist; {hint}use one of {recipe_names()}, or a path to a .toml file"
+        )
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except OSError as err:
+        raise ConfigError(f"{path}: cannot be read: {err.strerror}; check the path") from err
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {err.start}); save it as UTF-8 TOML") from err
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, literal = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override!r} is not path=value; for example --set train.n_steps=100")
+    if path not in set(setting_paths()):
+        raise ConfigError(f"--set {path}: no such setting{_suggest(path)}")
+    *sections, name = path.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {path}: {section} is not a section in the recipe; fix the recipe first")
+    value = _parse_literal(literal)
+    if value is None:
+        node.pop(name, None)
+    else:
+        node[name] = value
+
+
+def _parse_literal(literal: str) -> Any:
+    """Read a value as TOML would; `none` unsets; what is not TOML is a string."""
+    if literal == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {literal}")["value"]
+    except tomllib.TOMLDecodeError:
+        return literal
+
+
+def _suggest(path: str) -> str:
+    paths = list(setting_paths())
+    close = difflib.get_close_matches(path, paths, n=1, cutoff=0.5)
+    if not close:
+        # A bare name, as in `--set lr=1`, or a right name in a wrong section.
+        close = [p for p in paths if p.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]][:1]
+    if close:
+        return f"; did you mean {close[0]}?"
+    section = path.split(".")[0]
+    known = [p for p in paths if p.startswith(f"{section}.")] or sorted({p.split(".")[0] for p in paths})
+    return f"; there are {', '.join(known)}"
+
+
+def _explain(err: ValidationError, origin: str) -> str:
+    """Word the first error of a validation, and say how many more there are."""
+    errors = err.errors(include_url=False)
+    first = errors[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"{path}: no such setting{_suggest(path)}"
+    elif first["type"] == "missing":
+        text = f"{path}: is required; add it to the recipe, or pass --set {path}=VALUE"
+    elif first["type"] == "value_error":
+        message = str(first["msg"]).removeprefix("Value error, ")
+        # Validators of the whole tree already write full paths.
+        text = f"{path}: {message}" if path else message
+    else:
+        message = str(first["msg"])[0].lower() + str(first["msg"])[1:]
+        text = f"{path}={first['input']!r}: {message}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{origin}: {text}{more}"

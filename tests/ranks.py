@@ -1,0 +1,120 @@
+"""Real processes over gloo: one pool of ranks per world size, kept for the whole test session.
+
+`run_ranks(fn, world_size, *args)` calls fn(rank, *args) on every rank and returns the results by rank. fn
+must be a module-level function. A rank that takes longer than TIMEOUT_S dumps the stacks of all its threads
+and dies.
+"""
+
+import atexit
+import faulthandler
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 240
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+class RankPool:
+    def __init__(self, world_size: int) -> None:
+        self._store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world_size, str(self._store), theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((fn, args))
+        results: list[Any] = []
+        failures: list[str] = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                # Peers of a failed rank may wait for it in a collective; no need to wait for them.
+                if not pipe.poll(5 if failures else TIMEOUT_S + 30):
+                    raise EOFError
+                is_ok, value = pipe.recv()
+            except EOFError:
+                is_ok, value = False, "no answer: the process ended or hangs; its stacks are on stderr"
+            results.append(value)
+            if not is_ok:
+                failures.append(f"rank {rank}: {value}")
+        if failures:
+            self.close()
+            raise RankFailed("\n".join(failures))
+        return results
+
+    @property
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+_pools: dict[int, RankPool] = {}
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    pool = _pools.get(world_size)
+    if pool is None or not pool.is_alive:
+        pool = _pools[world_size] = RankPool(world_size)
+    return pool.run(fn, args)
+
+
+@atexit.register
+def close_pools() -> None:
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
+    import torch  # after the thread count is set
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            return
+        faulthandler.dump_traceback_later(TIMEOUT_S, exit=True, file=sys.stderr)
+        try:
+            answer = (True, fn(rank, *args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
+        pipe.send(answer)

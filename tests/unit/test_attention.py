@@ -1,0 +1,81 @@
+"""RoPE against transformers' own, and packed or windowed attention against a plain mask."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, apply_rotary_pos_emb
+
+from moe.attention import apply_rope, attend, find_documents, rope_tables
+from tests.models import tiny_config
+
+CPU = torch.device("cpu")
+
+
+def test_rope_equals_that_of_transformers() -> None:
+    cfg = tiny_config(seq_len=50, d_head=12, rope_theta=5e4)
+    q = torch.randn(1, cfg.n_heads, 50, 12, generator=torch.Generator().manual_seed(0))
+    k = torch.randn(1, cfg.n_kv_heads, 50, 12, generator=torch.Generator().manual_seed(1))
+    theirs = MixtralRotaryEmbedding(
+        MixtralConfig(
+            hidden_size=48,
+            num_attention_heads=4,
+            head_dim=12,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+        )
+    )
+    want_q, want_k = apply_rotary_pos_emb(q, k, *theirs(q, torch.arange(50)[None]))
+    tables = rope_tables(cfg, 1, CPU, torch.float32)
+    for x, want in ((q, want_q), (k, want_k)):
+        got = apply_rope(x[0].transpose(0, 1), *tables).transpose(0, 1)[None]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_rope_depends_on_distance_alone() -> None:
+    cfg = tiny_config(seq_len=40)
+    cos, sin = rope_tables(cfg, 1, CPU, torch.float64)
+    q, k = torch.randn(2, 40, 1, 6, dtype=torch.float64).expand(2, 40, 1, 6)
+    q, k = q[:1].expand(40, 1, 6), k[:1].expand(40, 1, 6)
+    scores = (apply_rope(q, cos, sin).squeeze(1) @ apply_rope(k, cos, sin).squeeze(1).T).double()
+    for distance in (0, 1, 7):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-10, atol=1e-10)
+
+
+DOC_IDS = {
+    "one document each": torch.zeros(3, 13, dtype=torch.int64),
+    "uneven documents": torch.tensor([[0] * 13, [0] * 5 + [1] * 8, [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3]]),
+    "single-token documents": torch.arange(13).repeat(3, 1),
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 12])
+@pytest.mark.parametrize("doc_ids", DOC_IDS.values(), ids=DOC_IDS.keys())
+def test_attention_equals_one_with_a_plain_mask(doc_ids: torch.Tensor, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(39, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    k, v = (
+        torch.randn(39, 2, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    got = attend(q, k, v, find_documents(doc_ids, CPU), window)
+
+    place = torch.arange(13)
+    visible = (place[:, None] >= place) & (doc_ids[:, :, None] == doc_ids[:, None, :])
+    if window is not None:
+        visible = visible & (place[:, None] - place < window)
+    split = [x.view(3, 13, -1, 6).transpose(1, 2) for x in (q, k, v)]
+    want = F.scaled_dot_product_attention(*split, attn_mask=visible[:, None], enable_gqa=True)
+    want = want.transpose(1, 2).reshape(39, 4, 6)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    mix = torch.randn(39, 4, 6, generator=generator, dtype=torch.float64)
+    got_grads = torch.autograd.grad((got * mix).sum(), (q, k, v))
+    want_grads = torch.autograd.grad((want * mix).sum(), (q, k, v))
+    for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(got_grad, want_grad, rtol=1e-11, atol=1e-11)
+
+
+def test_documents_are_grouped_by_length() -> None:
+    documents = find_documents(DOC_IDS["uneven documents"], CPU)
+    assert documents.groups == ((1, 2), (4, 1), (5, 1), (7, 1), (8, 1), (13, 1))
+    assert sum(length * n for length, n in documents.groups) == 39
+    assert find_documents(DOC_IDS["one document each"], CPU).order_T is None

@@ -1,0 +1,99 @@
+"""The router's choices: who is chosen, with which weight, and what ties, groups, bias and capacity change."""
+
+import torch
+
+from moe.balance import RouterState
+from moe.config import ModelConfig
+from moe.router import Router, Routing, choose_experts, within_capacity
+from tests.models import tiny_config
+
+
+def build_router(cfg: ModelConfig) -> Router:
+    router = Router(cfg)
+    torch.nn.init.normal_(router.weight, std=0.5, generator=torch.Generator().manual_seed(3))
+    return router
+
+
+def route(cfg: ModelConfig, x: torch.Tensor, bias: torch.Tensor | None = None) -> Routing:
+    state = RouterState.initial(cfg)
+    bias = state.bias_ME[0] if bias is None else bias
+    counted = torch.ones(x.size(0), dtype=torch.bool)
+    return build_router(cfg)(x, bias, state.load_frac_ME[0], counted)[0]
+
+
+def tokens(cfg: ModelConfig, n_seqs: int = 4) -> torch.Tensor:
+    return torch.randn(n_seqs * cfg.seq_len, cfg.d_model, generator=torch.Generator().manual_seed(1))
+
+
+def test_experts_are_distinct_and_weights_sum_to_the_scale() -> None:
+    cfg = tiny_config(top_k=3, router={"scale": 2.5})
+    routing = route(cfg, tokens(cfg))
+    assert all(len(set(row)) == 3 for row in routing.expert_ids_TK.tolist())
+    torch.testing.assert_close(routing.weights_TK.sum(-1), torch.full((4 * cfg.seq_len,), 2.5))
+
+
+def test_unnormalised_weights_are_the_probabilities_of_the_chosen() -> None:
+    cfg = tiny_config(router={"normalize": False})
+    x = tokens(cfg)
+    routing = route(cfg, x)
+    probs = (x @ build_router(cfg).weight.T).softmax(-1)
+    torch.testing.assert_close(routing.weights_TK, probs.gather(-1, routing.expert_ids_TK))
+    assert (routing.weights_TK.sum(-1) < 1).all()
+
+
+def test_ties_go_to_the_lower_id() -> None:
+    scores = torch.tensor([[0.5, 0.7, 0.7, 0.5, 0.7, 0.1]])
+    assert choose_experts(scores, 4, n_groups=1, top_groups=1).tolist() == [[1, 2, 4, 0]]
+
+
+def test_groups_limit_the_choice_by_their_two_best() -> None:
+    # Group 1 holds the single best expert; group 0 the best pair.
+    scores = torch.tensor([[0.6, 0.6, 0.0, 0.9, 0.1, 0.0]])
+    assert choose_experts(scores, 3, n_groups=2, top_groups=1).tolist() == [[0, 1, 2]]
+    assert choose_experts(scores, 3, n_groups=2, top_groups=2).tolist() == [[3, 0, 1]]
+
+
+def test_bias_changes_who_is_chosen_and_never_a_weight() -> None:
+    cfg = tiny_config(router={"normalize": False})
+    x = tokens(cfg)
+    bias = torch.zeros(cfg.n_experts)
+    bias[5] = 10.0
+    plain, biased = route(cfg, x), route(cfg, x, bias)
+    assert (biased.expert_ids_TK == 5).any(-1).all() and not (plain.expert_ids_TK == 5).any(-1).all()
+    probs = (x @ build_router(cfg).weight.T).softmax(-1)
+    torch.testing.assert_close(biased.weights_TK, probs.gather(-1, biased.expert_ids_TK))
+
+
+def test_router_computes_in_fp32_under_bf16() -> None:
+    cfg = tiny_config()
+    router = build_router(cfg).bfloat16()
+    x = tokens(cfg).bfloat16()
+    state = RouterState.initial(cfg)
+    counted = torch.ones(x.size(0), dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        routing, stats = router(x, state.bias_ME[0], state.load_frac_ME[0], counted)
+    assert routing.weights_TK.dtype == stats.z_sum.dtype == torch.float32
+    logits = x.float() @ router.weight.float().T
+    torch.testing.assert_close(stats.z_sum, torch.logsumexp(logits, -1).square().sum())
+
+
+def test_capacity_keeps_the_heaviest_rows_of_each_sequence() -> None:
+    expert_ids = torch.tensor([[0], [0], [0], [1], [0], [1]])  # two sequences of three tokens
+    weights = torch.tensor([[0.2], [0.9], [0.5], [0.1], [0.3], [0.1]])
+    assert within_capacity(expert_ids, weights, 2, 1, 2).flatten().tolist() == [
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,  # equal to the fourth in weight, and later
+    ]
+
+
+def test_capacity_of_a_sequence_does_not_depend_on_its_neighbours() -> None:
+    cfg = tiny_config(router={"capacity_factor": 0.75})
+    x = tokens(cfg, n_seqs=4)
+    together = route(cfg, x).is_kept_TK
+    assert together is not None and not together.all()
+    alone = [route(cfg, part).is_kept_TK for part in x.split(cfg.seq_len)]
+    assert torch.equal(together, torch.cat([kept for kept in alone if kept is not None]))

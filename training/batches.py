@@ -1,0 +1,56 @@
+"""From the corpus to this rank's micro-batches of each step."""
+
+from dataclasses import replace
+
+import torch
+
+from data.corpus import Corpus
+from data.loader import Batch, Loader, Prefetcher
+from training.config import RunConfig
+from training.parallel import Groups
+
+
+def build_loader(cfg: RunConfig, corpus: Corpus) -> Loader:
+    return Loader(
+        corpus,
+        seq_len=cfg.model.seq_len,
+        batch_seqs=cfg.batch_seqs,
+        seed=cfg.data.seed,
+        attend_across_documents=cfg.data.attend_across_documents,
+    )
+
+
+def prefetch(loader: Loader, cfg: RunConfig, groups: Groups, start_step: int = 0) -> Prefetcher[list[Batch]]:
+    """Load this rank's micro-batches of each step ahead of time; the order is fixed by the step alone."""
+    per_rank = cfg.batch_seqs // groups.layout.dp
+    mine = slice(groups.dp_rank * per_rank, (groups.dp_rank + 1) * per_rank)
+
+    def load(step: int) -> list[Batch]:
+        return split_microbatches(loader.batch(step, mine), cfg.train.microbatch_seqs)
+
+    return Prefetcher(load, start_step, cfg.train.n_steps)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move what the model reads on the device; doc_ids stay on the host, where documents are found."""
+    if device.type == "cpu":
+        return batch
+    return replace(
+        batch,
+        tokens=batch.tokens.to(device, non_blocking=True),
+        targets=batch.targets.to(device, non_blocking=True),
+    )
+
+
+def split_microbatches(batch: Batch, microbatch_seqs: int) -> list[Batch]:
+    """Cut a rank's share of the batch into micro-batches of microbatch_seqs sequences."""
+    n_seqs = batch.tokens.size(0)
+    return [
+        Batch(
+            tokens=batch.tokens[i : i + microbatch_seqs],
+            targets=batch.targets[i : i + microbatch_seqs],
+            doc_ids=batch.doc_ids[i : i + microbatch_seqs],
+            sample_ids=batch.sample_ids[i : i + microbatch_seqs],
+        )
+        for i in range(0, n_seqs, microbatch_seqs)
+    ]

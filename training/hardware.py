@@ -1,0 +1,58 @@
+"""What a device can do at most, and how much memory this process has used."""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16 FLOP/s by the vendor's data sheets; the longest matching name wins.
+_GPU_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+
+@dataclass(frozen=True)
+class PeakFlops:
+    """flops_per_s of one rank, and where the number comes from: MFU means nothing without it."""
+
+    flops_per_s: float
+    source: str
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> PeakFlops:
+    """Return the peak of a known GPU by its data sheet, else the best of some square matrix products."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [key for key in _GPU_BF16_FLOPS if key in name]
+        if known and dtype in (torch.bfloat16, torch.float16):
+            return PeakFlops(_GPU_BF16_FLOPS[max(known, key=len)], f"{name} data sheet, dense bf16")
+    size = 1024
+    a, b = torch.ones(2, size, size, dtype=dtype, device=device)
+    best_s = min(_time_matmul(a, b) for _ in range(5))
+    return PeakFlops(2 * size**3 / best_s, f"best {size}x{size} {dtype} matrix product, measured at start")
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def cpu_has_fp16() -> bool:
+    """Return whether this CPU computes in fp16; DeepSpeed refuses fp16 elsewhere."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _time_matmul(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    a @ b
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - start
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory this process has held: on its GPU where it has one, else resident on the
+    host.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts in KiB

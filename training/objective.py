@@ -1,0 +1,55 @@
+"""What is minimised, as sums over the tokens of one micro-batch. The division by tokens is in
+training/step.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.loader import IGNORE_INDEX, Batch
+from moe.balance import RouterState, RouterStats
+from moe.model import Decoder
+
+
+@dataclass(frozen=True)
+class ObjectiveSums:
+    """Sums over the counted tokens of one micro-batch.
+
+    total  [] with gradient: cross-entropy plus the weighted balancing terms
+    nll    [] nats, the cross-entropy alone, detached
+    stats  per expert layer, stacked
+    """
+
+    total: Tensor
+    nll: Tensor
+    stats: RouterStats
+
+
+class Objective(nn.Module):
+    """The decoder with its loss: the module that the engine trains."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, batch: Batch, router_state: RouterState) -> ObjectiveSums:
+        """batch: tokens, targets and doc_ids [B, S]; a target of IGNORE_INDEX counts nowhere."""
+        balance = self.decoder.cfg.balance
+        is_counted = batch.targets != IGNORE_INDEX
+        hidden, stats = self.decoder(batch.tokens, batch.doc_ids, is_counted, router_state)
+        nll = token_nll(self.decoder.logits(hidden), batch.targets).sum()
+        total = nll + balance.coef * stats.balance_sum.mean() + balance.z_coef * stats.z_sum.mean()
+        return ObjectiveSums(total, nll.detach(), stats)
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p(target) in nats, [B * S] fp32 or wider; 0 where the target is IGNORE_INDEX.
+
+    logits [B, S, V], targets [B, S].
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(
+        logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )

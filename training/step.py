@@ -1,0 +1,115 @@
+"""One optimizer step. The one place where anything is divided by a number of tokens.
+
+Ranks and micro-batches hold different numbers of unmasked tokens, so a mean of their means is biased. Every
+loss is therefore a sum, and is divided once by the token count of the global batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.loader import IGNORE_INDEX, Batch
+from moe.balance import RouterState
+from moe.config import BalanceConfig
+from training.batches import to_device
+from training.engine import Engine, StepOutcome
+from training.objective import ObjectiveSums
+from training.parallel import Groups, name_ranks
+
+
+class NonFiniteError(RuntimeError):
+    """The gradient is not finite: the update was not applied and the run must stop."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Token-weighted means over the global batch; tensors stay on the device until they are logged.
+
+    loss           [] nats per token, without the balancing terms
+    balance_loss   [] mean over expert layers, without its coefficient; 1.0 when uniform
+    z_loss         [] mean over expert layers, without its coefficient
+    entropy        [] nats, of the router probabilities, mean over expert layers
+    counts_ME      [M, E] int64, rows that chose each expert
+    n_dropped      [] int64, rows cut by the capacity factor, all layers
+    """
+
+    loss: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+    entropy: Tensor
+    counts_ME: Tensor
+    n_dropped: Tensor
+    n_tokens: Tensor
+    outcome: StepOutcome
+
+
+def train_step(
+    engine: Engine, microbatches: Sequence[Batch], router_state: RouterState, *, lr: float, groups: Groups
+) -> StepResult:
+    """Apply one optimizer step to the global batch, of which this rank holds `microbatches`.
+
+    The update is not applied where the gradient norm is not finite; the outcome says so.
+    """
+    assert len(microbatches) == engine.n_microbatches
+    n_tokens = sum((mb.targets != IGNORE_INDEX).sum() for mb in microbatches)
+    assert isinstance(n_tokens, Tensor)
+    n_tokens = groups.sum_over_tokens(n_tokens.to(groups.device))
+    sums: Tensor | None = None
+    for i, microbatch in enumerate(microbatches):
+        objective: ObjectiveSums = engine.forward(to_device(microbatch, groups.device), router_state)
+        engine.backward(objective.total / n_tokens)
+        packed = _pack(objective)
+        sums = packed if sums is None else sums + packed
+        if i + 1 < len(microbatches):
+            engine.finish_microbatch()
+    assert sums is not None
+    local_nll = sums[0].clone()
+    groups.sum_over_tokens(sums)
+    outcome = engine.step(lr)
+    result = _unpack(sums, router_state, n_tokens, outcome)
+    if not outcome.was_applied:
+        _check_finite_loss(result, local_nll, groups)
+    return result
+
+
+def advance_router_state(state: RouterState, result: StepResult, balance: BalanceConfig) -> RouterState:
+    """Return the router state after a step; a step that was not applied leaves it as it was."""
+    return state.after_step(result.counts_ME, balance) if result.outcome.was_applied else state
+
+
+def _pack(objective: ObjectiveSums) -> Tensor:
+    """Lay all sums of a micro-batch in one fp64 row, so that they cost one reduction."""
+    stats = objective.stats
+    scalars = [objective.nll, stats.balance_sum.mean(), stats.z_sum.mean(), stats.entropy_sum.mean()]
+    scalars.append(stats.n_dropped.sum())
+    row = torch.stack([x.detach().double() for x in scalars])
+    return torch.cat([row, stats.counts_E.flatten().double()])  # counts stay exact in fp64 up to 2**53
+
+
+def _unpack(sums: Tensor, state: RouterState, n_tokens: Tensor, outcome: StepOutcome) -> StepResult:
+    nll, balance, z, entropy, n_dropped = sums[:5]
+    return StepResult(
+        loss=nll / n_tokens,
+        balance_loss=balance / n_tokens,
+        z_loss=z / n_tokens,
+        entropy=entropy / n_tokens,
+        counts_ME=sums[5:].view_as(state.bias_ME).long(),
+        n_dropped=n_dropped.long(),
+        n_tokens=n_tokens,
+        outcome=outcome,
+    )
+
+
+def _check_finite_loss(result: StepResult, local_nll: Tensor, groups: Groups) -> None:
+    """Raise on every rank, with the same text, where the loss itself is not finite."""
+    if torch.isfinite(result.loss):
+        return
+    bad = [
+        r for r, nll in enumerate(groups.collect(float(local_nll))) if not torch.isfinite(torch.tensor(nll))
+    ]
+    raise NonFiniteError(
+        f"loss is {float(result.loss)} on {name_ranks(bad)}; the update was not applied. "
+        "Lower optim.lr, set train.clip_norm, or look at the data of this step"
+    )
