@@ -33,7 +33,9 @@ def prepare(
     tokenizer: Annotated[
         Path | None, Parameter(help="tokenizer.model or tokenizer.json to use; else one is trained.")
     ] = None,
-    vocab_size: Annotated[int, Parameter(help="Tokens of the tokenizer that is trained.")] = 32_768,
+    vocab_size: Annotated[
+        int | None, Parameter(help="Tokens of the tokenizer that is trained; default: 32768.")
+    ] = None,
     text_field: Annotated[str, Parameter(help="Field that holds the text in jsonl and parquet.")] = "text",
     valid_frac: Annotated[float, Parameter(help="Share of documents held out for evaluation.")] = 0.01,
     workers: Annotated[int | None, Parameter(help="Processes that tokenise; default: all cores.")] = None,

@@ -10,6 +10,8 @@ from data.sources import Source, embedded_sources
 from launch.console import PrepareConsole
 from training.config import ConfigError
 
+DEFAULT_VOCAB_SIZE = 32_768
+
 
 def run_prepare(
     inputs: Sequence[str],
@@ -18,7 +20,7 @@ def run_prepare(
     embedded: bool,
     weights: Sequence[str],
     tokenizer: Path | None,
-    vocab_size: int,
+    vocab_size: int | None,
     text_field: str,
     valid_frac: float,
     workers: int | None,
@@ -39,7 +41,7 @@ def run_prepare(
             sources=sources,
             out=out,
             tokenizer=tokenizer,
-            vocab_size=vocab_size,
+            vocab_size=vocab_size or (None if tokenizer else DEFAULT_VOCAB_SIZE),
             valid_frac=valid_frac,
             n_workers=workers or os.cpu_count() or 1,
             report=console.report,

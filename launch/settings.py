@@ -121,14 +121,15 @@ def _parse_literal(literal: str) -> Any:
 
 
 def _suggest(path: str) -> str:
+    """Name the setting that was probably meant: a like name in this section, or the same name in another."""
     paths = list(setting_paths())
-    close = difflib.get_close_matches(path, paths, n=1, cutoff=0.5)
-    if not close:
-        # A bare name, as in `--set lr=1`, or a right name in a wrong section.
-        close = [p for p in paths if p.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]][:1]
+    section, _, name = path.rpartition(".")
+    here = {p.rpartition(".")[2]: p for p in paths if p.rpartition(".")[0] == section}
+    close = [here[match] for match in difflib.get_close_matches(name, here, n=1)]
+    close += [p for p in paths if p.rpartition(".")[2] == name]
+    close += difflib.get_close_matches(path, paths, n=1, cutoff=0.8)
     if close:
         return f"; did you mean {close[0]}?"
-    section = path.split(".")[0]
     known = [p for p in paths if p.startswith(f"{section}.")] or sorted({p.split(".")[0] for p in paths})
     return f"; there are {', '.join(known)}"
 

@@ -38,9 +38,9 @@ def test_text_never_becomes_a_control_id(tokenizer_path: Path, spelling: str) ->
 
 def test_trained_model_learns_newlines_and_keeps_fixed_control_ids(tmp_path: Path) -> None:
     texts = [*make_texts(30), "end;\n    0417 " * 50]
-    train_tokenizer(texts, vocab_size=330, out=tmp_path / "t.model", n_threads=1)
+    train_tokenizer(texts, vocab_size=420, out=tmp_path / "t.model", n_threads=1)
     tokenizer = load_tokenizer(tmp_path / "t.model")
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (330, BOS_ID, EOS_ID)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (420, BOS_ID, EOS_ID)
     learned = [tokenizer.decode([i]) for i in range(MIN_VOCAB_SIZE, tokenizer.vocab_size)]
     assert any("\n" in piece and len(piece) > 1 for piece in learned), "newlines are part of the text"
     assert len(tokenizer.encode("    ")) == 1

@@ -1,0 +1,82 @@
+"""Evaluation: equal to scoring each token by hand, however it is batched, and without a trace."""
+
+import math
+
+import pytest
+import torch
+
+from data.corpus import Corpus
+from data.windows import evaluation_documents
+from moe.balance import RouterState
+from moe.model import Decoder
+from tests.models import random_state, tiny_config, tiny_decoder
+from tests.unit.data_fixtures import make_corpus, make_texts
+from training.evaluate import Evaluation, evaluate
+from training.parallel import Groups, Layout
+
+CFG = tiny_config(vocab_size=300, seq_len=9)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"), {"text": make_texts(40)}, valid_frac=0.3)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return tiny_decoder(CFG, dtype=torch.float32, gain=3.0)
+
+
+def run(decoder: Decoder, corpus: Corpus, *, max_documents: int | None = None) -> Evaluation:
+    groups = Groups(Layout(1), 0, CPU)
+    state = random_state(CFG)
+    return evaluate(decoder, corpus, state, groups, microbatch_seqs=4, max_documents=max_documents)
+
+
+@torch.no_grad()
+def nll_by_hand(decoder: Decoder, ids: list[int], bos_id: int, state: RouterState) -> float:
+    """Score one document window by window, one sequence at a time, with a plain log-softmax."""
+    stream, total, seq_len = [bos_id, *ids], 0.0, CFG.seq_len
+    for first in range(0, len(ids), seq_len):
+        end = min(first + seq_len, len(ids))
+        begin = max(0, end - seq_len)
+        window = stream[begin:end]
+        padded = torch.zeros(1, seq_len, dtype=torch.int64)
+        padded[0, : len(window)] = torch.tensor(window)
+        hidden, _ = decoder(
+            padded, torch.zeros_like(padded), torch.ones_like(padded, dtype=torch.bool), state
+        )
+        logprobs = decoder.logits(hidden)[0].double().log_softmax(-1)
+        for position in range(first, end):
+            total -= float(logprobs[position - begin, stream[position + 1]])
+    return total
+
+
+def test_sums_equal_scoring_by_hand(decoder: Decoder, corpus: Corpus) -> None:
+    documents = list(evaluation_documents(corpus))
+    assert any(len(d.ids) > 2 * CFG.seq_len for d in documents), "some document needs several windows"
+    bos_id = corpus.load_tokenizer().bos_id
+    want = sum(nll_by_hand(decoder, d.ids.tolist(), bos_id, random_state(CFG)) for d in documents)
+    got = run(decoder, corpus)
+    assert got.nll == pytest.approx(want, rel=1e-6)
+    assert got.n_tokens == sum(len(d.ids) for d in documents)
+    assert got.n_bytes == corpus.manifest.total("valid").n_text_bytes
+    assert got.n_documents == len(documents)
+    assert got.bits_per_byte == pytest.approx(want / math.log(2) / got.n_bytes, rel=1e-6)
+    assert got.loss == pytest.approx(want / got.n_tokens, rel=1e-6)
+
+
+def test_evaluation_leaves_no_trace(decoder: Decoder, corpus: Corpus) -> None:
+    decoder.train()
+    torch.manual_seed(5)
+    random_before = torch.get_rng_state()
+    weights_before = {n: p.clone() for n, p in decoder.named_parameters()}
+    assert run(decoder, corpus) == run(decoder, corpus), "evaluation repeats itself"
+    assert decoder.training
+    assert torch.equal(torch.get_rng_state(), random_before)
+    assert all(torch.equal(p, weights_before[n]) and p.grad is None for n, p in decoder.named_parameters())
+
+
+def test_max_documents_limits_the_work(decoder: Decoder, corpus: Corpus) -> None:
+    assert run(decoder, corpus, max_documents=2).n_documents == 2

@@ -1,0 +1,95 @@
+"""Reading recipes and `--set`, and the one-line errors of what is wrong in them."""
+
+import pytest
+
+from launch.settings import load_config, recipe_names, setting_paths, to_toml
+from training.config import ConfigError
+
+CORPUS_TOML = 'data = { corpus = "x" }\n'
+
+
+def test_every_packaged_recipe_validates_and_survives_being_written(tmp_path) -> None:
+    assert {"tiny", "small", "olmoe-1b-7b", "mixtral-8x7b", "qwen3-30b-a3b"} == set(recipe_names())
+    for name in recipe_names():
+        cfg = load_config(name)
+        written = tmp_path / f"{name}.toml"
+        written.write_text(to_toml(cfg))
+        assert load_config(str(written)) == cfg
+
+
+def test_set_overrides_a_value_and_none_unsets_it() -> None:
+    cfg = load_config("tiny", ["train.n_steps=77", "model.balance.scope=batch", "train.clip_norm=none"])
+    assert (cfg.train.n_steps, cfg.model.balance.scope, cfg.train.clip_norm) == (77, "batch", None)
+    cfg = load_config("tiny", ["optim.betas=[0.8, 0.99]", "data.corpus=some/dir", 'sample.prompts=["a=b"]'])
+    assert (cfg.optim.betas, cfg.data.corpus, cfg.sample.prompts) == ((0.8, 0.99), "some/dir", ("a=b",))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.n_layer=3", r"--set model.n_layer: no such setting; did you mean model.n_layers\?"),
+        ("lr=1", r"did you mean optim.lr\?"),
+        ("model.zzzzzz=1", "there are model.n_layers, "),
+        ("zzzzzz=1", "there are data, eval, log, model"),
+        ("train.n_steps", "is not path=value"),
+        ("train.n_steps=many", "recipe tiny: train.n_steps='many': input should be a valid integer"),
+        ("train.n_steps=0", "train.n_steps=0: input should be greater than 0"),
+        ("model.top_k=9", r"top_k=9 is more than n_experts=8; use 1 to 8"),
+        ("model.n_kv_heads=3", r"n_kv_heads=3 must divide n_heads=4; use one of \[1, 2, 4\]"),
+        ("model.router.n_groups=3", r"router.n_groups=3 must divide n_experts=8; use one of \[1, 2, 4, 8\]"),
+        ("model.router.top_groups=2", "router.top_groups=2 is more than router.n_groups=1"),
+        ("model.top_k=1", "set router.normalize=false"),
+        ("model.n_dense_layers=2", "n_dense_layers=2 needs d_ff"),
+        ("model.d_ff=64", "d_ff=64 has no effect without dense layers"),
+        ("model.sliding_window=4096", "sliding_window=4096 hides nothing"),
+        ("model.d_head=33", "d_head=33 must be even"),
+        ("train.batch_tokens=1000", r"use 768 or 1024"),
+        ("optim.schedule.warmup_steps=100000", "must be below train.n_steps"),
+        ("optim.schedule.kind=wsd", "kind=wsd needs decay_frac"),
+        ("optim.schedule.decay_frac=0.5", "has no effect with kind=cosine"),
+        ("optim.betas=[0.9, 1.0]", "betas=.* must each be at least 0 and below 1"),
+        ("train.precision=fp8", "input should be 'fp32', 'bf16' or 'fp16'"),
+        ("parallel.zero_stage=3", "input should be 1 or 2"),
+        ("data.corpus=none", "data.corpus: is required"),
+        ("sample.n_tokens=9999", "sample.n_tokens=9999 must be below model.seq_len"),
+    ],
+)
+def test_wrong_settings_are_refused_with_path_value_and_remedy(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config("tiny", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_misaligned_widths_are_refused_for_the_grouped_backend_only() -> None:
+    with pytest.raises(ConfigError, match="expert_backend=grouped needs multiples of 8"):
+        load_config("tiny", ["model.d_expert=100"])
+    load_config("tiny", ["model.d_expert=100", "train.expert_backend=reference"])
+
+
+def test_unreadable_recipes_are_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe 'tinny' does not exist; did you mean tiny\?"):
+        load_config("tinny")
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read: No such file"):
+        load_config(str(tmp_path / "absent.toml"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(str(broken))
+    broken.write_bytes(b"# caf\xe9")
+    with pytest.raises(ConfigError, match=r"not UTF-8 text \(byte 5\)"):
+        load_config(str(broken))
+    broken.write_text(CORPUS_TOML)
+    with pytest.raises(ConfigError, match=r"model: is required.* \(and 2 more\)"):
+        load_config(str(broken))
+
+
+def test_paths_cover_the_names_that_scripts_rely_on() -> None:
+    promised = """model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_head model.d_ff
+        model.d_expert model.n_experts model.top_k model.n_shared_experts model.n_dense_layers
+        model.vocab_size model.seq_len model.rope_theta model.qk_norm model.router.score
+        model.router.normalize model.router.scale model.router.n_groups model.router.top_groups
+        model.balance.coef model.balance.scope model.balance.z_coef model.balance.bias_rate parallel.tp
+        parallel.ep parallel.zero_stage train.n_steps train.batch_tokens train.microbatch_seqs
+        train.precision train.seed train.clip_norm optim.lr optim.betas optim.weight_decay
+        optim.schedule.kind optim.schedule.warmup_steps data.corpus data.seed log.every_steps"""
+    assert set(promised.split()) <= set(setting_paths())
