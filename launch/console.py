@@ -2,10 +2,9 @@
 
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.prepare import PrepareProgress
 from training.metrics import Row
@@ -17,23 +16,52 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s"
 
 
-class TrainConsole:
-    """One line per logged step: loss, speed and the time left."""
+class LiveBar:
+    """A progress bar where stdout is a terminal, and nothing elsewhere."""
 
-    def __init__(self, n_steps: int, run_dir: Path) -> None:
-        self._n_steps, self._run_dir = n_steps, run_dir
-        self._start_s, self._first_step = time.monotonic(), 0
+    def __init__(self, title: str, total: float | None) -> None:
+        self._console = Console(file=sys.stdout, highlight=False)
+        self.is_live = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=self._console
+        )
+        self._task = self._progress.add_task(title, total=total)
+        if self.is_live:
+            self._progress.start()
+
+    def update(self, done: float, title: str | None = None) -> None:
+        self._progress.update(self._task, completed=done, description=title)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.is_live:
+            self._console.print(text, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class TrainConsole:
+    """One line per logged step: loss, speed and the time left; on a terminal a bar below them."""
+
+    def __init__(self, n_steps: int) -> None:
+        self._n_steps = n_steps
+        self._start_s = time.monotonic()
+        self._bar = LiveBar("training", n_steps)
 
     def on_row(self, row: Row) -> None:
         if "eval/bits_per_byte" in row:
-            self._say(
+            self._bar.say(
                 f"held-out  loss {row['eval/loss']:.4f}  bits/byte {row['eval/bits_per_byte']:.4f}  "
                 f"({row['eval/n_documents']} documents, {row['eval/n_bytes']:,} bytes)"
             )
             return
         done = int(row["step"])
+        self._bar.update(done)
         left_s = (time.monotonic() - self._start_s) / done * (self._n_steps - done)
-        self._say(
+        self._bar.say(
             f"step {done:>{len(str(self._n_steps))}}/{self._n_steps}  loss {row['train/loss']:.4f}  "
             f"grad {row['train/grad_norm']:.2f}  lr {row['train/lr']:.2e}  "
             f"{row['perf/tokens_per_s']:,.0f} tokens/s  {row['mem/peak_gib']:.2f} GiB  "
@@ -41,10 +69,11 @@ class TrainConsole:
         )
 
     def on_text(self, prompt: str, text: str) -> None:
-        self._say(f"--- sample ---\n{prompt}{text}")
+        self._bar.close()
+        self._bar.say(f"--- sample ---\n{prompt}{text}")
 
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
+    def close(self) -> None:
+        self._bar.close()
 
 
 class PrepareConsole:
@@ -53,39 +82,31 @@ class PrepareConsole:
     PLAIN_EVERY_S = 5.0
 
     def __init__(self) -> None:
-        self._console = Console(file=sys.stdout)
         self._stage, self._start_s, self._said_s = "", time.monotonic(), 0.0
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._bar: LiveBar | None = None
 
     def report(self, progress: PrepareProgress) -> None:
+        now_s = time.monotonic()
         is_new = progress.stage != self._stage
         if is_new:
-            self._stage, self._start_s = progress.stage, time.monotonic()
-        if self._console.is_terminal:
-            self._draw(progress, is_new)
-        elif is_new or time.monotonic() - self._said_s > self.PLAIN_EVERY_S:
-            self._said_s = time.monotonic()
-            print(self._line(progress), flush=True)
+            self.close()
+            self._stage, self._start_s = progress.stage, now_s
+            self._bar = LiveBar(progress.stage, progress.total_bytes)
+        assert self._bar is not None
+        self._bar.update(progress.done_bytes, self._line(progress))
+        if not self._bar.is_live and (is_new or now_s - self._said_s > self.PLAIN_EVERY_S):
+            self._said_s = now_s
+            self._bar.say(self._line(progress))
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
 
     def _line(self, progress: PrepareProgress) -> str:
-        elapsed_s = max(1e-9, time.monotonic() - self._start_s)
+        elapsed_s = max(1e-3, time.monotonic() - self._start_s)
         total = f"/{progress.total_bytes / 1e6:.1f}" if progress.total_bytes else ""
+        speed = f", {progress.done_bytes / 1e6 / elapsed_s:.1f} MB/s" if elapsed_s > 1 else ""
         return (
             f"{progress.stage}: {progress.done_bytes / 1e6:.1f}{total} MB, "
-            f"{progress.done_documents:,} documents, {progress.done_tokens:,} tokens, "
-            f"{progress.done_bytes / 1e6 / elapsed_s:.1f} MB/s"
+            f"{progress.done_documents:,} documents, {progress.done_tokens:,} tokens{speed}"
         )
-
-    def _draw(self, progress: PrepareProgress, is_new: bool) -> None:
-        if self._bar is None:
-            columns = [TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()]
-            self._bar = Progress(*columns, console=self._console)
-            self._bar.start()
-        if is_new or self._task is None:
-            self._task = self._bar.add_task(self._line(progress), total=progress.total_bytes)
-        self._bar.update(self._task, completed=progress.done_bytes, description=self._line(progress))

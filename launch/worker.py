@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from launch.console import TrainConsole
@@ -22,7 +23,10 @@ def main() -> None:
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     log_path = run_dir / "logs" / f"rank-{rank:05d}.log"
     log_file = log_path.open("a", encoding="utf-8")
-    logging.basicConfig(stream=log_file, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(stream=log_file, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("turnout").setLevel(logging.INFO)
+    # DeepSpeed calls collectives by names that torch is renaming; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     faulthandler.enable(log_file)
     try:
         run_rank(run_dir)
@@ -36,8 +40,14 @@ def run_rank(run_dir: Path) -> None:
     cfg = read_config(run_dir)
     layout = plan_layout(cfg, int(os.environ["WORLD_SIZE"]))
     groups = join_groups(layout, local_device())
-    console = TrainConsole(cfg.train.n_steps, run_dir)
-    train(cfg, run_dir, groups, Observer(console.on_row, console.on_text))
+    if groups.is_first:
+        console = TrainConsole(cfg.train.n_steps)
+        try:
+            train(cfg, run_dir, groups, Observer(console.on_row, console.on_text))
+        finally:
+            console.close()
+    else:
+        train(cfg, run_dir, groups, observer=None)
     groups.barrier()
     leave_groups()
 

@@ -56,8 +56,8 @@ class Progress:
     n_skipped_in_a_row: int = 0
 
 
-def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer) -> None:
-    """Run the whole of cfg on this rank; every rank calls it.
+def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer | None) -> None:
+    """Run the whole of cfg on this rank; every rank calls it, and the first brings an observer.
 
     Raises ConfigError, DataError or NonFiniteError, each the same on every rank where the cause is shared.
     """
@@ -72,7 +72,7 @@ def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer) -> 
     _log_choices(cfg, groups, peak)
 
     def record(row: Row) -> None:
-        if metrics is not None:
+        if metrics is not None and observer is not None:
             metrics.write(row)
             observer.on_row(row)
 
@@ -89,7 +89,7 @@ def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer) -> 
             record({"step": n_done, **_evaluation_row(cfg, decoder, corpus, progress, groups)})
             clock.restart()
     for prompt, text in _samples(cfg, decoder, corpus, progress):
-        if metrics is not None:
+        if metrics is not None and observer is not None:
             metrics.write_text("sample", f"**{prompt}**{text}", cfg.train.n_steps)
             observer.on_text(prompt, text)
     if metrics is not None:

@@ -2,12 +2,14 @@
 torch.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from data.loader import Batch
 from moe.balance import RouterState
 from moe.init import init_weights
 from moe.model import build_decoder
@@ -23,7 +25,6 @@ from training.optimizer import ParamGroups, build_adamw, param_groups
 from training.parallel import Groups, Layout, n_microbatches
 from training.step import advance_router_state, train_step
 
-N_STEPS = 20
 LR = 0.05
 GENTLE_LR = 0.003  # for AdamW in half precision, where a large rate would amplify rounding
 
@@ -43,9 +44,14 @@ def build_objective(cfg: RunConfig) -> Objective:
 
 
 def train_on_ranks(
-    rank: int, cfg: RunConfig, world_size: int, optimizer: str, lr: float = LR
+    rank: int,
+    cfg: RunConfig,
+    world_size: int,
+    optimizer: str,
+    lr: float = LR,
+    batch_at: Callable[[RunConfig, int], Batch] = uneven_batch,
 ) -> dict[str, Any]:
-    """Train N_STEPS through the real engine; return losses, norms and fp32 parameters."""
+    """Train cfg.train.n_steps through the real engine; return losses, norms and fp32 parameters."""
     layout = Layout(world_size)
     groups = Groups(layout, rank, torch.device("cpu"))
     objective = build_objective(cfg)
@@ -61,8 +67,8 @@ def train_on_ranks(
     )
     state = RouterState.initial(cfg.model)
     losses, norms, balance = [], [], []
-    for step in range(N_STEPS):
-        share = rank_share(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
+    for step in range(cfg.train.n_steps):
+        share = rank_share(batch_at(cfg, step), layout.dp_rank(rank), layout.dp)
         microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
         result = train_step(engine, microbatches, state, lr=lr, groups=groups)
         state = advance_router_state(state, result, cfg.model.balance)
@@ -86,7 +92,7 @@ def train_plainly(cfg: RunConfig) -> dict[str, Any]:
     state = RouterState.initial(cfg.model)
     optimizer = torch.optim.SGD(objective.parameters(), lr=LR)
     losses, norms = [], []
-    for step in range(N_STEPS):
+    for step in range(cfg.train.n_steps):
         batch = uneven_batch(cfg, step)
         n_tokens = (batch.targets != -100).sum()
         sums = objective(batch, state)
