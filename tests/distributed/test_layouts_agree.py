@@ -50,11 +50,12 @@ def train_on_ranks(
     optimizer: str,
     lr: float = LR,
     batch_at: Callable[[RunConfig, int], Batch] = uneven_batch,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train cfg.train.n_steps through the real engine; return losses, norms and fp32 parameters."""
     layout = Layout(world_size)
-    groups = Groups(layout, rank, torch.device("cpu"))
-    objective = build_objective(cfg)
+    groups = Groups(layout, rank, torch.device(device))
+    objective = build_objective(cfg).to(device)
     build = build_sgd if optimizer == "sgd" else partial(build_adamw, cfg=cfg.optim)
     engine = Engine(
         objective,
@@ -65,7 +66,7 @@ def train_on_ranks(
         param_groups=param_groups(objective.named_parameters(), cfg.optim.weight_decay),
         build_optimizer=build,
     )
-    state = RouterState.initial(cfg.model)
+    state = RouterState.initial(cfg.model, device)
     losses, norms, balance = [], [], []
     for step in range(cfg.train.n_steps):
         share = rank_share(batch_at(cfg, step), layout.dp_rank(rank), layout.dp)

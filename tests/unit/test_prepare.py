@@ -32,7 +32,7 @@ if __name__ == "__main__":
     prepare_corpus(
         sources=[Source(name, Path(path)) for name, path in call["sources"]],
         out=Path(call["out"]), tokenizer=Path(call["tokenizer"]) if call["tokenizer"] else None,
-        vocab_size=None if call["tokenizer"] else 500, valid_frac=0.05, shard_tokens=call["shard_tokens"],
+        vocab_size=None if call["tokenizer"] else 400, valid_frac=0.05, shard_tokens=call["shard_tokens"],
         n_workers=call["n_workers"],
     )
 """
@@ -298,7 +298,7 @@ def prepare_again(call: dict[str, Any], out: Path) -> None:
         sources=[Source(name, Path(path)) for name, path in call["sources"]],
         out=out,
         tokenizer=None,
-        vocab_size=500,
+        vocab_size=400,
         valid_frac=0.05,
         shard_tokens=CALL_SHARD_TOKENS,
         n_workers=1,
@@ -343,9 +343,13 @@ def test_workers_die_with_the_parent(
     call, whole = long_call
     out = tmp_path / "out"
     process = start({**call, "n_workers": 2}, out)
-    kill_when_ready = lambda: (out / "train" / "a-00000.json").exists()  # noqa: E731
-    children: list[int] = []
-    kill_when(process, lambda: kill_when_ready() and bool(children.extend(children_of(process)) or children))
+    children: set[int] = set()
+
+    def is_due() -> bool:
+        children.update(children_of(process))
+        return (out / "train" / "a-00000.json").exists()
+
+    kill_when(process, is_due)
     assert len(children) >= 2
     deadline = time.monotonic() + 10
     while any(map(is_running, children)):

@@ -1,0 +1,123 @@
+"""`make bench`: speed and memory, each as a ratio to a baseline of the same interleaved run."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.runs import read_rows
+
+N_ROUNDS = 3
+GLIBC_DEFAULTS = {
+    "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 1024),
+    "MALLOC_TOP_PAD_": str(128 * 1024),
+    "THP_MEM_ALLOC_ENABLE": "0",
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    speed: float  # in the unit of its table
+    peak_gib: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    measure: Callable[[], Measurement]
+
+
+def turnout(*arguments: str, **env: str) -> None:
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    subprocess.run(command, env={**os.environ, **env}, check=True, stdout=subprocess.DEVNULL, timeout=600)
+
+
+def prepare(workers: int) -> Measurement:
+    with tempfile.TemporaryDirectory() as directory:
+        start_s = time.perf_counter()
+        out = Path(directory) / "corpus"
+        turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(out), "--workers", str(workers))
+        elapsed_s = time.perf_counter() - start_s
+        manifest = json.loads((out / "corpus.json").read_text())
+        n_bytes = sum(
+            split["n_text_bytes"] for source in manifest["sources"] for split in source["splits"].values()
+        )
+    return Measurement(n_bytes / 1e6 / elapsed_s, float("nan"))
+
+
+def train(corpus: Path, nproc: int, *overrides: str, **env: str) -> Measurement:
+    """Train `tiny` for 60 steps; the first 20 warm up and are left out."""
+    settings = [
+        "train.n_steps=60",
+        "optim.schedule.warmup_steps=5",
+        "eval.max_documents=1",
+        "sample.prompts=[]",
+    ]
+    settings += [f"data.corpus={corpus}", *overrides]
+    with tempfile.TemporaryDirectory() as directory:
+        run_dir = Path(directory) / "run"
+        sets = [word for setting in settings for word in ("--set", setting)]
+        # One thread per rank, so that one rank against two compares like with like.
+        env = {"OMP_NUM_THREADS": "1", **env}
+        turnout("train", "tiny", "--run-dir", str(run_dir), "--nproc", str(nproc), *sets, **env)
+        rows = [row for row in read_rows(run_dir) if "train/loss" in row and row["step"] > 20]
+    speed = statistics.median(row["perf/tokens_per_s"] for row in rows)
+    return Measurement(speed, rows[-1]["mem/peak_gib"])
+
+
+def compare(title: str, unit: str, variants: list[Variant]) -> None:
+    """Measure all variants N_ROUNDS times in turn and print medians with their spread."""
+    results: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
+    for _ in range(N_ROUNDS):
+        for variant in variants:
+            results[variant.name].append(variant.measure())
+    baseline = [m.speed for m in results[variants[0].name]]
+    print(f"\n### {title}\n\n| variant | {unit} | spread | ratio to the first | peak GiB per rank |")
+    print("|---|---|---|---|---|")
+    for name, measured in results.items():
+        speeds = [m.speed for m in measured]
+        # Each round's ratio is within that round, so that a slower machine in between cancels out.
+        ratio = statistics.median(speed / base for speed, base in zip(speeds, baseline, strict=True))
+        spread = f"{min(speeds):,.4g} to {max(speeds):,.4g}"
+        peak = statistics.median(m.peak_gib for m in measured)
+        print(
+            f"| {name} | {statistics.median(speeds):,.4g} | {spread} | {ratio:.2f} | {peak:.2f} |", flush=True
+        )
+
+
+def main() -> None:
+    compare(
+        "turnout prepare --embedded --vocab-size 4096, tokenizer training included",
+        "MB/s",
+        [Variant(f"{n} workers", lambda n=n: prepare(n)) for n in (1, 2)],
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        corpus = Path(directory) / "corpus"
+        turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(corpus))
+        compare(
+            "turnout train tiny, one thread per rank",
+            "tokens/s",
+            [
+                Variant("1 rank, fp32", lambda: train(corpus, 1)),
+                Variant("2 ranks, fp32", lambda: train(corpus, 2)),
+                Variant(
+                    "2 ranks, fp32, glibc's own malloc settings", lambda: train(corpus, 2, **GLIBC_DEFAULTS)
+                ),
+                Variant("2 ranks, bf16", lambda: train(corpus, 2, "train.precision=bf16")),
+                Variant(
+                    "2 ranks, fp32, reference experts",
+                    lambda: train(corpus, 2, "train.expert_backend=reference"),
+                ),
+            ],
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What only a GPU can show: kernels, half precision and the engine there. Skipped, with the reason,
+elsewhere.
+"""
+
+import pytest
+import torch
+
+from launch.local import free_port
+from moe.experts import EXPERT_BACKENDS, reference_experts
+from moe.model import build_decoder
+from tests.assertions import assert_same_grads, relative_error
+from tests.distributed.test_layouts_agree import CONFIGS, GENTLE_LR, train_on_ranks, with_split
+from tests.models import packed_inputs, random_state, tiny_config, tiny_decoder
+from training.parallel import Layout, join_groups, leave_groups
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda", 0)
+RTOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize("name", sorted(EXPERT_BACKENDS.keys() - {"reference"}))
+def test_expert_backend_equals_the_loop(name: str, dtype: torch.dtype) -> None:
+    counts = torch.tensor([70, 0, 130, 1, 55], device=CUDA)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"rows": (256, 64), "gate": (5, 96, 64), "up": (5, 96, 64), "down": (5, 64, 96)}
+    results = []
+    for backend in (EXPERT_BACKENDS[name], reference_experts):
+        generator.manual_seed(0)
+        leaves = {
+            key: torch.randn(shape, generator=generator).to(CUDA, dtype).requires_grad_()
+            for key, shape in shapes.items()
+        }
+        out = backend(leaves["rows"], counts, leaves["gate"], leaves["up"], leaves["down"])
+        (out * torch.linspace(-1, 1, out.numel(), device=CUDA).view_as(out).to(dtype)).sum().backward()
+        results.append((out, {key: leaf.grad for key, leaf in leaves.items()}))
+    (got, got_grads), (want, want_grads) = results
+    assert relative_error(got, want) <= RTOL[dtype]
+    assert_same_grads(got_grads, want_grads, rtol=RTOL[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_decoder_equals_the_cpu(window: int | None) -> None:
+    cfg = tiny_config(sliding_window=window, n_shared_experts=1)
+    on_cpu = tiny_decoder(cfg, dtype=torch.float32)
+    on_gpu = build_decoder(cfg, device=CUDA)
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    tokens, doc_ids, is_counted = packed_inputs(cfg)
+    state = random_state(cfg)
+    want, _ = on_cpu(tokens, doc_ids, is_counted, state)
+    state = type(state)(state.bias_ME.to(CUDA), state.load_frac_ME.to(CUDA))
+    got, _ = on_gpu(tokens.to(CUDA), doc_ids, is_counted.to(CUDA), state)
+    assert relative_error(got.cpu(), want) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_engine_trains_in_half_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**launched, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    join_groups(Layout(1), CUDA)
+    try:
+        cfg = CONFIGS["sequence scope"]
+        full = train_on_ranks(0, with_split(cfg, 8), 1, "adamw", GENTLE_LR, device="cuda")
+        half_cfg = with_split(cfg, 2, precision=precision)
+        half = train_on_ranks(0, half_cfg, 1, "adamw", GENTLE_LR, device="cuda")
+    finally:
+        leave_groups()
+    assert half["losses"] == pytest.approx(full["losses"], rel=5e-3)

@@ -1,0 +1,96 @@
+"""Every command of README.md, in its order, in one directory, as a reader would type them.
+
+`make demo` and `make test` are not among them: .ci/run runs those.
+"""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from launch.local import free_port
+from launch.settings import load_config, recipe_names
+from moe.counts import n_active_params, n_params
+from tests.runs import read_rows
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+]
+ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the reader's own files, which README.md calls docs/ and src.jsonl.gz."""
+    directory = tmp_path_factory.mktemp("reader")
+    library = sorted(Path(json.__file__).parents[1].glob("*.py"))[:40]
+    (directory / "docs").mkdir()
+    for source in library[:20]:
+        (directory / "docs" / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"))
+    with gzip.open(directory / "src.jsonl.gz", "wt", encoding="utf-8") as file:
+        for source in library[20:]:
+            file.write(json.dumps({"text": source.read_text(encoding="utf-8")}) + "\n")
+    return directory
+
+
+def test_readme_has_one_command_for_each_thing_a_user_does() -> None:
+    assert {shlex.split(command)[0] for command in COMMANDS} == {"turnout", "tensorboard"}
+    assert len(COMMANDS) == len(set(COMMANDS)) >= 8
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("turnout")])
+def test_command_runs(command: str, place: Path) -> None:
+    """Later commands use what earlier ones made, as README.md's reader does."""
+    run = subprocess.run(
+        shlex.split(command), cwd=place, env=ENV, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+def test_runs_left_what_readme_lists(place: Path) -> None:
+    listed = re.findall(r"^(?:RUN/)?\s+([a-z.]+/?)  ", README, re.MULTILINE)
+    assert len(listed) == 5
+    for name in listed:
+        assert (place / "runs" / "first" / name).exists(), name
+    assert read_rows(place / "runs" / "first")[-1]["eval/bits_per_byte"] < 4
+
+
+def test_tensorboard_serves_the_runs(place: Path) -> None:
+    command = next(c for c in COMMANDS if c.startswith("tensorboard"))
+    port = free_port()
+    server = subprocess.Popen(
+        [*shlex.split(command), "--port", str(port)], cwd=place, env=ENV, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline_s, runs = time.monotonic() + 60, []
+        while not runs and time.monotonic() < deadline_s:
+            time.sleep(0.5)
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=5) as answer:
+                    runs = json.load(answer)
+            except (urllib.error.URLError, ConnectionError):
+                continue
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert "first/tensorboard" in runs
+
+
+def test_recipe_table_is_right() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) ([MB]) \| ([\d.]+) ([MB]) \|", README, re.MULTILINE)
+    assert {row[0] for row in rows} == set(recipe_names())
+    for name, total, total_unit, active, active_unit in rows:
+        model, size = load_config(name).model, {"M": 1e6, "B": 1e9}
+        assert n_params(model) == pytest.approx(float(total) * size[total_unit], rel=0.02), name
+        assert n_active_params(model) == pytest.approx(float(active) * size[active_unit], rel=0.03), name
