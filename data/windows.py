@@ -46,7 +46,7 @@ def rolling_windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, bos_id: in
 
 
 def evaluation_documents(corpus: Corpus, split: str = "valid") -> Iterator[EvaluationDocument]:
-    """Yield the documents of a split, source after source."""
+    """Yield the documents of a split, in turn from each source, so that any first few are of all sources."""
     streams = corpus.split(split)
     if not any(stream.n_documents for stream in streams):
         raise DataError(
@@ -54,8 +54,10 @@ def evaluation_documents(corpus: Corpus, split: str = "valid") -> Iterator[Evalu
             "prepare a corpus with a larger valid_frac, or more documents"
         )
     tokenizer = corpus.load_tokenizer()
-    for stream in streams:
-        for number in range(stream.n_documents):
+    for number in range(max(stream.n_documents for stream in streams)):
+        for stream in streams:
+            if number >= stream.n_documents:
+                continue
             ids = stream.document(number)[1:-1].astype(np.int64)
             n_bytes = len(tokenizer.decode(ids.tolist()).encode("utf-8"))
             yield EvaluationDocument(stream.name, ids, n_bytes)

@@ -17,6 +17,7 @@ app = App(
     name="turnout",
     help="Pretrain Mixture-of-Experts language models; the parallel layout cannot change the result.",
     version=metadata.version("turnout"),
+    suppress_keyboard_interrupt=False,  # it would end with 130; main says what happened and ends with 1
 )
 
 
@@ -36,7 +37,9 @@ def prepare(
     vocab_size: Annotated[
         int | None, Parameter(help="Tokens of the tokenizer that is trained; default: 32768.")
     ] = None,
-    text_field: Annotated[str, Parameter(help="Field that holds the text in jsonl and parquet.")] = "text",
+    text_field: Annotated[
+        str | None, Parameter(help="Field that holds the text in jsonl and parquet; default: text.")
+    ] = None,
     valid_frac: Annotated[float, Parameter(help="Share of documents held out for evaluation.")] = 0.01,
     workers: Annotated[int | None, Parameter(help="Processes that tokenise; default: all cores.")] = None,
 ) -> None:

@@ -52,12 +52,15 @@ class TrainConsole:
         self._bar = LiveBar("training", n_steps)
 
     def on_row(self, row: Row) -> None:
+        if "train/loss" in row:
+            self._say_step(row)
         if "eval/bits_per_byte" in row:
             self._bar.say(
                 f"held-out  loss {row['eval/loss']:.4f}  bits/byte {row['eval/bits_per_byte']:.4f}  "
                 f"({row['eval/n_documents']} documents, {row['eval/n_bytes']:,} bytes)"
             )
-            return
+
+    def _say_step(self, row: Row) -> None:
         done = int(row["step"])
         self._bar.update(done)
         left_s = (time.monotonic() - self._start_s) / done * (self._n_steps - done)

@@ -10,8 +10,6 @@ BAD_DATA = 3
 BAD_CHECKPOINT = 4
 CAN_BE_RESUMED = 75
 
-KNOWN = {DONE, OTHER, BAD_CONFIG, BAD_DATA, BAD_CHECKPOINT, CAN_BE_RESUMED}
-
 
 def exit_code(err: BaseException) -> int:
     if isinstance(err, ConfigError):

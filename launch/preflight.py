@@ -1,6 +1,7 @@
 """All that can be checked of a training run before ranks start."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from data.corpus import Corpus, open_corpus
 from data.errors import DataError
 from training.batches import build_loader
 from training.config import ConfigError, RunConfig
-from training.hardware import cpu_has_fp16
+from training.hardware import cpu_has_bf16, cpu_has_fp16
 
 
 def check_machine(cfg: RunConfig, nproc: int) -> None:
@@ -21,6 +22,10 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
         )
     if cfg.train.precision == "fp16" and not n_gpus and not cpu_has_fp16():
         raise ConfigError("train.precision=fp16: this CPU has no fp16 arithmetic; use fp32 or bf16")
+    if cfg.train.precision == "bf16" and not n_gpus and not cpu_has_bf16():
+        print(
+            "turnout: this CPU has no bf16 arithmetic; train.precision=fp32 will be faster", file=sys.stderr
+        )
     if "wandb" in cfg.log.trackers and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "log.trackers names wandb, which is not installed; pip install 'turnout[wandb]', or leave it out"

@@ -21,7 +21,7 @@ def run_prepare(
     weights: Sequence[str],
     tokenizer: Path | None,
     vocab_size: int | None,
-    text_field: str,
+    text_field: str | None,
     valid_frac: float,
     workers: int | None,
 ) -> None:
@@ -30,20 +30,24 @@ def run_prepare(
         raise ConfigError("name some input, PATH or NAME=PATH, or pass --embedded, but not both")
     if not 0 <= valid_frac < 1:
         raise ConfigError(f"--valid-frac {valid_frac} must be at least 0 and below 1; 0.01 is usual")
+    if vocab_size is None and tokenizer is None:
+        vocab_size = DEFAULT_VOCAB_SIZE
+    if vocab_size is not None and vocab_size < 1:
+        raise ConfigError(f"--vocab-size {vocab_size} must be positive; 32768 is usual")
+    if embedded and (weights or text_field is not None):
+        raise ConfigError("--weight and --text-field have no effect with --embedded; drop them")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be at least 1")
-    sources = embedded_sources() if embedded else parse_sources(inputs, weights, text_field)
-    if embedded and weights:
-        raise ConfigError("--weight has no effect with --embedded; drop it")
+    sources = embedded_sources() if embedded else parse_sources(inputs, weights, text_field or "text")
     console = PrepareConsole()
     try:
         manifest = prepare_corpus(
             sources=sources,
             out=out,
             tokenizer=tokenizer,
-            vocab_size=vocab_size or (None if tokenizer else DEFAULT_VOCAB_SIZE),
+            vocab_size=vocab_size,
             valid_frac=valid_frac,
-            n_workers=workers or os.cpu_count() or 1,
+            n_workers=workers or len(os.sched_getaffinity(0)),
             report=console.report,
         )
     finally:
@@ -74,7 +78,11 @@ def parse_sources(inputs: Sequence[str], weights: Sequence[str], text_field: str
                 f"two inputs are called {name!r}; give them names: one={paths[name]} two={path}"
             )
         paths[name] = path
-    weight_of = dict(_parse_weight(text) for text in weights)
+    weight_of: dict[str, float] = {}
+    for name, weight in map(_parse_weight, weights):
+        if name in weight_of:
+            raise ConfigError(f"--weight {name} is given twice, {weight_of[name]} and {weight}; keep one")
+        weight_of[name] = weight
     strangers = sorted(weight_of.keys() - paths.keys())
     if strangers:
         raise ConfigError(f"--weight names {strangers[0]!r}, but the sources are {sorted(paths)}")
@@ -84,8 +92,11 @@ def parse_sources(inputs: Sequence[str], weights: Sequence[str], text_field: str
 def _parse_weight(text: str) -> tuple[str, float]:
     name, _, number = text.partition("=")
     try:
-        return name, float(number)
+        weight = float(number)
     except ValueError as err:
         raise ConfigError(
             f"--weight {text!r} is not NAME=NUMBER; write for example --weight web=0.7"
         ) from err
+    if not 0 < weight < float("inf"):
+        raise ConfigError(f"--weight {text} must be positive; leave a source out instead of weighing it 0")
+    return name, weight

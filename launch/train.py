@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.exit_codes import DONE
+from launch.failures import explain_failures
 from launch.local import launch_ranks
 from launch.plan import data_line, plan_lines
 from launch.preflight import check_corpus, check_machine
@@ -32,7 +33,10 @@ def start_run(recipe: str, overrides: Sequence[str], *, run_dir: Path, nproc: in
     corpus = check_corpus(cfg)
     create_run_dir(run_dir, cfg, corpus, nproc=nproc)
     print(f"run directory {run_dir}, corpus {corpus.manifest.corpus_hash[:12]}, {nproc} ranks", flush=True)
-    code = launch_ranks(run_dir, nproc)
-    if code != DONE:
-        print(f"turnout: the run ended early, exit code {code}; logs in {run_dir / 'logs'}", file=sys.stderr)
+    if launch_ranks(run_dir, nproc):
+        return DONE
+    code, reasons = explain_failures(run_dir / "logs", nproc)
+    for reason in reasons:
+        print(f"turnout: {reason}", file=sys.stderr)
+    print(f"turnout: the run ended early, exit code {code}; logs in {run_dir / 'logs'}", file=sys.stderr)
     return code

@@ -6,34 +6,41 @@ import faulthandler
 import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
 
 from launch.console import TrainConsole
-from launch.exit_codes import exit_code
+from launch.failures import record_failure
+from launch.local import die_with_parent
 from launch.run_dir import read_config
-from training.config import ConfigError
 from training.loop import Observer, train
 from training.parallel import join_groups, leave_groups, local_device, plan_layout
-from training.step import NonFiniteError
 
 
 def main() -> None:
+    die_with_parent()
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    log_path = run_dir / "logs" / f"rank-{rank:05d}.log"
-    log_file = log_path.open("a", encoding="utf-8")
+    log_file = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
     logging.basicConfig(stream=log_file, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("turnout").setLevel(logging.INFO)
     # DeepSpeed calls collectives by names that torch is renaming; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     faulthandler.enable(log_file)
+    # Libraries' threads (TensorBoard's writer) fail apart from the run; their tracebacks belong in the log.
+    threading.excepthook = log_thread_failure
     try:
         run_rank(run_dir)
     except BaseException as err:  # whatever it is, the peers wait in a collective until this process is gone
-        report_failure(err, rank, log_path)
         # Not sys.exit: its clean-up joins threads and process groups, which may wait for peers for ever.
-        os._exit(exit_code(err))
+        os._exit(record_failure(err, rank, run_dir / "logs"))
+
+
+def log_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    name = failure.thread.name if failure.thread else "a thread"
+    details = traceback.format_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
+    logging.error("%s failed:\n%s", name, "".join(details))
 
 
 def run_rank(run_dir: Path) -> None:
@@ -50,14 +57,6 @@ def run_rank(run_dir: Path) -> None:
         train(cfg, run_dir, groups, observer=None)
     groups.barrier()
     leave_groups()
-
-
-def report_failure(err: BaseException, rank: int, log_path: Path) -> None:
-    """Say on stderr in one line what ended this rank; the traceback of a surprise goes to its log."""
-    logging.error("rank %d ended:\n%s", rank, "".join(traceback.format_exception(err)))
-    is_expected = isinstance(err, ConfigError | NonFiniteError | OSError | ValueError)
-    hint = "" if is_expected else f" ({type(err).__name__}; traceback in {log_path})"
-    print(f"turnout: rank {rank}: {err}{hint}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,11 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"router.n_groups={router.n_groups} must divide n_experts={n_experts}; use one of {fits}"
             )
+        if router.n_groups > 1 and router.top_groups == router.n_groups:
+            raise ValueError(
+                f"router.top_groups={router.top_groups} of router.n_groups={router.n_groups} lets all "
+                "groups compete, so they have no effect; lower router.top_groups, or use router.n_groups=1"
+            )
         if router.top_groups > router.n_groups:
             raise ValueError(
                 f"router.top_groups={router.top_groups} is more than router.n_groups={router.n_groups}; "

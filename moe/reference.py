@@ -134,7 +134,7 @@ def expert_layer(
         chosen = [
             choose((scores[b, s].detach() + state.bias_ME[moe_idx]).tolist(), cfg) for s in range(seq_len)
         ]
-        kept = kept_rows(chosen, scores[b], cfg)
+        kept = kept_rows(chosen, scores[b], is_counted[b], cfg)
         load = [0] * cfg.n_experts
         for s in range(seq_len):
             weights = torch.stack([scores[b, s, e] for e in chosen[s]])
@@ -170,14 +170,22 @@ def expert_layer(
     return y
 
 
-def kept_rows(chosen: list[list[int]], scores: Tensor, cfg: ModelConfig) -> set[tuple[int, int]]:
-    """Return the (position, expert) rows of one sequence that fit the capacity, heaviest first."""
+def kept_rows(
+    chosen: list[list[int]], scores: Tensor, is_counted: Tensor, cfg: ModelConfig
+) -> set[tuple[int, int]]:
+    """Return the (position, expert) rows of one sequence that fit the capacity.
+
+    Counted tokens come first, heavier rows before lighter ones, then the others; equals by position.
+    """
     rows = [(s, e) for s, ids in enumerate(chosen) for e in ids]
     if cfg.router.capacity_factor is None:
         return set(rows)
     capacity = math.ceil(cfg.router.capacity_factor * len(rows) / cfg.n_experts)
     kept: set[tuple[int, int]] = set()
     for expert in range(cfg.n_experts):
-        mine = sorted((r for r in rows if r[1] == expert), key=lambda r: (-float(scores[r].detach()), r[0]))
+        mine = sorted(
+            (r for r in rows if r[1] == expert),
+            key=lambda r: (-float(scores[r].detach()) if is_counted[r[0]] else 1.0, r[0]),
+        )
         kept.update(mine[:capacity])
     return kept

@@ -58,7 +58,7 @@ class Router(nn.Module):
         # Sigmoid scores do not sum to 1 over experts; balancing speaks of probabilities
         # (DeepSeek-V3, 2412.19437, equation 19).
         probs_TE = scores_TE if router.score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
-        is_kept_TK = self._within_capacity(expert_ids_TK, weights_TK, n_seqs)
+        is_kept_TK = self._within_capacity(expert_ids_TK, weights_TK, is_counted_T)
         if router.normalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         counts_BE = counts_per_sequence(expert_ids_TK, is_counted_T, n_seqs, self.cfg.n_experts)
@@ -78,9 +78,14 @@ class Router(nn.Module):
         return Routing(expert_ids_TK, weights_TK * router.scale, is_kept_TK), stats
 
     @torch.no_grad()
-    def _within_capacity(self, expert_ids_TK: Tensor, weights_TK: Tensor, n_seqs: int) -> Tensor | None:
+    def _within_capacity(
+        self, expert_ids_TK: Tensor, weights_TK: Tensor, is_counted_T: Tensor
+    ) -> Tensor | None:
         if self.cfg.router.capacity_factor is None:
             return None
+        n_seqs = is_counted_T.numel() // self.cfg.seq_len
+        # Weights are at least 0, so padding and masked tokens give way to every token that counts.
+        weights_TK = weights_TK.masked_fill(~is_counted_T.unsqueeze(1), -1.0)
         rows_per_seq = self.cfg.seq_len * self.cfg.top_k
         capacity = math.ceil(self.cfg.router.capacity_factor * rows_per_seq / self.cfg.n_experts)
         return within_capacity(expert_ids_TK, weights_TK, n_seqs, capacity, self.cfg.n_experts)

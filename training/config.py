@@ -145,6 +145,12 @@ class RunConfig(BaseModel):
                 f"optim.schedule.warmup_steps={warmup_steps} must be below train.n_steps={n_steps}; "
                 f"use at most {n_steps - 1}"
             )
+        decay_frac = self.optim.schedule.decay_frac
+        if decay_frac is not None and round(decay_frac * n_steps) < 2:
+            raise ValueError(
+                f"optim.schedule.decay_frac={decay_frac} of train.n_steps={n_steps} decays for less than two "
+                f"steps; use at least {2 / n_steps:.2g}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -159,7 +165,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_samples(self) -> Self:
-        if self.sample.n_tokens >= self.model.seq_len:
+        if self.sample.prompts and self.sample.n_tokens >= self.model.seq_len:
             raise ValueError(
                 f"sample.n_tokens={self.sample.n_tokens} must be below model.seq_len={self.model.seq_len}; "
                 f"use at most {self.model.seq_len - 1}"

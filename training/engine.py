@@ -172,7 +172,7 @@ class Engine:
 
 
 def _quieten() -> None:
-    """Leave DeepSpeed its warnings: its banners and timings repeat what the run directory holds."""
+    """Leave DeepSpeed its errors: its banners, timings and advice repeat what the run directory holds."""
     deepspeed_logger.setLevel(logging.ERROR)
 
 

@@ -1,8 +1,8 @@
 """Held-out loss, free of side effects: no gradient, no router statistic and no random state is touched.
 
 Convention (lm-eval's rolling log-likelihood, without a second BOS): each document is scored alone, BOS first,
-in disjoint windows of seq_len tokens, and the sum of its tokens' -log2 p is divided by the UTF-8 bytes of its
-text.
+in windows of seq_len tokens that score each token once (data/windows.py), and the sum of its tokens' -log2 p
+is divided by the UTF-8 bytes of its text.
 """
 
 import math

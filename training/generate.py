@@ -43,9 +43,10 @@ def continue_prompts(
 def _next_logits(decoder: Decoder, rows: list[list[int]], state: RouterState, device: torch.device) -> Tensor:
     """Return the logits after each row's last token, [rows, V] on the CPU. Causality hides the padding."""
     tokens = torch.zeros(len(rows), decoder.cfg.seq_len, dtype=torch.int64)
+    is_counted = torch.zeros_like(tokens, dtype=torch.bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
-    is_counted = torch.zeros_like(tokens, dtype=torch.bool)
+        is_counted[i, : len(row)] = True
     hidden, _ = decoder(tokens.to(device), torch.zeros_like(tokens), is_counted.to(device), state)
     last = torch.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)])
     return decoder.logits(last).float().cpu()

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 FLOP/s by the vendor's data sheets; the longest matching name wins.
-_GPU_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+# Dense bf16 FLOP/s by the vendor's data sheets. Whole names: the PCIe and NVL boards of a family are slower.
+_GPU_BF16_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> PeakFlops:
     """Return the peak of a known GPU by its data sheet, else the best of some square matrix products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [key for key in _GPU_BF16_FLOPS if key in name]
-        if known and dtype in (torch.bfloat16, torch.float16):
-            return PeakFlops(_GPU_BF16_FLOPS[max(known, key=len)], f"{name} data sheet, dense bf16")
-    size = 1024
+        if name in _GPU_BF16_FLOPS and dtype in (torch.bfloat16, torch.float16):
+            return PeakFlops(_GPU_BF16_FLOPS[name], f"{name} data sheet, dense bf16")
+    size = 8192 if device.type == "cuda" else 1024
     a, b = torch.ones(2, size, size, dtype=dtype, device=device)
     best_s = min(_time_matmul(a, b) for _ in range(5))
     return PeakFlops(2 * size**3 / best_s, f"best {size}x{size} {dtype} matrix product, measured at start")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data.corpus import Corpus, open_corpus
-from moe.balance import RouterState
+from moe.balance import RouterState, load_fractions
 from moe.config import ModelConfig
 from moe.counts import flops_per_token
 from moe.init import init_weights
@@ -61,9 +61,8 @@ def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer | No
 
     Raises ConfigError, DataError or NonFiniteError, each the same on every rank where the cause is shared.
     """
-    corpus = open_corpus(
-        Path(cfg.data.corpus), verify="size"
-    )  # checksums were verified before the ranks started
+    # Checksums were verified before the ranks started.
+    corpus = open_corpus(Path(cfg.data.corpus), verify="size")
     loader = build_loader(cfg, corpus)
     engine, decoder = build_engine(cfg, groups)
     progress = Progress(RouterState.initial(cfg.model, groups.device))
@@ -79,15 +78,23 @@ def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer | No
     clock = _Clock(cfg.model, groups, peak)
     for step, microbatches in prefetch(loader, cfg, groups):
         schedule_lr = lr_at(step, lr=cfg.optim.lr, schedule=cfg.optim.schedule, n_steps=cfg.train.n_steps)
-        result = train_step(engine, microbatches, progress.router_state, lr=schedule_lr, groups=groups)
-        _note(progress, result, cfg, step)
-        clock.count(cfg.train.batch_tokens)
         n_done = step + 1
-        if n_done % cfg.log.every_steps == 0 or n_done == cfg.train.n_steps:
-            record({"step": n_done, **_step_row(result, progress, schedule_lr), **clock.row()})
-        if n_done == cfg.train.n_steps or _is_due(n_done, cfg.eval.every_steps):
-            record({"step": n_done, **_evaluation_row(cfg, decoder, corpus, progress, groups)})
+        try:
+            result = train_step(engine, microbatches, progress.router_state, lr=schedule_lr, groups=groups)
+            _note(progress, result, cfg)
+        except RuntimeError as err:
+            err.add_note(f"step {n_done}")
+            raise
+        clock.count(cfg.train.batch_tokens)
+        is_last = n_done == cfg.train.n_steps
+        row: Row = {"step": n_done}
+        if is_last or n_done % cfg.log.every_steps == 0:
+            row |= _step_row(result, progress, schedule_lr, engine.loss_scale) | clock.row()
+        if is_last or _is_due(n_done, cfg.eval.every_steps):
+            row |= _evaluation_row(cfg, decoder, corpus, progress, groups)
             clock.restart()
+        if len(row) > 1:
+            record(row)
     for prompt, text in _samples(cfg, decoder, corpus, progress):
         if metrics is not None and observer is not None:
             metrics.write_text("sample", f"**{prompt}**{text}", cfg.train.n_steps)
@@ -119,7 +126,7 @@ def _is_due(n_done: int, every_steps: int | None) -> bool:
     return every_steps is not None and n_done % every_steps == 0
 
 
-def _note(progress: Progress, result: StepResult, cfg: RunConfig, step: int) -> None:
+def _note(progress: Progress, result: StepResult, cfg: RunConfig) -> None:
     """Take a step's outcome into the progress; stop where it was not applied and no loss scale can help."""
     progress.router_state = advance_router_state(progress.router_state, result, cfg.model.balance)
     progress.tokens_seen += cfg.train.batch_tokens
@@ -130,13 +137,12 @@ def _note(progress: Progress, result: StepResult, cfg: RunConfig, step: int) -> 
     progress.n_skipped_in_a_row += 1
     if cfg.train.precision != "fp16" or progress.n_skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
         raise NonFiniteError(
-            f"step {step}: the gradient norm is {result.outcome.grad_norm} though the loss is "
-            f"{float(result.loss):.4g}; the update was not applied. Lower optim.lr, or use bf16"
+            f"the gradient norm is {result.outcome.grad_norm} though the loss is {float(result.loss):.4g}; "
+            f"the update was not applied. Lower optim.lr, or use bf16"
         )
 
 
-def _step_row(result: StepResult, progress: Progress, lr: float) -> Row:
-    load_frac = result.counts_ME.double() / result.counts_ME.sum(-1, keepdim=True).clamp(min=1)
+def _step_row(result: StepResult, progress: Progress, lr: float, loss_scale: float) -> Row:
     return {
         "train/loss": float(result.loss),
         "train/grad_norm": result.outcome.grad_norm,
@@ -145,7 +151,8 @@ def _step_row(result: StepResult, progress: Progress, lr: float) -> Row:
         "train/z_loss": float(result.z_loss),
         "train/tokens_seen": progress.tokens_seen,
         "train/skipped_steps": progress.n_skipped,
-        "router/max_load_frac": float(load_frac.max()),
+        "train/loss_scale": loss_scale,
+        "router/max_load_frac": float(load_fractions(result.counts_ME).max()),
         "router/entropy_nats": float(result.entropy),
         "router/dropped_tokens": int(result.n_dropped),
     }

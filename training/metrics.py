@@ -3,6 +3,7 @@ rows.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ class MetricsLog:
 
     def write(self, row: Row) -> None:
         """Append one row; row["step"] counts optimizer steps done."""
-        self._file.write(json.dumps(row) + "\n")
+        # JSON has no infinity: the norm of a skipped fp16 step is null.
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         values = {key: value for key, value in row.items() if key != "step"}
         for tracker in self._trackers:

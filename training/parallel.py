@@ -9,7 +9,6 @@ so world_size = dp * tp = edp * ep, and an expert-parallel group may span tensor
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -196,5 +195,5 @@ def leave_groups() -> None:
         dist.destroy_process_group()
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
-    return "rank " + ", ".join(str(rank) for rank in ranks)
+def name_ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -41,7 +41,6 @@ class StepResult:
     entropy: Tensor
     counts_ME: Tensor
     n_dropped: Tensor
-    n_tokens: Tensor
     outcome: StepOutcome
 
 
@@ -97,7 +96,6 @@ def _unpack(sums: Tensor, state: RouterState, n_tokens: Tensor, outcome: StepOut
         entropy=entropy / n_tokens,
         counts_ME=sums[5:].view_as(state.bias_ME).long(),
         n_dropped=n_dropped.long(),
-        n_tokens=n_tokens,
         outcome=outcome,
     )
 
@@ -110,6 +108,6 @@ def _check_finite_loss(result: StepResult, local_nll: Tensor, groups: Groups) ->
         r for r, nll in enumerate(groups.collect(float(local_nll))) if not torch.isfinite(torch.tensor(nll))
     ]
     raise NonFiniteError(
-        f"loss is {float(result.loss)} on {name_ranks(bad)}; the update was not applied. "
+        f"loss is {float(result.loss)}, not finite on {name_ranks(bad)}; the update was not applied. "
         "Lower optim.lr, set train.clip_norm, or look at the data of this step"
     )

@@ -5,6 +5,7 @@ read.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -123,7 +124,7 @@ def test_run_directory_holds_config_provenance_logs_and_metrics(
         assert f"rank {rank} of 2: dp=2 tp=1 ep=1, ZeRO-1, fp32, experts by grouped" in text
     rows = read_rows(run_dir)
     steps = [row for row in rows if "train/loss" in row]
-    assert [row["step"] for row in steps] == [3, 6, 9, 12]
+    assert [row["step"] for row in rows] == [row["step"] for row in steps] == [3, 6, 9, 12]
     assert all(row.keys() >= PROMISED_METRICS for row in steps)
     assert steps[-1]["train/tokens_seen"] == 12 * 256
     assert steps[-1]["train/loss"] < steps[0]["train/loss"]
@@ -165,28 +166,42 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(place: Path) -> None:
     assert rows["steps"] == "12" and "epochs" in rows["data"]
 
 
-def test_a_dying_rank_ends_the_run_with_its_name(place: Path) -> None:
-    command = [sys.executable, "-m", "launch.cli", "train", "run.toml", "--run-dir", "killed", "--nproc", "2"]
-    command += ["--set", "train.n_steps=100000"]
+def start_long_run(place: Path, run_dir: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start a run that would take hours, wait for its first row, and return it with all processes below
+    it.
+    """
+    command = [sys.executable, "-m", "launch.cli", "train", "run.toml", "--run-dir", run_dir, "--nproc", "2"]
+    command += ["--set", "train.n_steps=1000000"]
     run = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline_s = time.monotonic() + 90
-    try:
-        while not (place / "killed" / "metrics.jsonl").exists() or not read_rows(place / "killed"):
-            assert time.monotonic() < deadline_s and run.poll() is None
-            time.sleep(0.2)
-        ranks = [
-            p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1"
-        ]
-        assert len(ranks) == 1
-        ranks[0].kill()
-        killed_s = time.monotonic()
-        _, stderr = run.communicate(timeout=60)
-    finally:
-        run.kill()
-    assert time.monotonic() - killed_s < 60
+    while not (place / run_dir / "metrics.jsonl").exists() or not read_rows(place / run_dir):
+        if time.monotonic() > deadline_s or run.poll() is not None:
+            run.kill()
+            raise AssertionError("the run did not get to its first row")
+        time.sleep(0.2)
+    return run, psutil.Process(run.pid).children(recursive=True)
+
+
+def test_a_killed_rank_ends_the_run_within_a_minute_and_is_named(place: Path) -> None:
+    run, below = start_long_run(place, "killed")
+    (victim,) = [p for p in below if p.environ().get("RANK") == "1"]
+    victim.kill()
+    _, stderr = run.communicate(timeout=60)
     assert run.returncode == 1
-    assert "the run ended early, exit code 1" in stderr
-    assert "Traceback" not in stderr
+    assert "turnout: rank 1 ended without a word: killed, or out of memory" in stderr.splitlines()
+    assert re.search(r"^turnout: rank 0: step \d+: \w+Error: ", stderr, re.MULTILINE)
+    assert "the run ended early, exit code 1" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_no_rank_outlives_the_command(signum: signal.Signals, place: Path) -> None:
+    run, below = start_long_run(place, f"signal-{signum.name}")
+    assert len(below) >= 3, "the launcher and two ranks"
+    run.send_signal(signum)
+    run.communicate(timeout=60)
+    assert run.returncode == (-signum if signum == signal.SIGKILL else 1)
+    _, alive = psutil.wait_procs(below, timeout=45)
+    assert not alive
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(place: Path) -> None:
@@ -200,6 +215,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(place: Path) -> None:
     ]
     run = turnout(place, "train", "run.toml", "--run-dir", "nan", "--nproc", "2", *exploding)
     assert run.returncode == 1
-    messages = [line for line in run.stderr.splitlines() if line.startswith("turnout: rank")]
-    assert messages and all("the update was not applied" in line for line in messages)
-    assert "Traceback" not in run.stderr
+    reason, end = run.stderr.splitlines()
+    assert re.match(r"turnout: ranks 0, 1: step \d+: .*the update was not applied", reason)
+    assert end.startswith("turnout: the run ended early")

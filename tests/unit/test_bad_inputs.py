@@ -1,5 +1,6 @@
 """Mistakes a user can make at the command line: one clear line, the right exit code, nothing half-written."""
 
+import importlib.util
 import json
 import resource
 import signal
@@ -115,13 +116,13 @@ TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "a typo in a setting": (nothing, train_with("model.n_layer=3"), 2, "did you mean model.n_layers?"),
     "a wrong type": (nothing, train_with("train.n_steps=soon"), 2, "train.n_steps='soon'"),
     "a setting without value": (nothing, train_with("train.n_steps"), 2, "is not path=value"),
+    "groups that limit nothing": (nothing, train_with("model.router.n_groups=2", "model.router.top_groups=2"), 2, "no effect"),
     "experts that groups do not divide": (nothing, train_with("model.router.n_groups=3"), 2, "use one of [1, 2, 4]"),
     "top_k above n_experts": (nothing, train_with("model.top_k=5"), 2, "top_k=5 is more than n_experts=4"),
     "top 1 renormalised": (nothing, train_with("model.top_k=1"), 2, "router.normalize=false"),
     "a batch that ranks do not divide": (nothing, [*train_with(), "--nproc", "3"], 2, "a number of ranks that divides"),
     "a batch that is no whole sequence": (nothing, train_with("train.batch_tokens=70"), 2, "use 64 or 80"),
     "tensor parallelism": (nothing, [*train_with("parallel.tp=2", "model.n_kv_heads=2"), "--nproc", "2"], 2, "parallel.tp=1"),
-    "a tracker that is not installed": (nothing, train_with('log.trackers=["wandb"]'), 2, "pip install"),
     "a vocabulary smaller than the tokenizer's": (nothing, train_with("model.vocab_size=100"), 2, "use model.vocab_size=320"),
     "a used run directory": (use_run_directory, train_with(), 2, "run is not empty"),
     "a file as run directory": (put_file_in_the_way, train_with(), 2, "run is a file"),
@@ -172,7 +173,10 @@ PREPARING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "a held-out share of all": (nothing, ["text.jsonl", "--valid-frac", "1"], 2, "--valid-frac 1.0"),
     "a weight without source": (nothing, ["text.jsonl", "--weight", "web=1"], 2, "'web'"),
     "a weight that is no number": (nothing, ["text.jsonl", "--weight", "text=big"], 2, "NAME=NUMBER"),
-    "a negative weight": (nothing, ["text.jsonl", "--weight", "text=-1"], 3, "weight"),
+    "a negative weight": (nothing, ["text.jsonl", "--weight", "text=-1"], 2, "must be positive"),
+    "a weight given twice": (nothing, ["text.jsonl", "--weight", "text=1", "--weight", "text=2"], 2, "given twice"),
+    "a vocabulary of nothing": (nothing, ["text.jsonl", "--vocab-size", "0"], 2, "--vocab-size 0 must be positive"),
+    "a field of the embedded corpus": (nothing, ["--embedded", "--text-field", "body"], 2, "--text-field"),
     "another corpus's directory": (nothing, ["text.jsonl", "--vocab-size", "300", "--out", "corpus"], 3, "corpus"),
     "a directory that is not ours": (write("run", b""), ["text.jsonl", "--out", "."], 3, "give an empty or new directory"),
 }  # fmt: skip
@@ -215,6 +219,23 @@ def test_a_full_disk_ends_prepare_in_one_line_and_the_next_run_completes(place: 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert (place / "new" / "corpus.json").exists() and not list((place / "new").rglob("*.tmp"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_installed_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = run(*train_with('log.trackers=["wandb"]'), capsys=capsys)
+    assert code == 2 and "pip install 'turnout[wandb]'" in message
+
+
+def test_a_full_disk_ends_training_in_one_line(place: Path) -> None:
+    # Room for the rows of metrics and TensorBoard's first events, not for 100,000 of them.
+    command = [sys.executable, "-m", "launch.cli", *train_with("train.n_steps=100000", "log.every_steps=1")]
+    full = subprocess.run(command, capture_output=True, text=True, timeout=200, preexec_fn=limit_file_size)
+    assert full.returncode == 1
+    first, last = full.stderr.splitlines()
+    assert first.startswith("turnout: rank 0: ") and "File too large" in first
+    assert last.startswith("turnout: the run ended early, exit code 1")
+    assert (place / "run" / "config.toml").exists()
 
 
 def test_a_wrong_command_imports_nothing_heavy() -> None:

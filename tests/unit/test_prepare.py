@@ -237,7 +237,7 @@ def long_call(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     directory = tmp_path_factory.mktemp("killed")
     sources = [
         ("a", str(write_jsonl(directory / "a.jsonl", make_texts(6000, n_words=50)))),
-        ("b", str(write_jsonl(directory / "b.jsonl", make_texts(900, seed=1)))),
+        ("b", str(write_jsonl(directory / "b.jsonl", make_texts(3000, seed=1)))),
     ]
     call = {"sources": sources, "tokenizer": None, "shard_tokens": CALL_SHARD_TOKENS, "n_workers": 1}
     subprocess.run(
@@ -303,6 +303,14 @@ def prepare_again(call: dict[str, Any], out: Path) -> None:
         shard_tokens=CALL_SHARD_TOKENS,
         n_workers=1,
     )
+
+
+def test_the_train_shard_is_committed_last(tmp_path: Path, source: Source) -> None:
+    """Its JSON says that both are there, so a kill between the two must find the other one first."""
+    prepare(tmp_path / "out", source, valid_frac=0.4)
+    pairs = [(p, tmp_path / "out" / "train" / p.name) for p in (tmp_path / "out" / "valid").glob("*.json")]
+    assert len(pairs) > 3
+    assert all(valid.stat().st_mtime_ns < train.stat().st_mtime_ns for valid, train in pairs)
 
 
 def test_documents_changed_behind_the_plan_are_refused(

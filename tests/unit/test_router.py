@@ -90,6 +90,19 @@ def test_capacity_keeps_the_heaviest_rows_of_each_sequence() -> None:
     ]
 
 
+def test_padding_never_takes_the_place_of_a_token_that_counts() -> None:
+    cfg = tiny_config(router={"capacity_factor": 0.75})
+    x = tokens(cfg, n_seqs=1)
+    state, counted = RouterState.initial(cfg), torch.arange(cfg.seq_len) < 4
+    kept = []
+    for padding in (0.0, 50.0):
+        x[4:] = padding * x[:1]  # likes the experts of the first token, weakly or strongly
+        routing, _ = build_router(cfg)(x, state.bias_ME[0], state.load_frac_ME[0], counted)
+        assert routing.is_kept_TK is not None
+        kept.append(routing.is_kept_TK[:4])
+    assert torch.equal(*kept)
+
+
 def test_capacity_of_a_sequence_does_not_depend_on_its_neighbours() -> None:
     cfg = tiny_config(router={"capacity_factor": 0.75})
     x = tokens(cfg, n_seqs=4)
