@@ -124,7 +124,9 @@ def test_prefetcher_keeps_the_order_and_stays_within_its_depth() -> None:
     seen = []
     with Prefetcher(load, 4, 20, depth=2) as prefetcher:
         for step, value in prefetcher:
-            # Two are ready, one is being put, one may be under way.
+            # The consumer is the slow one, so a thread without a limit would run ahead. Two values are
+            # ready, one waits to be put, one may be under way.
+            time.sleep(0.01)
             assert len(started) <= step - 4 + 1 + 2 + 1 + 1
             seen.append((step, value))
     assert seen == [(step, step * step) for step in range(4, 20)]
