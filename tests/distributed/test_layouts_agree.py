@@ -25,6 +25,7 @@ from training.optimizer import ParamGroups, build_adamw, param_groups
 from training.parallel import Groups, Layout, n_microbatches
 from training.step import NonFiniteError, StepResult, advance_router_state, train_step
 
+BuildOptimizer = Callable[[ParamGroups], torch.optim.Optimizer]
 LR = 0.05
 GENTLE_LR = 0.003  # for AdamW in half precision, where a large rate would amplify rounding
 
@@ -43,6 +44,18 @@ def build_objective(cfg: RunConfig) -> Objective:
     return Objective(decoder)
 
 
+def put_under_engine(objective: Objective, cfg: RunConfig, groups: Groups, build: BuildOptimizer) -> Engine:
+    return Engine(
+        objective,
+        cfg.train,
+        groups,
+        zero_stage=cfg.parallel.zero_stage,
+        n_microbatches=n_microbatches(cfg, groups.layout),
+        param_groups=param_groups(objective.named_parameters(), cfg.optim.weight_decay),
+        build_optimizer=build,
+    )
+
+
 def train_on_ranks(
     rank: int,
     cfg: RunConfig,
@@ -55,17 +68,8 @@ def train_on_ranks(
     """Train cfg.train.n_steps through the real engine; return losses, norms and fp32 parameters."""
     layout = Layout(world_size)
     groups = Groups(layout, rank, torch.device(device))
-    objective = build_objective(cfg).to(device)
     build = build_sgd if optimizer == "sgd" else partial(build_adamw, cfg=cfg.optim)
-    engine = Engine(
-        objective,
-        cfg.train,
-        groups,
-        zero_stage=cfg.parallel.zero_stage,
-        n_microbatches=n_microbatches(cfg, layout),
-        param_groups=param_groups(objective.named_parameters(), cfg.optim.weight_decay),
-        build_optimizer=build,
-    )
+    engine = put_under_engine(build_objective(cfg).to(device), cfg, groups, build)
     state = RouterState.initial(cfg.model, device)
     losses, norms, stats = [], [], []
     for step in range(cfg.train.n_steps):
@@ -89,9 +93,7 @@ def train_on_ranks(
     }
 
 
-def train_plainly(
-    cfg: RunConfig, build: Callable[[ParamGroups], torch.optim.Optimizer] = build_sgd, lr: float = LR
-) -> dict[str, Any]:
+def train_plainly(cfg: RunConfig, build: BuildOptimizer = build_sgd, lr: float = LR) -> dict[str, Any]:
     """Train by hand: one process, one batch, plain torch optimizer and clipping, no engine."""
     objective = build_objective(cfg)
     state = RouterState.initial(cfg.model)
@@ -188,15 +190,7 @@ def poison_and_step(rank: int, cfg: RunConfig, world_size: int) -> tuple[bool, s
     objective = build_objective(cfg)
     with torch.no_grad():
         objective.decoder.embed.weight[int(uneven_batch(cfg, 0).tokens[0, 0])] = float("nan")
-    engine = Engine(
-        objective,
-        cfg.train,
-        groups,
-        zero_stage=cfg.parallel.zero_stage,
-        n_microbatches=n_microbatches(cfg, layout),
-        param_groups=param_groups(objective.named_parameters(), 0.1),
-        build_optimizer=partial(build_adamw, cfg=cfg.optim),
-    )
+    engine = put_under_engine(objective, cfg, groups, partial(build_adamw, cfg=cfg.optim))
     before = engine.master_weights()
     share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
     message = ""

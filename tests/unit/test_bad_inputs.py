@@ -58,6 +58,13 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return int(caught.value.code or 0), capsys.readouterr().err
 
 
+def check_refusal(result: tuple[int, str], code: int, words: str) -> None:
+    got, message = result
+    assert got == code, message
+    assert words in message
+    assert len(message.splitlines()) == 1 and message.startswith("turnout: "), message
+
+
 def train_with(*overrides: str) -> list[str]:
     return ["train", "run.toml", "--run-dir", "run", *(x for o in overrides for x in ("--set", o))]
 
@@ -148,10 +155,7 @@ def test_training_refuses(
 ) -> None:
     damage(place)
     before = sorted(place.rglob("*"))
-    got, message = run(*arguments, capsys=capsys)
-    assert got == code, message
-    assert words in message
-    assert len(message.splitlines()) == 1 and message.startswith("turnout: "), message
+    check_refusal(run(*arguments, capsys=capsys), code, words)
     assert sorted(place.rglob("*")) == before, "nothing was written"
 
 
@@ -193,10 +197,7 @@ def test_preparing_refuses(
 ) -> None:
     damage(place)
     out = [] if "--out" in arguments else ["--out", "new"]
-    got, message = run("prepare", *arguments, *out, "--workers", "1", capsys=capsys)
-    assert got == code, message
-    assert words in message
-    assert len(message.splitlines()) == 1 and message.startswith("turnout: "), message
+    check_refusal(run("prepare", *arguments, *out, "--workers", "1", capsys=capsys), code, words)
     assert not (place / "new" / "corpus.json").exists()
     assert not list(place.rglob("*.tmp"))
 
