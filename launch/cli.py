@@ -11,7 +11,7 @@ from rich.console import Console
 
 from data.errors import DataError
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
-from training.config import ConfigError
+from training.errors import ConfigError
 
 app = App(
     name="turnout",

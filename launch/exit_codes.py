@@ -1,7 +1,7 @@
 """What an exit code says, and which error leads to which. Scripts rely on these numbers."""
 
 from data.errors import DataError
-from training.config import ConfigError
+from training.errors import ConfigError
 
 DONE = 0
 OTHER = 1

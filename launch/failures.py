@@ -11,9 +11,8 @@ from pathlib import Path
 
 from data.errors import DataError
 from launch.exit_codes import OTHER, exit_code
-from training.config import ConfigError
+from training.errors import ConfigError, NonFiniteError
 from training.parallel import name_ranks
-from training.step import NonFiniteError
 
 # Errors whose own words say it all; others get their type and a pointer to the log.
 PLAIN = (ConfigError, DataError, NonFiniteError, OSError)

@@ -9,7 +9,8 @@ import torch
 from data.corpus import Corpus, open_corpus
 from data.errors import DataError
 from training.batches import build_loader
-from training.config import ConfigError, RunConfig
+from training.config import RunConfig
+from training.errors import ConfigError
 from training.hardware import cpu_has_bf16, cpu_has_fp16
 
 

@@ -8,7 +8,7 @@ from data.manifest import CorpusManifest
 from data.prepare import prepare_corpus
 from data.sources import Source, embedded_sources
 from launch.console import PrepareConsole
-from training.config import ConfigError
+from training.errors import ConfigError
 
 DEFAULT_VOCAB_SIZE = 32_768
 

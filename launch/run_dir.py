@@ -15,7 +15,8 @@ from pathlib import Path
 
 from data.corpus import Corpus
 from launch.settings import check_config, to_toml
-from training.config import ConfigError, RunConfig
+from training.config import RunConfig
+from training.errors import ConfigError
 
 PACKAGES = ("turnout", "torch", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 

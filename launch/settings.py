@@ -14,7 +14,8 @@ from typing import Any, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from training.config import ConfigError, RunConfig
+from training.config import RunConfig
+from training.errors import ConfigError
 
 RECIPES = resources.files("launch") / "recipes"
 

@@ -12,10 +12,6 @@ from pydantic import BaseModel, Field, PositiveInt, model_validator
 from moe.config import STRICT, ModelConfig
 
 
-class ConfigError(ValueError):
-    """A setting is wrong; the message says which, its value, and the way out."""
-
-
 class ParallelConfig(BaseModel):
     model_config = STRICT
 

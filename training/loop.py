@@ -18,6 +18,7 @@ from moe.model import Decoder, build_decoder
 from training.batches import build_loader, prefetch
 from training.config import RunConfig
 from training.engine import DTYPES, Engine
+from training.errors import NonFiniteError
 from training.evaluate import evaluate
 from training.generate import continue_prompts
 from training.hardware import PeakFlops, peak_flops, peak_memory_gib
@@ -25,12 +26,7 @@ from training.metrics import MetricsLog, Row
 from training.objective import Objective
 from training.optimizer import build_adamw, lr_at, param_groups
 from training.parallel import Groups, n_microbatches, plan_layout
-from training.step import (
-    NonFiniteError,
-    StepResult,
-    advance_router_state,
-    train_step,
-)
+from training.step import StepResult, advance_router_state, train_step
 
 log = logging.getLogger("turnout")
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.config import ConfigError, RunConfig
+from training.config import RunConfig
+from training.errors import ConfigError
 
 # How long a collective may wait for a rank before it is taken for dead.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)

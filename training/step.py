@@ -15,12 +15,9 @@ from moe.balance import RouterState
 from moe.config import BalanceConfig
 from training.batches import to_device
 from training.engine import Engine, StepOutcome
+from training.errors import NonFiniteError
 from training.objective import ObjectiveSums
 from training.parallel import Groups, name_ranks
-
-
-class NonFiniteError(RuntimeError):
-    """The gradient is not finite: the update was not applied and the run must stop."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from tests.runs import rank_share, run_config, uneven_batch
 from training.batches import split_microbatches
 from training.config import RunConfig
 from training.engine import Engine, StepOutcome
+from training.errors import NonFiniteError
 from training.hardware import cpu_has_fp16
 from training.objective import Objective
 from training.optimizer import ParamGroups, build_adamw, param_groups
 from training.parallel import Groups, Layout, n_microbatches
-from training.step import NonFiniteError, StepResult, advance_router_state, train_step
+from training.step import StepResult, advance_router_state, train_step
 
 BuildOptimizer = Callable[[ParamGroups], torch.optim.Optimizer]
 LR = 0.05

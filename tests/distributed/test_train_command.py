@@ -153,7 +153,7 @@ def test_one_rank_and_other_microbatches_log_the_same_run(
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(place: Path) -> None:
     planned = turnout(place, "train", "run.toml", "--nproc", "2", "--dry-run")
-    assert planned.returncode == 0, planned.stderr
+    assert planned.returncode == 0 and not planned.stderr, planned.stderr
     rows = {line[:18].strip(): line[19:] for line in planned.stdout.splitlines()}
     assert {
         "parameters",

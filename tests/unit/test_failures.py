@@ -7,8 +7,8 @@ import pytest
 
 from data.errors import DataError
 from launch.failures import explain_failures, record_failure
+from training.errors import NonFiniteError
 from training.metrics import MetricsLog
-from training.step import NonFiniteError
 
 
 def test_the_rank_that_knows_the_cause_decides_code_and_words(tmp_path: Path) -> None:

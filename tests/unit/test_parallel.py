@@ -3,7 +3,7 @@
 import pytest
 
 from tests.runs import run_config
-from training.config import ConfigError
+from training.errors import ConfigError
 from training.parallel import Layout, divisors, n_microbatches, plan_layout
 
 LAYOUTS = [

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.settings import load_config, recipe_names, setting_paths, to_toml
-from training.config import ConfigError
+from training.errors import ConfigError
 
 CORPUS_TOML = 'data = { corpus = "x" }\n'
 

@@ -1,0 +1,9 @@
+"""The errors of training that a user can cause or must hear of. What raises them is elsewhere."""
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message says which, its value, and the way out."""
+
+
+class NonFiniteError(RuntimeError):
+    """The gradient is not finite: the update was not applied and the run must stop."""
