@@ -99,9 +99,14 @@ def build_plan(sources: Sequence[Source], settings: Settings) -> Plan:
 
 
 def adopt_directory(out: Path, plan: Plan) -> None:
-    """Make `out` the place of this plan, or find that it is already; refuse any other directory."""
+    """Make `out` the place of this plan, or find that it is already; refuse another corpus or a foreign directory."""
     path = out / PLAN_FILE
-    if path.is_file():
+    if path.is_file() and not _holds_shards(out):
+        # Refused or killed before its first shard: nothing is lost by starting anew, whatever the plan was.
+        for stale in [*out.glob("tokenizer.*"), *out.glob("*/*.bin"), *out.glob("*/*.idx")]:
+            stale.unlink()
+        write_atomically(path, json.dumps(plan, indent=1).encode())
+    elif path.is_file():
         _check_same_plan(path, plan)
     else:
         foreign = sorted(p.name for p in out.iterdir() if p.name not in (LOCK_FILE, PLAN_FILE + ".tmp"))
@@ -113,6 +118,10 @@ def adopt_directory(out: Path, plan: Plan) -> None:
         write_atomically(path, json.dumps(plan, indent=1).encode())
     for stale in [*out.glob("*.tmp"), *out.glob("*/*.tmp")]:
         stale.unlink()
+
+
+def _holds_shards(out: Path) -> bool:
+    return any(out.glob("*/*.json"))
 
 
 def _check_same_plan(path: Path, plan: Plan) -> None:

@@ -4,16 +4,11 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from data.prepare import PrepareProgress
+from launch.duration import format_duration
 from training.metrics import Row
-
-
-def format_duration(seconds: float) -> str:
-    minutes, secs = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s"
 
 
 class LiveBar:
@@ -23,7 +18,11 @@ class LiveBar:
         self._console = Console(file=sys.stdout, highlight=False)
         self.is_live = self._console.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=self._console
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
         )
         self._task = self._progress.add_task(title, total=total)
         if self.is_live:
@@ -62,7 +61,7 @@ class TrainConsole:
 
     def _say_step(self, row: Row) -> None:
         done = int(row["step"])
-        self._bar.update(done)
+        self._bar.update(done, f"step {done}/{self._n_steps}")
         left_s = (time.monotonic() - self._start_s) / done * (self._n_steps - done)
         self._bar.say(
             f"step {done:>{len(str(self._n_steps))}}/{self._n_steps}  loss {row['train/loss']:.4f}  "

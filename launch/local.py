@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from rich.console import Console
 
 from launch.exit_codes import DONE
 
@@ -44,18 +45,30 @@ def launch_ranks(run_dir: Path, nproc: int) -> bool:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _interrupt)
     try:
-        return ranks.wait() == DONE
+        is_done = ranks.wait() == DONE
+        if not is_done:
+            _restore_terminal()
+        return is_done
     except KeyboardInterrupt:
         ranks.terminate()
         try:
             ranks.wait(SHUTDOWN_S)
         finally:
             kill_session(ranks.pid)
+            _restore_terminal()
         raise
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _restore_terminal() -> None:
+    """Show the cursor again, which a rank that was ended with its bar on the screen has left hidden."""
+    console = Console()
+    if console.is_terminal:
+        console.show_cursor(True)
+        console.print()
 
 
 def kill_session(leader: int) -> None:

@@ -1,9 +1,11 @@
 """`turnout train`: check everything, make the run directory, start the ranks."""
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.duration import format_duration
 from launch.exit_codes import DONE
 from launch.failures import explain_failures
 from launch.local import launch_ranks
@@ -33,7 +35,10 @@ def start_run(recipe: str, overrides: Sequence[str], *, run_dir: Path, nproc: in
     corpus = check_corpus(cfg)
     create_run_dir(run_dir, cfg, corpus, nproc=nproc)
     print(f"run directory {run_dir}, corpus {corpus.manifest.corpus_hash[:12]}, {nproc} ranks", flush=True)
+    start_s = time.monotonic()
     if launch_ranks(run_dir, nproc):
+        duration = format_duration(time.monotonic() - start_s)
+        print(f"done in {duration}: {run_dir} (to look at it: tensorboard --logdir {run_dir})")
         return DONE
     code, reasons = explain_failures(run_dir / "logs", nproc)
     for reason in reasons:

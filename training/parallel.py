@@ -123,11 +123,14 @@ def n_microbatches(cfg: RunConfig, layout: Layout) -> int:
     per_round = layout.dp * cfg.train.microbatch_seqs
     if cfg.batch_seqs % per_round:
         fits = [d for d in divisors(cfg.batch_seqs) if cfg.batch_seqs % (d * layout.dp) == 0]
-        remedy = (
-            f"use train.microbatch_seqs from {fits}"
-            if fits
-            else f"use a number of ranks that divides {cfg.batch_seqs}, or another train.batch_tokens"
-        )
+        n_ranks = [
+            d for d in divisors(cfg.batch_seqs) if cfg.batch_seqs % (d * cfg.train.microbatch_seqs) == 0
+        ]
+        remedy = f"use train.microbatch_seqs from {fits}" if fits else f"use one of {n_ranks} ranks"
+        if not fits and not n_ranks:
+            remedy = (
+                f"use train.microbatch_seqs from {divisors(cfg.batch_seqs)}, or another train.batch_tokens"
+            )
         raise ConfigError(
             f"train.batch_tokens={cfg.train.batch_tokens} is {cfg.batch_seqs} sequences, which {layout.dp} "
             f"data-parallel ranks x train.microbatch_seqs={cfg.train.microbatch_seqs} do not divide; {remedy}"

@@ -127,7 +127,7 @@ TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "experts that groups do not divide": (nothing, train_with("model.router.n_groups=3"), 2, "use one of [1, 2, 4]"),
     "top_k above n_experts": (nothing, train_with("model.top_k=5"), 2, "top_k=5 is more than n_experts=4"),
     "top 1 renormalised": (nothing, train_with("model.top_k=1"), 2, "router.normalize=false"),
-    "a batch that ranks do not divide": (nothing, [*train_with(), "--nproc", "3"], 2, "a number of ranks that divides"),
+    "a batch that ranks do not divide": (nothing, [*train_with(), "--nproc", "3"], 2, "use one of [1, 2] ranks"),
     "a batch that is no whole sequence": (nothing, train_with("train.batch_tokens=70"), 2, "use 64 or 80"),
     "tensor parallelism": (nothing, [*train_with("parallel.tp=2", "model.n_kv_heads=2"), "--nproc", "2"], 2, "parallel.tp=1"),
     "a vocabulary smaller than the tokenizer's": (nothing, train_with("model.vocab_size=100"), 2, "use model.vocab_size=320"),

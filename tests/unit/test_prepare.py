@@ -131,6 +131,16 @@ def test_changed_inputs_are_refused(tmp_path: Path, source: Source) -> None:
         prepare(tmp_path / "out", source)
 
 
+def test_after_a_refusal_the_mended_command_works_in_the_same_directory(
+    tmp_path: Path, source: Source
+) -> None:
+    with pytest.raises(DataError, match="use at most"):
+        prepare(tmp_path / "out", source, tokenizer=None, vocab_size=100_000)
+    prepare(tmp_path / "out", source, tokenizer=None, vocab_size=400)
+    prepare(tmp_path / "fresh", source, tokenizer=None, vocab_size=400)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
 def test_a_foreign_directory_is_refused_untouched(tmp_path: Path, source: Source) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tmp").write_text("mine")
