@@ -99,7 +99,7 @@ def build_plan(sources: Sequence[Source], settings: Settings) -> Plan:
 
 
 def adopt_directory(out: Path, plan: Plan) -> None:
-    """Make `out` the place of this plan, or find that it is already; refuse another corpus or a foreign directory."""
+    """Make `out` the place of this plan, or find that it is; refuse another corpus, or what is not ours."""
     path = out / PLAN_FILE
     if path.is_file() and not _holds_shards(out):
         # Refused or killed before its first shard: nothing is lost by starting anew, whatever the plan was.
