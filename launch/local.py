@@ -43,7 +43,9 @@ def launch_ranks(run_dir: Path, nproc: int) -> bool:
         preexec_fn=die_with_parent,
     )
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _interrupt)
+        # Under nohup the hang-up is ignored, and stays so.
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _interrupt)
     try:
         is_done = ranks.wait() == DONE
         if not is_done:

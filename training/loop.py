@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,24 +74,21 @@ def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer | No
 
     clock = _Clock(cfg.model, groups, peak)
     for step, microbatches in prefetch(loader, cfg, groups):
-        schedule_lr = lr_at(step, lr=cfg.optim.lr, schedule=cfg.optim.schedule, n_steps=cfg.train.n_steps)
         n_done = step + 1
-        try:
+        with _naming_step(n_done):
+            schedule_lr = lr_at(step, lr=cfg.optim.lr, schedule=cfg.optim.schedule, n_steps=cfg.train.n_steps)
             result = train_step(engine, microbatches, progress.router_state, lr=schedule_lr, groups=groups)
             _note(progress, result, cfg)
-        except RuntimeError as err:
-            err.add_note(f"step {n_done}")
-            raise
-        clock.count(cfg.train.batch_tokens)
-        is_last = n_done == cfg.train.n_steps
-        row: Row = {"step": n_done}
-        if is_last or n_done % cfg.log.every_steps == 0:
-            row |= _step_row(result, progress, schedule_lr, engine.loss_scale) | clock.row()
-        if is_last or _is_due(n_done, cfg.eval.every_steps):
-            row |= _evaluation_row(cfg, decoder, corpus, progress, groups)
-            clock.restart()
-        if len(row) > 1:
-            record(row)
+            clock.count(cfg.train.batch_tokens)
+            is_last = n_done == cfg.train.n_steps
+            row: Row = {"step": n_done}
+            if is_last or n_done % cfg.log.every_steps == 0:
+                row |= _step_row(result, progress, schedule_lr, engine.loss_scale) | clock.row()
+            if is_last or _is_due(n_done, cfg.eval.every_steps):
+                row |= _evaluation_row(cfg, decoder, corpus, progress, groups)
+                clock.restart()
+            if len(row) > 1:
+                record(row)
     for prompt, text in _samples(cfg, decoder, corpus, progress):
         if metrics is not None and observer is not None:
             metrics.write_text("sample", f"**{prompt}**{text}", cfg.train.n_steps)
@@ -98,6 +96,16 @@ def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer | No
     if metrics is not None:
         metrics.close()
     engine.close()
+
+
+@contextmanager
+def _naming_step(n_done: int) -> Iterator[None]:
+    """Put the step into what went wrong in it, a lost peer too, which may be noticed in any collective."""
+    try:
+        yield
+    except RuntimeError as err:
+        err.add_note(f"step {n_done}")
+        raise
 
 
 def build_engine(cfg: RunConfig, groups: Groups) -> tuple[Engine, Decoder]:

@@ -172,7 +172,15 @@ def start_long_run(place: Path, run_dir: str) -> tuple[subprocess.Popen[str], li
     """
     command = [sys.executable, "-m", "launch.cli", "train", "run.toml", "--run-dir", run_dir, "--nproc", "2"]
     command += ["--set", "train.n_steps=1000000"]
-    run = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command,
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs, such as this test in CI, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline_s = time.monotonic() + 90
     while not (place / run_dir / "metrics.jsonl").exists() or not read_rows(place / run_dir):
         if time.monotonic() > deadline_s or run.poll() is not None:
