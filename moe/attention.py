@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.norm import Norm
 from moe.permute import invert, permute_rows
+from moe.recompute import Recompute, recompute_if
+from moe.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -138,19 +141,29 @@ def _attend_windowed(q: Tensor, k: Tensor, v: Tensor, window: int, is_grouped: b
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023); no biases."""
+    """Grouped-query attention (Ainslie et al. 2023); no biases. Tensor-parallel ranks hold whole heads."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, tp: TensorParallel, recompute: Recompute) -> None:
         super().__init__()
         self.d_head, self.window = cfg.d_head, cfg.sliding_window
-        self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=False)
-        self.k = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
-        self.v = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
-        self.o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
-        self.q_norm = nn.RMSNorm(cfg.d_head, eps=cfg.norm_eps) if cfg.qk_norm else None
-        self.k_norm = nn.RMSNorm(cfg.d_head, eps=cfg.norm_eps) if cfg.qk_norm else None
+        self.tp, self.recomputes = tp, recompute == "selective"
+        query_width, key_width = (n * cfg.d_head // tp.size for n in (cfg.n_heads, cfg.n_kv_heads))
+        self.q = nn.Linear(cfg.d_model, query_width, bias=False)
+        self.k = nn.Linear(cfg.d_model, key_width, bias=False)
+        self.v = nn.Linear(cfg.d_model, key_width, bias=False)
+        self.o = nn.Linear(query_width, cfg.d_model, bias=False)
+        self.q_norm = self.k_norm = None
+        if cfg.qk_norm:
+            self.q_norm = Norm(cfg.d_head, cfg.norm_eps, tp, is_partial=True)
+            self.k_norm = Norm(cfg.d_head, cfg.norm_eps, tp, is_partial=True)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        """Return [T, D]; under sequence parallelism both sides hold this rank's tokens only."""
+        return self.tp.leave(
+            recompute_if(self.recomputes, self._partial, self.tp.enter(x_TD), rope, documents)
+        )
+
+    def _partial(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
         q_THA = self.q(x_TD).view(x_TD.size(0), -1, self.d_head)
         k_TGA = self.k(x_TD).view(x_TD.size(0), -1, self.d_head)
         v_TGA = self.v(x_TD).view(x_TD.size(0), -1, self.d_head)

@@ -6,16 +6,18 @@ or builds its layers in another order, starts from the same numbers as one proce
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moe.model import Decoder
+from moe.sharding import is_expert, own_part, split_of
 
 
 @torch.no_grad()
 def init_weights(decoder: Decoder, *, seed: int, first_expert: int = 0) -> None:
-    """Fill every parameter in place: norms 1, others normal with init_std.
+    """Fill every parameter in place: norms 1, others normal with init_std. Split ones get their part.
 
     Projections back into the residual stream (attn.o, *.down) use init_std / sqrt(2 * n_layers), so that the
     stream's variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
@@ -28,15 +30,19 @@ def init_weights(decoder: Decoder, *, seed: int, first_expert: int = 0) -> None:
             continue
         is_residual = name.endswith(("attn.o.weight", ".down", ".down.weight"))
         std = cfg.init_std / math.sqrt(2 * cfg.n_layers) if is_residual else cfg.init_std
-        if ".experts." in name:
+        if is_expert(name):
             for local_id, expert in enumerate(parameter):
-                expert.copy_(_normal(expert, std, f"{name}.{first_expert + local_id}", seed))
+                expert.copy_(_normal(expert.shape, std, f"{name}.{first_expert + local_id}", seed))
         else:
-            parameter.copy_(_normal(parameter, std, name, seed))
+            split, shape = split_of(name), list(parameter.shape)
+            if split is not None:
+                shape[split.dim] *= decoder.tp.size
+            whole = _normal(shape, std, name, seed)
+            parameter.copy_(own_part(whole, split, decoder.tp.size, decoder.tp.rank))
 
 
-def _normal(like: Tensor, std: float, name: str, seed: int) -> Tensor:
+def _normal(shape: Sequence[int], std: float, name: str, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     # Drawn in fp32 on the CPU whatever the target, so that device and dtype change nothing but rounding.
-    return torch.empty(like.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    return torch.empty(tuple(shape), dtype=torch.float32).normal_(0.0, std, generator=generator)

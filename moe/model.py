@@ -17,40 +17,82 @@ from moe.attention import Attention, Documents, find_documents, rope_tables
 from moe.balance import RouterState, RouterStats
 from moe.config import ModelConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
+from moe.embedding import Embedding
 from moe.ffn import SwiGLU
 from moe.layer import MoELayer
+from moe.norm import Norm
+from moe.recompute import Recompute, RoutingMemo, recompute_if
+from moe.tensor_parallel import TensorParallel, Unsplit
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the feed-forward layer is dense or routed."""
 
-    def __init__(self, cfg: ModelConfig, layer_idx: int, dispatcher: Dispatcher, expert_backend: str) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        layer_idx: int,
+        dispatcher: Dispatcher,
+        tp: TensorParallel,
+        expert_backend: str,
+        recompute: Recompute,
+    ) -> None:
         super().__init__()
-        self.attn_norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
-        self.attn = Attention(cfg)
-        self.ffn_norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        dispatcher, tp = dispatcher.at_layer(layer_idx), tp.at_layer(layer_idx)
+        self.attn_norm = Norm(cfg.d_model, cfg.norm_eps, tp, is_partial=tp.splits_tokens)
+        self.attn = Attention(cfg, tp, recompute)
+        self.ffn_norm = Norm(cfg.d_model, cfg.norm_eps, tp, is_partial=tp.splits_tokens)
         self.ffn: SwiGLU | None = None
         self.moe: MoELayer | None = None
         if cfg.d_ff is not None and layer_idx < cfg.n_dense_layers:
-            self.ffn = SwiGLU(cfg.d_model, cfg.d_ff)
+            self.ffn = SwiGLU(cfg.d_model, cfg.d_ff, tp, recompute)
         else:
-            self.moe = MoELayer(cfg, dispatcher, expert_backend)
+            self.moe = MoELayer(cfg, dispatcher, tp, expert_backend, recompute)
 
-    def attend(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        return x_TD + self.attn(self.attn_norm(x_TD), rope, documents)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        documents: Documents,
+        state_E: tuple[Tensor, Tensor] | None,
+        is_counted_T: Tensor,
+        memo: RoutingMemo,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return the block's output and, of an expert layer, the router's statistics.
+
+        state_E: bias [E] and load fractions [E] of an expert layer's RouterState.
+        """
+        x = x + self.attn(self.attn_norm(x), rope, documents)
+        h = self.ffn_norm(x)
+        if self.ffn is not None:
+            return x + self.ffn(h), None
+        assert self.moe is not None and state_E is not None
+        out, stats = self.moe(h, *state_E, is_counted_T, memo)
+        return x + out, stats
 
 
 class Decoder(nn.Module):
     def __init__(
-        self, cfg: ModelConfig, dispatcher: Dispatcher | None = None, expert_backend: str = "reference"
+        self,
+        cfg: ModelConfig,
+        *,
+        dispatcher: Dispatcher | None = None,
+        tp: TensorParallel | None = None,
+        expert_backend: str = "reference",
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.recompute = cfg, recompute
+        self.tp = tp = tp or Unsplit()
         dispatcher = dispatcher or LocalDispatcher()
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg, i, dispatcher, expert_backend) for i in range(cfg.n_layers))
-        self.norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
-        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.embed = Embedding(cfg.vocab_size, cfg.d_model, tp)
+        self.blocks = nn.ModuleList(
+            Block(cfg, i, dispatcher, tp, expert_backend, recompute) for i in range(cfg.n_layers)
+        )
+        self.norm = Norm(cfg.d_model, cfg.norm_eps, tp, is_partial=tp.splits_tokens)
+        self.head = None
+        if not cfg.tie_embeddings:
+            self.head = nn.Linear(cfg.d_model, cfg.vocab_size // tp.size, bias=False)
 
     def forward(
         self, tokens_BS: Tensor, doc_ids_BS: Tensor, is_counted_BS: Tensor, router_state: RouterState
@@ -66,26 +108,27 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"got sequences of {seq_len} tokens, but seq_len={self.cfg.seq_len}; pad or cut them"
             )
-        x_TD = self.embed(tokens_BS.flatten())
+        x = self.embed(tokens_BS.flatten())
         is_counted_T = is_counted_BS.flatten()
-        documents = find_documents(doc_ids_BS, x_TD.device)
-        rope = rope_tables(self.cfg, n_seqs, x_TD.device, x_TD.dtype)
+        documents = find_documents(doc_ids_BS, x.device)
+        rope = rope_tables(self.cfg, n_seqs, x.device, x.dtype)
         stats: list[RouterStats] = []
         for module in self.blocks:
             block = cast(Block, module)
-            x_TD = block.attend(x_TD, rope, documents)
-            h_TD = block.ffn_norm(x_TD)
-            if block.ffn is not None:
-                x_TD = x_TD + block.ffn(h_TD)
-            elif block.moe is not None:
-                bias_E, load_frac_E = router_state.bias_ME[len(stats)], router_state.load_frac_ME[len(stats)]
-                out_TD, layer_stats = block.moe(h_TD, bias_E, load_frac_E, is_counted_T)
-                x_TD = x_TD + out_TD
+            state_E = None
+            if block.moe is not None:
+                state_E = router_state.bias_ME[len(stats)], router_state.load_frac_ME[len(stats)]
+            inputs = (x, rope, documents, state_E, is_counted_T, RoutingMemo())
+            x, layer_stats = recompute_if(self.recompute == "full", block, *inputs)
+            if layer_stats is not None:
                 stats.append(layer_stats)
-        return self.norm(x_TD).unflatten(0, (n_seqs, seq_len)), RouterStats.stack(stats)
+        hidden_TD = self.tp.enter(self.norm(x))
+        return hidden_TD.unflatten(0, (n_seqs, seq_len)), RouterStats.stack(stats)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [..., V] of hidden states [..., D], in the dtype of the weights."""
+        """Return logits [..., V / tp.size] of hidden states [..., D], in the dtype of the weights: those of
+        this rank's part of the vocabulary.
+        """
         weight = self.embed.weight if self.head is None else self.head.weight
         return F.linear(hidden, weight)
 
@@ -96,9 +139,13 @@ def build_decoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     dispatcher: Dispatcher | None = None,
+    tp: TensorParallel | None = None,
     expert_backend: str = "reference",
+    recompute: Recompute = "none",
 ) -> Decoder:
     """Build a decoder with memory for its weights but no values: call init_weights, or load some."""
     with torch.device("meta"):
-        decoder = Decoder(cfg, dispatcher, expert_backend)
+        decoder = Decoder(
+            cfg, dispatcher=dispatcher, tp=tp, expert_backend=expert_backend, recompute=recompute
+        )
     return decoder.to(dtype).to_empty(device=device)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from moe.balance import RouterStats, balance_sum, counts_per_sequence, load_fractions, z_sum
 from moe.config import ModelConfig
+from moe.recompute import RoutingMemo
+from moe.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -33,39 +35,49 @@ class Routing:
 
 
 class Router(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.tp = cfg, tp
         self.weight = nn.Parameter(torch.empty(cfg.n_experts, cfg.d_model))
 
     def forward(
-        self, x_TD: Tensor, bias_E: Tensor, load_frac_E: Tensor, is_counted_T: Tensor
+        self,
+        x: Tensor,
+        bias_E: Tensor,
+        load_frac_E: Tensor,
+        is_counted_T: Tensor,
+        memo: RoutingMemo | None = None,
     ) -> tuple[Routing, RouterStats]:
         """Route every token; count only those of is_counted_T [T] bool.
 
-        bias_E [E], load_frac_E [E]: this layer's rows of RouterState. T is a multiple of seq_len.
+        x: this rank's tokens [T / tp.size, D]. Routing and statistics are of all T, the same on each
+        tensor-parallel rank. bias_E [E], load_frac_E [E]: this layer's rows of RouterState. T is a multiple
+        of seq_len. A memo that holds a choice makes it the choice.
         """
-        router, n_seqs = self.cfg.router, x_TD.size(0) // self.cfg.seq_len
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        memo = memo or RoutingMemo()
+        router, n_seqs = self.cfg.router, is_counted_T.numel() // self.cfg.seq_len
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(wide), self.tp.shared(self.weight.to(wide)))
+        logits_TE = self.tp.gather_rows(logits)
         scores_TE = logits_TE.softmax(-1) if router.score == "softmax" else logits_TE.sigmoid()
-        with torch.no_grad():
-            expert_ids_TK = choose_experts(
-                scores_TE + bias_E, self.cfg.top_k, n_groups=router.n_groups, top_groups=router.top_groups
-            )
+        if memo.expert_ids_TK is None:
+            self._choose(scores_TE.detach(), bias_E, is_counted_T, memo)
+        else:
+            memo.check_scores(scores_TE.detach().gather(-1, memo.expert_ids_TK))
+        expert_ids_TK, is_kept_TK = memo.expert_ids_TK, memo.is_kept_TK
+        assert expert_ids_TK is not None
         weights_TK = scores_TE.gather(-1, expert_ids_TK)
         # Sigmoid scores do not sum to 1 over experts; balancing speaks of probabilities
         # (DeepSeek-V3, 2412.19437, equation 19).
         probs_TE = scores_TE if router.score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
-        is_kept_TK = self._within_capacity(expert_ids_TK, weights_TK, is_counted_T)
         if router.normalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         counts_BE = counts_per_sequence(expert_ids_TK, is_counted_T, n_seqs, self.cfg.n_experts)
         load_frac_TE = load_frac_E.expand_as(probs_TE)
         if self.cfg.balance.scope == "sequence":
             load_frac_TE = load_fractions(counts_BE).repeat_interleave(self.cfg.seq_len, dim=0)
-        n_dropped = torch.zeros((), dtype=torch.int64, device=x_TD.device)
+        n_dropped = torch.zeros((), dtype=torch.int64, device=x.device)
         if is_kept_TK is not None:
             n_dropped = (~is_kept_TK & is_counted_T.unsqueeze(1)).sum()
         stats = RouterStats(
@@ -77,7 +89,14 @@ class Router(nn.Module):
         )
         return Routing(expert_ids_TK, weights_TK * router.scale, is_kept_TK), stats
 
-    @torch.no_grad()
+    def _choose(self, scores_TE: Tensor, bias_E: Tensor, is_counted_T: Tensor, memo: RoutingMemo) -> None:
+        router = self.cfg.router
+        memo.expert_ids_TK = choose_experts(
+            scores_TE + bias_E, self.cfg.top_k, n_groups=router.n_groups, top_groups=router.top_groups
+        )
+        memo.scores_TK = scores_TE.gather(-1, memo.expert_ids_TK)
+        memo.is_kept_TK = self._within_capacity(memo.expert_ids_TK, memo.scores_TK, is_counted_T)
+
     def _within_capacity(
         self, expert_ids_TK: Tensor, weights_TK: Tensor, is_counted_T: Tensor
     ) -> Tensor | None:
