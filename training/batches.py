@@ -7,7 +7,7 @@ import torch
 from data.corpus import Corpus
 from data.loader import Batch, Loader, Prefetcher
 from training.config import RunConfig
-from training.parallel import Groups
+from training.parallel import Layout
 
 
 def build_loader(cfg: RunConfig, corpus: Corpus) -> Loader:
@@ -20,10 +20,12 @@ def build_loader(cfg: RunConfig, corpus: Corpus) -> Loader:
     )
 
 
-def prefetch(loader: Loader, cfg: RunConfig, groups: Groups, start_step: int = 0) -> Prefetcher[list[Batch]]:
-    """Load this rank's micro-batches of each step ahead of time; the order is fixed by the step alone."""
-    per_rank = cfg.batch_seqs // groups.layout.dp
-    mine = slice(groups.dp_rank * per_rank, (groups.dp_rank + 1) * per_rank)
+def prefetch(
+    loader: Loader, cfg: RunConfig, layout: Layout, rank: int, start_step: int = 0
+) -> Prefetcher[list[Batch]]:
+    """Load a rank's micro-batches of each step ahead of time; the order is fixed by the step alone."""
+    per_rank, dp_rank = cfg.batch_seqs // layout.dp, layout.dp_rank(rank)
+    mine = slice(dp_rank * per_rank, (dp_rank + 1) * per_rank)
 
     def load(step: int) -> list[Batch]:
         return split_microbatches(loader.batch(step, mine), cfg.train.microbatch_seqs)

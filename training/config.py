@@ -17,7 +17,9 @@ class ParallelConfig(BaseModel):
 
     tp: PositiveInt = 1
     ep: PositiveInt = 1
+    sequence_parallel: bool = False  # norms and residuals hold 1 / tp of the tokens
     zero_stage: Literal[1, 2] = 1  # 0 clips by a wrong norm in DeepSpeed 0.19.8 once experts are split
+    timeout_s: PositiveInt = 600  # how long a collective waits for a rank before it is taken for dead
 
 
 class TrainConfig(BaseModel):
@@ -30,6 +32,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)  # None: no clipping
     expert_backend: Literal["reference", "grouped"] = "grouped"
+    recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
 
 
 class ScheduleConfig(BaseModel):

@@ -1,8 +1,8 @@
 """DeepSpeed, and everything private to it. No other file of training/ knows that it is there.
 
-Contract: a step applies exactly the gradient of the sum of the losses given to `backward` on all ranks,
-clipped by its global norm. DeepSpeed averages over the data-parallel ranks, so `backward` multiplies by their
-number.
+Contract: a step applies exactly the gradient of the sum of the losses given to `backward` on the
+data-parallel ranks, clipped by its global norm. DeepSpeed divides by their number, experts' gradients too,
+which it sums over the expert-data-parallel ranks; so `backward` multiplies by it.
 
 Every DeepSpeed setting that bears on the result is written out here: the defaults have moved between releases
 (gradient_clipping was 0 and is 1.0) and unknown top-level keys are ignored in silence.
@@ -11,22 +11,28 @@ Every DeepSpeed setting that bears on the result is written out here: the defaul
 import contextlib
 import io
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
+from moe.sharding import is_expert, split_of
 from training.config import TrainConfig
 from training.optimizer import ParamGroups
-from training.parallel import Groups
+from training.parallel import Groups, Layout
+from training.self_check import FirstStepCheck, ReducedFragment, check_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,6 +117,7 @@ class Engine:
         n_microbatches: int,
         param_groups: ParamGroups,
         build_optimizer: Callable[[ParamGroups], torch.optim.Optimizer],
+        checks_first_step: bool = True,
     ) -> None:
         _quieten()
         _skip_shm_build()
@@ -121,10 +128,18 @@ class Engine:
         settings = deepspeed_config(
             cfg, zero_stage=zero_stage, dp=groups.layout.dp, n_microbatches=n_microbatches
         )
+        if has_own_expert_groups(groups.layout):
+            param_groups = mark_experts(module, param_groups, groups)
+        mark_split_parameters(module, groups.layout)
+        self._check: FirstStepCheck | None = None
+        if checks_first_step:
+            self._check = FirstStepCheck(
+                module, groups, has_expert_groups=has_own_expert_groups(groups.layout)
+            )
         # Its bf16 optimizer prints memory reports that no setting turns off.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
-                model=module, optimizer=build_optimizer(param_groups), config=settings
+                model=module, optimizer=build_optimizer(param_groups), config=settings, mpu=_Mpu(groups)
             )
 
     @property
@@ -155,20 +170,147 @@ class Engine:
         """Clip and apply the gradients of n_microbatches backward passes. Decides the same on every rank."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._check is not None:
+            return self._first_step(self._check)
+        return self._step()
+
+    def _step(self) -> StepOutcome:
         self._engine.step()
         return StepOutcome(float(self._engine.get_global_grad_norm()), self._engine.was_step_applied())
 
+    def _first_step(self, check: FirstStepCheck) -> StepOutcome:
+        """Step, and see that DeepSpeed reduced and clipped as it promises. Raises EngineError."""
+        fragments, loss_scale = list(self._reduced_fragments()), self.loss_scale
+        norm = float(check.norm(fragments)) / loss_scale
+        if not math.isfinite(norm):
+            check.restart()
+            return self._step()
+        check.check_gradients(fragments)
+        outcome = self._step()
+        check_norm(outcome.grad_norm, norm)
+        check.close()
+        self._check = None
+        return outcome
+
+    def _reduced_fragments(self) -> Iterator[ReducedFragment]:
+        """Yield this rank's parts of the reduced gradient, as the coming step will apply them."""
+        for name, parameter in self._engine.module.named_parameters():
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                continue  # none of it is in this rank's partition
+            values = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+            address = mapping.lp_fragment_address
+            if values.numel() == parameter.numel():  # BF16_Optimizer keeps the whole gradient on each rank
+                values = values.narrow(0, address.start, address.numel)
+            yield ReducedFragment(name, address.start, values)
+
     def master_weights(self) -> dict[str, Tensor]:
         """Return the whole fp32 value of every parameter by name. Collective: every rank must call it."""
-        masters = {}
+        return self._whole(safe_get_full_fp32_param)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the whole gradient of every parameter by name, reduced and not yet clipped.
+
+        Collective; between the last backward pass of a step and the step.
+        """
+        factor = 1 / self.loss_scale
+        return {name: gradient * factor for name, gradient in self._whole(safe_get_full_grad).items()}
+
+    def _whole(self, read: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+        whole = {}
         for name, parameter in self._engine.module.named_parameters():
-            value = safe_get_full_fp32_param(parameter)
-            assert value is not None, f"DeepSpeed holds no fp32 master of {name}"
-            masters[name] = value.detach().float().clone()
-        return masters
+            value = read(parameter)
+            assert value is not None, f"DeepSpeed holds no value of {name}"
+            whole[name] = self._groups.whole(name, value.detach().float()).clone()
+        return whole
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+class _Mpu:
+    """What DeepSpeed asks a model-parallel unit, in Megatron's words."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_rank(self) -> int:
+        return self._groups.tp.rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.layout.tp
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.tp
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.layout.dp
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.dp
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+
+class _MoEMarker(MoE):
+    """Empty: DeepSpeed reduces experts apart only if the model holds a layer of its own class."""
+
+    def __init__(self, n_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = n_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups are registered already."""
+
+
+def has_own_expert_groups(layout: Layout) -> bool:
+    """Return whether experts are reduced over other ranks than the rest. Under tensor parallelism they are,
+    even with ep=1: each rank's experts see only its own tokens.
+    """
+    return layout.ep > 1 or layout.tp > 1
+
+
+def mark_experts(module: nn.Module, param_groups: ParamGroups, groups: Groups) -> ParamGroups:
+    """Tell DeepSpeed which parameters are experts and which ranks hold the same ones; return the parameter
+    groups with the experts apart, as it wants them.
+    """
+    name, layout = f"ep_size_{groups.layout.ep}", groups.layout
+    deepspeed_groups._EXPERT_PARALLEL_GROUP = {name: groups.ep}
+    deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS = {name: layout.ep_group(groups.rank)}
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP = {name: groups.edp}
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS = {name: layout.edp_group(groups.rank)}
+    experts = [p for n, p in module.named_parameters() if is_expert(n)]
+    for parameter in experts:
+        mark(parameter, allreduce=False, group_name=name)
+    module.add_module("deepspeed_moe_marker", _MoEMarker(experts[0].size(0) * layout.ep))
+    ids, split = {id(p) for p in experts}, []
+    for group in param_groups:
+        split.append({**group, "params": [p for p in group["params"] if id(p) not in ids]})
+        if own := [p for p in group["params"] if id(p) in ids]:
+            split.append({**group, "params": own, "name": name, "moe": True})
+    return split
+
+
+def mark_split_parameters(module: nn.Module, layout: Layout) -> None:
+    """Tell DeepSpeed's clip norm which parameters differ between tensor-parallel ranks. Experts do, whatever
+    ep: each rank keeps the optimizer state of other parts of them.
+    """
+    for name, parameter in module.named_parameters():
+        if layout.tp > 1 and split_of(name) is not None:
+            mark(parameter, model_parallel=True, tensor_model_parallel=True)
+
+
+def mark(parameter: nn.Parameter, **marks: bool | str) -> None:
+    for key, value in marks.items():
+        setattr(parameter, key, value)
 
 
 def _quieten() -> None:

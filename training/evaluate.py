@@ -109,7 +109,7 @@ def _score(decoder: Decoder, windows: Iterable[Window], state: RouterState, devi
     tokens, targets, doc_ids = tokens.to(device), targets.to(device), torch.zeros_like(tokens)
     is_counted = targets != IGNORE_INDEX
     hidden, _ = decoder(tokens, doc_ids, is_counted, state)
-    nll = token_nll(decoder.logits(hidden), targets)
+    nll = token_nll(decoder.logits(hidden), targets, decoder.tp)
     return torch.stack([nll.double().sum(), is_counted.sum().double()])
 
 

@@ -49,7 +49,7 @@ def _next_logits(decoder: Decoder, rows: list[list[int]], state: RouterState, de
         is_counted[i, : len(row)] = True
     hidden, _ = decoder(tokens.to(device), torch.zeros_like(tokens), is_counted.to(device), state)
     last = torch.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)])
-    return decoder.logits(last).float().cpu()
+    return decoder.tp.gather_last(decoder.logits(last)).float().cpu()
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

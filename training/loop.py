@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,19 +13,18 @@ from data.corpus import Corpus, open_corpus
 from moe.balance import RouterState, load_fractions
 from moe.config import ModelConfig
 from moe.counts import flops_per_token
-from moe.init import init_weights
-from moe.model import Decoder, build_decoder
+from moe.model import Decoder
 from training.batches import build_loader, prefetch
+from training.build import build_engine
 from training.config import RunConfig
-from training.engine import DTYPES, Engine
+from training.engine import DTYPES
 from training.errors import NonFiniteError
 from training.evaluate import evaluate
 from training.generate import continue_prompts
 from training.hardware import PeakFlops, peak_flops, peak_memory_gib
 from training.metrics import MetricsLog, Row
-from training.objective import Objective
-from training.optimizer import build_adamw, lr_at, param_groups
-from training.parallel import Groups, n_microbatches, plan_layout
+from training.optimizer import lr_at
+from training.parallel import Groups
 from training.step import StepResult, advance_router_state, train_step
 
 log = logging.getLogger("turnout")
@@ -73,11 +71,13 @@ def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer | No
             observer.on_row(row)
 
     clock = _Clock(cfg.model, groups, peak)
-    for step, microbatches in prefetch(loader, cfg, groups):
+    for step, microbatches in prefetch(loader, cfg, groups.layout, groups.rank):
         n_done = step + 1
         with _naming_step(n_done):
             schedule_lr = lr_at(step, lr=cfg.optim.lr, schedule=cfg.optim.schedule, n_steps=cfg.train.n_steps)
-            result = train_step(engine, microbatches, progress.router_state, lr=schedule_lr, groups=groups)
+            result = train_step(
+                engine, microbatches, progress.router_state, step=n_done, lr=schedule_lr, groups=groups
+            )
             _note(progress, result, cfg)
             clock.count(cfg.train.batch_tokens)
             is_last = n_done == cfg.train.n_steps
@@ -85,10 +85,13 @@ def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer | No
             if is_last or n_done % cfg.log.every_steps == 0:
                 row |= _step_row(result, progress, schedule_lr, engine.loss_scale) | clock.row()
             if is_last or _is_due(n_done, cfg.eval.every_steps):
+                groups.ledger.at(n_done, "evaluation")
                 row |= _evaluation_row(cfg, decoder, corpus, progress, groups)
                 clock.restart()
             if len(row) > 1:
                 record(row)
+            groups.ledger.at(n_done, "data")
+    groups.ledger.at(cfg.train.n_steps, "sampling")
     for prompt, text in _samples(cfg, decoder, corpus, progress):
         if metrics is not None and observer is not None:
             metrics.write_text("sample", f"**{prompt}**{text}", cfg.train.n_steps)
@@ -106,24 +109,6 @@ def _naming_step(n_done: int) -> Iterator[None]:
     except RuntimeError as err:
         err.add_note(f"step {n_done}")
         raise
-
-
-def build_engine(cfg: RunConfig, groups: Groups) -> tuple[Engine, Decoder]:
-    """Build the decoder with its initial weights and put it under the engine."""
-    layout = plan_layout(cfg, groups.layout.world_size)
-    decoder = build_decoder(cfg.model, device=groups.device, expert_backend=cfg.train.expert_backend)
-    init_weights(decoder, seed=cfg.train.seed)
-    objective = Objective(decoder)
-    engine = Engine(
-        objective,
-        cfg.train,
-        groups,
-        zero_stage=cfg.parallel.zero_stage,
-        n_microbatches=n_microbatches(cfg, layout),
-        param_groups=param_groups(objective.named_parameters(), cfg.optim.weight_decay),
-        build_optimizer=partial(build_adamw, cfg=cfg.optim),
-    )
-    return engine, decoder
 
 
 def _is_due(n_done: int, every_steps: int | None) -> bool:

@@ -9,18 +9,21 @@ so world_size = dp * tp = edp * ep, and an expert-parallel group may span tensor
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.config import ModelConfig
+from moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from moe.sharding import split_of
+from moe.tensor_parallel import SplitOverGroup, TensorParallel, Unsplit
 from training.config import RunConfig
 from training.errors import ConfigError
-
-# How long a collective may wait for a rank before it is taken for dead.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+from training.ledger import NoLedger
 
 
 def divisors(n: int) -> list[int]:
@@ -79,6 +82,12 @@ class Layout:
         """Return the ranks that hold the same experts."""
         return _strided(self.world_size, self.ep)
 
+    def ep_group(self, rank: int) -> list[int]:
+        return next(ranks for ranks in self.ep_groups() if rank in ranks)
+
+    def edp_group(self, rank: int) -> list[int]:
+        return next(ranks for ranks in self.edp_groups() if rank in ranks)
+
     def local_experts(self, rank: int, n_experts: int) -> range:
         """Return the global ids of the experts on a rank."""
         n_local = n_experts // self.ep
@@ -97,25 +106,38 @@ def _strided(world_size: int, stride: int) -> list[list[int]]:
 def plan_layout(cfg: RunConfig, world_size: int) -> Layout:
     """Return the layout of a run on world_size ranks, or raise ConfigError with a remedy."""
     layout = Layout(world_size, tp=cfg.parallel.tp, ep=cfg.parallel.ep)
-    n_experts, n_kv_heads = cfg.model.n_experts, cfg.model.n_kv_heads
-    if n_experts % layout.ep:
-        fits = [d for d in divisors(n_experts) if world_size % d == 0]
+    for name, reason in misfits(cfg.model, layout):
+        fits = [
+            size
+            for size in divisors(world_size)
+            if not any(n == name for n, _ in misfits(cfg.model, replace(layout, **{name: size})))
+        ]
+        raise ConfigError(f"parallel.{name}={getattr(layout, name)} {reason}; use one of {fits}")
+    if cfg.parallel.sequence_parallel and layout.tp == 1:
         raise ConfigError(
-            f"parallel.ep={layout.ep} must divide model.n_experts={n_experts}; use one of {fits}"
+            "parallel.sequence_parallel=true has no effect with parallel.tp=1; raise parallel.tp, or drop it"
         )
-    if n_kv_heads % layout.tp:
-        fits = [d for d in divisors(n_kv_heads) if world_size % d == 0]
-        raise ConfigError(
-            f"parallel.tp={layout.tp} must divide model.n_kv_heads={n_kv_heads}; use one of {fits}"
-        )
-    # TODO(when expert and tensor parallelism are built): drop this refusal.
-    for name, size in (("tp", layout.tp), ("ep", layout.ep)):
-        if size > 1:
-            raise ConfigError(
-                f"parallel.{name}={size}: only data parallelism is built so far; use parallel.{name}=1"
-            )
     n_microbatches(cfg, layout)
     return layout
+
+
+def misfits(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Yield ("tp" or "ep", reason) for each way in which a layout does not fit a model."""
+    for size_name in ("n_kv_heads", "vocab_size", "seq_len", "d_ff"):
+        size = getattr(model, size_name)
+        if size is not None and size % layout.tp:
+            yield "tp", f"must divide model.{size_name}={size}"
+    if model.d_shared % layout.tp:
+        yield "tp", f"must divide model.n_shared_experts * model.d_expert = {model.d_shared}"
+    if model.n_experts % layout.ep:
+        yield "ep", f"must divide model.n_experts={model.n_experts}"
+    n_groups = model.router.n_groups
+    if layout.ep % n_groups and n_groups % layout.ep:
+        # A token's experts are chosen in few groups so that its rows visit few ranks.
+        yield (
+            "ep",
+            f"and model.router.n_groups={n_groups} must divide one another, or a group straddles ranks",
+        )
 
 
 def n_microbatches(cfg: RunConfig, layout: Layout) -> int:
@@ -139,10 +161,27 @@ def n_microbatches(cfg: RunConfig, layout: Layout) -> int:
 
 
 class Groups:
-    """This process's rank and its process groups, built once by `join_groups`."""
+    """This process's rank and its process groups. Building them is collective: every rank takes part.
 
-    def __init__(self, layout: Layout, rank: int, device: torch.device) -> None:
+    timeout_s: how long a collective may wait for a rank before it is taken for dead.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        device: torch.device,
+        *,
+        timeout_s: float = 600,
+        ledger: NoLedger | None = None,
+    ) -> None:
         self.layout, self.rank, self.device = layout, rank, device
+        self.ledger = ledger or NoLedger()
+        timeout = timedelta(seconds=timeout_s)
+        self.dp = _join(layout.dp_groups(), rank, timeout)
+        self.tp = _join(layout.tp_groups(), rank, timeout)
+        self.ep = _join(layout.ep_groups(), rank, timeout)
+        self.edp = _join(layout.edp_groups(), rank, timeout)
 
     @property
     def is_first(self) -> bool:
@@ -154,25 +193,80 @@ class Groups:
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
         """Sum a tensor in place over the ranks that hold different tokens, and return it."""
-        if self.layout.dp > 1:
-            dist.all_reduce(values)
-        return values
+        return self._reduce(values, "dp", self.dp)
+
+    def sum_over_expert_replicas(self, values: Tensor) -> Tensor:
+        """Sum a tensor in place over the ranks that hold the same experts, and return it."""
+        return self._reduce(values, "edp", self.edp)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum a tensor in place over all ranks, and return it."""
+        return self._reduce(values, "world", None)
 
     def max_over_ranks(self, values: Tensor) -> Tensor:
         """Take the elementwise maximum in place over all ranks, and return it."""
-        if self.layout.world_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values
+        return self._reduce(values, "world", None, dist.ReduceOp.MAX)
 
     def collect(self, value: float) -> list[float]:
         """Return every rank's value, by rank."""
         values = torch.zeros(self.layout.world_size, dtype=torch.float64, device=self.device)
         values[self.rank] = value
-        return self.sum_over_tokens(values).tolist()
+        return self.sum_over_ranks(values).tolist()
 
     def barrier(self) -> None:
         if self.layout.world_size > 1:
-            dist.barrier()
+            with self.ledger.collective("barrier", "world"):
+                dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process groups, for what lays out the same ranks again. Collective."""
+        for group in (self.dp, self.tp, self.ep, self.edp):
+            dist.destroy_process_group(group)
+
+    def dispatcher(self) -> Dispatcher:
+        """Return how routed rows reach their experts."""
+        if self.layout.ep == 1:
+            return LocalDispatcher()
+        return AllToAllDispatcher(self.ep, self.ledger.collective)
+
+    def tensor_parallel(self, *, sequence_parallel: bool = False) -> TensorParallel:
+        """Return how matrices are split."""
+        if self.layout.tp == 1:
+            return Unsplit()
+        return SplitOverGroup(self.tp, sequence_parallel, self.ledger.collective)
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """Return the whole tensor of a parameter's name from the ranks' parts. Collective.
+
+        part: the parameter of this rank, or anything of its shape (gradient, moment).
+        """
+        split = split_of(name)
+        if split is None:
+            return part
+        group = self.tp if split.over == "tp" else self.ep
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        with self.ledger.collective("all-gather", split.over):
+            dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts, split.dim)
+
+    def _reduce(
+        self,
+        values: Tensor,
+        name: str,
+        group: dist.ProcessGroup | None,
+        op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    ) -> Tensor:
+        n_ranks = self.layout.world_size if group is None else group.size()
+        if n_ranks > 1:
+            with self.ledger.collective("all-reduce", name):
+                dist.all_reduce(values, op, group=group)
+        return values
+
+
+def _join(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
+    """Build all of these groups, in the same order on every rank, and return the one that holds this rank."""
+    built = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in groups}
+    return next(group for ranks, group in built.items() if rank in ranks)
 
 
 def local_device() -> torch.device:
@@ -182,7 +276,7 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def join_groups(layout: Layout, device: torch.device) -> Groups:
+def join_groups(layout: Layout, device: torch.device, *, timeout_s: float, ledger: NoLedger) -> Groups:
     """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR,
     ...).
     """
@@ -190,8 +284,8 @@ def join_groups(layout: Layout, device: torch.device) -> Groups:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    return Groups(layout, dist.get_rank(), device)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Groups(layout, dist.get_rank(), device, timeout_s=timeout_s, ledger=ledger)
 
 
 def leave_groups() -> None:

@@ -42,19 +42,52 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, microbatches: Sequence[Batch], router_state: RouterState, *, lr: float, groups: Groups
+    engine: Engine,
+    microbatches: Sequence[Batch],
+    router_state: RouterState,
+    *,
+    step: int,
+    lr: float,
+    groups: Groups,
 ) -> StepResult:
     """Apply one optimizer step to the global batch, of which this rank holds `microbatches`.
 
+    step counts from 1 and is only for the ledger.
+
     The update is not applied where the gradient norm is not finite; the outcome says so.
     """
+    totals = accumulate(engine, microbatches, router_state, step=step, groups=groups)
+    groups.ledger.at(step, "optimizer step")
+    return apply_update(engine, totals, router_state, lr=lr, groups=groups)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the forward and backward passes of a step left.
+
+    n_tokens   [] int64, unmasked targets of the global batch
+    sums       [5 + M * E] fp64 over the global batch, as _pack lays them out
+    local_nll  [] fp64, this rank's share of the cross-entropy
+    """
+
+    n_tokens: Tensor
+    sums: Tensor
+    local_nll: Tensor
+
+
+def accumulate(
+    engine: Engine, microbatches: Sequence[Batch], router_state: RouterState, *, step: int, groups: Groups
+) -> StepTotals:
+    """Run forward and backward over this rank's micro-batches; the engine then holds the step's gradient."""
     assert len(microbatches) == engine.n_microbatches
     n_tokens = sum((mb.targets != IGNORE_INDEX).sum() for mb in microbatches)
     assert isinstance(n_tokens, Tensor)
     n_tokens = groups.sum_over_tokens(n_tokens.to(groups.device))
     sums: Tensor | None = None
     for i, microbatch in enumerate(microbatches):
+        groups.ledger.at(step, "forward")
         objective: ObjectiveSums = engine.forward(to_device(microbatch, groups.device), router_state)
+        groups.ledger.at(step, "backward")
         engine.backward(objective.total / n_tokens)
         packed = _pack(objective)
         sums = packed if sums is None else sums + packed
@@ -62,11 +95,17 @@ def train_step(
             engine.finish_microbatch()
     assert sums is not None
     local_nll = sums[0].clone()
-    groups.sum_over_tokens(sums)
+    return StepTotals(n_tokens, groups.sum_over_tokens(sums), local_nll)
+
+
+def apply_update(
+    engine: Engine, totals: StepTotals, router_state: RouterState, *, lr: float, groups: Groups
+) -> StepResult:
+    """Clip and apply the gradient that accumulate left."""
     outcome = engine.step(lr)
-    result = _unpack(sums, router_state, n_tokens, outcome)
+    result = _unpack(totals.sums, router_state, totals.n_tokens, outcome)
     if not outcome.was_applied:
-        _check_finite_loss(result, local_nll, groups)
+        _check_finite_loss(result, totals.local_nll, groups)
     return result
 
 
