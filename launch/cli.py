@@ -95,6 +95,32 @@ def train(
     sys.exit(start_run(recipe, overrides, run_dir=run_dir, nproc=nproc))
 
 
+@app.command
+def doctor(
+    recipe: Annotated[str, Parameter(help="Name of a packaged recipe, or a TOML file.")],
+    /,
+    *,
+    nproc: Annotated[int, Parameter(help="CPU ranks to lay out; their divisors are tried.")] = 2,
+    layouts: Annotated[
+        tuple[str, ...],
+        Parameter(help="Only these, as tp=2,ep=4; default: all that fit.", consume_multiple=True),
+    ] = (),
+    overrides: Annotated[
+        tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
+    ] = (),
+) -> None:
+    """Look a config over, and see that every parallel layout trains it exactly as one process does.
+
+    Example: turnout doctor tiny --nproc 4 --set model.balance.scope=batch --layouts tp=1,ep=4 tp=1,ep=2
+    """
+    # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
+    from launch.doctor import examine
+
+    if nproc < 1:
+        raise ConfigError(f"--nproc {nproc} must be at least 1; use the number of ranks to lay out")
+    sys.exit(examine(recipe, overrides, nproc=nproc, layouts=layouts))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; every error a user can cause ends in one line on stderr and its exit code."""
     try:

@@ -1,38 +1,74 @@
-"""How a rank tells why it ended: one small file per rank in the run's logs/, read by `turnout train`.
+"""How a rank tells why it ended: small files of its own in the run's logs/, read by `turnout train`.
+
+    rank-00001.failure.json   what it raised
+    rank-00001.ledger         what it was doing (training/ledger.py)
+    rank-00001.stack          where it was when it was told to end, or crashed; empty if it was neither
 
 The exit status of DeepSpeed's launcher is that of whichever failed rank it happened to look at first, so the
 cause travels by file: peers that merely lost contact must not hide the rank that knows what went wrong.
 """
 
+import faulthandler
 import json
+import signal
 import traceback
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
+
+import torch.distributed as dist
 
 from data.errors import DataError
 from launch.exit_codes import OTHER, exit_code
-from training.errors import ConfigError, NonFiniteError
-from training.parallel import name_ranks
+from training.errors import ConfigError, EngineError, NonFiniteError
+from training.ledger import LedgerView, read_ledger
+from training.missing import Ending, explain
+from training.parallel import Layout, name_ranks
+
+FAILURE_FILES = "rank-*.failure.json"
 
 # Errors whose own words say it all; others get their type and a pointer to the log.
-PLAIN = (ConfigError, DataError, NonFiniteError, OSError)
+PLAIN = (ConfigError, DataError, EngineError, NonFiniteError, OSError)
+# What gloo and NCCL say when another rank is gone, hangs or disagrees. gloo raises bare RuntimeErrors.
+LOST_CONTACT = ("/gloo/", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
+
+TIMED_OUT = "parallel.timeout_s had passed; raise it if nothing hung and a rank was only slow"
+
+CAUSE, ERROR, ECHO = "cause", "error", "echo"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one rank ended. is_cause: False for what may be only the echo of another rank's end."""
+    """Why one rank ended. kind: CAUSE explains itself; ERROR is the rank's own, and perhaps a bug; ECHO is
+    what a rank sees of another's end.
+    """
 
     rank: int
     code: int
     message: str
-    is_cause: bool
+    kind: str
+
+
+def forget_failures(logs: Path) -> None:
+    """Remove what an earlier start of the same run has left, whose processes are gone."""
+    for pattern in (FAILURE_FILES, "rank-*.ledger", "rank-*.stack"):
+        for path in logs.glob(pattern):
+            path.unlink()
 
 
 def describe_failure(err: BaseException, rank: int) -> Failure:
     """Put an exception and its notes (such as the step) in one line."""
-    is_cause = isinstance(err, PLAIN) and not isinstance(err, ConnectionError)
-    words = [*getattr(err, "__notes__", []), str(err) if is_cause else f"{type(err).__name__}: {err}"]
-    return Failure(rank, exit_code(err), " ".join(": ".join(words).split()), is_cause)
+    kind = ERROR
+    if isinstance(err, dist.DistError | ConnectionError) or (
+        isinstance(err, RuntimeError) and any(words in str(err) for words in LOST_CONTACT)
+    ):
+        kind = ECHO
+    elif isinstance(err, PLAIN):
+        kind = CAUSE
+    said = str(err) if kind == CAUSE else ": ".join(filter(None, [type(err).__name__, str(err)]))
+    words = [*getattr(err, "__notes__", []), said]
+    return Failure(rank, exit_code(err), " ".join(": ".join(words).split()), kind)
 
 
 def record_failure(err: BaseException, rank: int, logs: Path) -> int:
@@ -40,22 +76,95 @@ def record_failure(err: BaseException, rank: int, logs: Path) -> int:
     failure = describe_failure(err, rank)
     with (logs / f"rank-{rank:05d}.log").open("a", encoding="utf-8") as log:
         log.write("".join(traceback.format_exception(err)))
-    (logs / f"rank-{rank:05d}.failure.json").write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    whole = logs / f"rank-{rank:05d}.failure.json"
+    part = whole.with_suffix(".tmp")  # the reader may look at any moment
+    part.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    part.rename(whole)
     return failure.code
 
 
-def explain_failures(logs: Path, nproc: int) -> tuple[int, list[str]]:
-    """Return the exit code of a failed run and one line for each distinct reason."""
+def leave_stack_behind(file: TextIO) -> None:
+    """Have this process write its stack to a file when it crashes, or is told to end, and then end.
+
+    The writing is done by a C signal handler, so also while the process waits in C++ code. The file must stay
+    open.
+    """
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGTERM, file, chain=True)
+
+
+def read_ledgers(logs: Path) -> dict[int, LedgerView]:
+    """Return the ledgers by rank; one that was not finished, as its rank was starting, is left out."""
+    views = {}
+    for path in sorted(logs.glob("rank-*.ledger")):
+        try:
+            view = read_ledger(path)
+        except ValueError:
+            continue
+        views[view.rank] = view
+    return views
+
+
+def explain_failures(logs: Path, layout: Layout, stuck: Set[int] = frozenset()) -> tuple[int, list[str]]:
+    """Return the exit code of a failed run and a few lines that say why; stuck ranks had to be killed."""
     failures = [
-        Failure(**json.loads(path.read_text(encoding="utf-8")))
-        for path in sorted(logs.glob("*.failure.json"))
+        Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(logs.glob(FAILURE_FILES))
     ]
-    told = [f for f in failures if f.is_cause] or failures
+    stacks = {rank: _read_if_there(logs / f"rank-{rank:05d}.stack") for rank in range(layout.world_size)}
+    failures += _crashes(stacks, {f.rank for f in failures})
+    causes = [f for f in failures if f.kind == CAUSE]
+    if causes:
+        return causes[0].code, _by_message(causes)
+    errors = [f for f in failures if f.kind == ERROR]
+    views = read_ledgers(logs)
+    endings = _endings(layout, {f.rank for f in failures}, stacks, views, stuck)
+    is_lost = any(endings[rank] in (Ending.GONE, Ending.STUCK) for rank in views)
+    # A rank that raised an error of its own needs no ledger to be found, unless another vanished before it.
+    blamed = explain(views, layout, endings) if is_lost or not errors else []
+    if blamed and any("timed out" in f.message.lower() for f in failures):
+        blamed.append(TIMED_OUT)
+    return OTHER, blamed + _by_message(errors) or _by_message(failures)
+
+
+def _by_message(failures: list[Failure]) -> list[str]:
+    """Return one line for each distinct reason."""
     ranks_of: dict[str, list[int]] = {}
-    for failure in told:
+    for failure in sorted(failures, key=lambda f: f.rank):
         ranks_of.setdefault(failure.message, []).append(failure.rank)
-    lines = [f"{name_ranks(ranks)}: {message}" for message, ranks in ranks_of.items()]
-    silent = sorted(set(range(nproc)) - {f.rank for f in failures})
-    if silent and not any(f.is_cause for f in failures):
-        lines.insert(0, f"{name_ranks(silent)} ended without a word: killed, or out of memory")
-    return (told[0].code if told else OTHER), lines
+    return [f"{name_ranks(ranks)}: {message}" for message, ranks in ranks_of.items()]
+
+
+def _read_if_there(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _crashes(stacks: dict[int, str], failed: Set[int]) -> list[Failure]:
+    """Return the ranks that a fatal signal ended, each with its name."""
+    found = []
+    for rank, stack in stacks.items():
+        first = stack.partition("\n")[0]
+        if rank not in failed and first.startswith("Fatal Python error: "):
+            name = first.removeprefix("Fatal Python error: ")
+            # NCCL aborts a process whose peer does not come.
+            kind = ECHO if name == "Aborted" else ERROR
+            message = f"crashed: {name}; logs/rank-{rank:05d}.stack shows where"
+            found.append(Failure(rank, OTHER, message, kind))
+    return found
+
+
+def _endings(
+    layout: Layout, failed: Set[int], stacks: dict[int, str], views: dict[int, LedgerView], stuck: Set[int]
+) -> dict[int, Ending]:
+    endings = {}
+    for rank in range(layout.world_size):
+        if rank in failed:
+            endings[rank] = Ending.FAILED
+        elif stacks[rank]:
+            endings[rank] = Ending.TOLD
+        elif rank in stuck:
+            endings[rank] = Ending.STUCK
+        elif rank in views and views[rank].has_ended:
+            endings[rank] = Ending.DONE
+        else:
+            endings[rank] = Ending.GONE
+    return endings

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 from launch.exit_codes import DONE
+from launch.failures import FAILURE_FILES, forget_failures, read_ledgers
 
 # glibc gives blocks above 128 KiB back to the system at once, so each activation of each layer is
 # page-faulted anew. Keeping them makes a CPU step 1.7 times as fast (LOG.md).
@@ -27,16 +29,22 @@ CPU_ALLOCATOR = {
 
 # The launcher gives each of its ranks 30 s to end before it kills it.
 SHUTDOWN_S = 40
+POLL_S = 0.5
+# After the first failure: the others may find out by themselves, then are told to end, then are killed. The
+# launcher does so too, but rank after rank, so that two ranks which hang would take a minute.
+TELL_S, KILL_S = 2, 10
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def launch_ranks(run_dir: Path, nproc: int) -> bool:
-    """Run `launch.worker` in nproc ranks until all have ended; return whether all went well.
+def launch_ranks(run_dir: Path, nproc: int, module: str = "launch.worker") -> tuple[bool, set[int]]:
+    """Run `python -m module RUN_DIR` in nproc ranks until all have ended.
 
-    The first rank that fails ends the others. So does a signal to this process, or its death.
+    Return whether all went well, and the ranks that had to be killed. The first rank that fails ends the
+    others. So does a signal to this process, or its death.
     """
+    forget_failures(run_dir / "logs")
     ranks = subprocess.Popen(
-        launcher_command(run_dir, nproc),
+        launcher_command(run_dir, nproc, module),
         env=rank_environment(nproc),
         # A session of its own: a terminal's Ctrl-C reaches the ranks through this process, and only once.
         start_new_session=True,
@@ -47,10 +55,12 @@ def launch_ranks(run_dir: Path, nproc: int) -> bool:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _interrupt)
     try:
-        is_done = ranks.wait() == DONE
+        stuck = _wait(ranks, run_dir / "logs")
+        is_done = ranks.returncode == DONE
         if not is_done:
+            kill_session(ranks.pid)
             _restore_terminal()
-        return is_done
+        return is_done, stuck
     except KeyboardInterrupt:
         ranks.terminate()
         try:
@@ -59,6 +69,53 @@ def launch_ranks(run_dir: Path, nproc: int) -> bool:
             kill_session(ranks.pid)
             _restore_terminal()
         raise
+
+
+def _wait(ranks: subprocess.Popen[bytes], logs: Path) -> set[int]:
+    """Wait until all ranks have ended, soon after a first failure; return those that had to be killed."""
+    failed_s: float | None = None
+    while True:
+        try:
+            ranks.wait(POLL_S)
+            return set()
+        except subprocess.TimeoutExpired:
+            pids, has_failed = _look(logs)
+        if failed_s is None:
+            if not has_failed:
+                continue
+            failed_s = time.monotonic()
+        waited_s = time.monotonic() - failed_s
+        if waited_s > KILL_S:
+            kill_session(ranks.pid)
+            ranks.wait()
+            return set(pids)
+        if waited_s > TELL_S:
+            for pid in pids.values():
+                _tell_to_end(pid)
+
+
+def _look(logs: Path) -> tuple[dict[int, int], bool]:
+    """Return the process ids of the ranks that run, and whether a rank has failed."""
+    views = read_ledgers(logs)
+    pids = {rank: view.pid for rank, view in views.items() if _is_running(view.pid)}
+    # Read again: the rank may have ended well between the two looks.
+    gone = [view for rank, view in read_ledgers(logs).items() if rank in views and rank not in pids]
+    return pids, not all(view.has_ended for view in gone) or any(logs.glob(FAILURE_FILES))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"  # zombie or dead; stopped runs
+
+
+def _tell_to_end(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -81,12 +138,12 @@ def kill_session(leader: int) -> None:
         return
 
 
-def die_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent dies, so that no rank outlives its run."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send this process a signal when its parent dies, so that no rank outlives its run."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
-def launcher_command(run_dir: Path, nproc: int) -> list[str]:
+def launcher_command(run_dir: Path, nproc: int, module: str) -> list[str]:
     world = json.dumps({"localhost": local_devices(nproc)}).encode()
     return [
         sys.executable,
@@ -98,7 +155,7 @@ def launcher_command(run_dir: Path, nproc: int) -> list[str]:
         "--log_level=critical",
         "--no_local_rank",
         "--module",
-        "launch.worker",
+        module,
         str(run_dir),
     ]
 

@@ -8,6 +8,7 @@ from data.corpus import Corpus
 from moe.config import ModelConfig
 from moe.counts import flops_per_token, n_active_params, n_params
 from moe.model import Decoder
+from moe.sharding import split_of
 from training.config import RunConfig
 from training.parallel import Layout, n_microbatches
 
@@ -32,15 +33,30 @@ def count_built_params(cfg: ModelConfig) -> int:
     return sum(p.numel() for p in decoder.parameters())
 
 
+def rank_params(cfg: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """Return how many parameters one rank holds: dense ones and those of routed experts."""
+    with init_empty_weights():
+        decoder = Decoder(cfg)
+    dense = experts = 0
+    for name, parameter in decoder.named_parameters():
+        split = split_of(name)
+        if split is not None and split.over == "ep":
+            experts += parameter.numel() // layout.ep
+        else:
+            dense += parameter.numel() // (1 if split is None else layout.tp)
+    return dense, experts
+
+
 def state_bytes(cfg: RunConfig, layout: Layout) -> StateBytes:
     """Return a rank's bytes under ZeRO (Rajbhandari et al. 2020, section 3).
 
-    AdamW's two moments and the fp32 master are split over the data-parallel ranks. Gradients: ZeRO-2 keeps
-    the fp32 sum of its own part; ZeRO-1 keeps a whole one, in fp32 also under bf16, where it comes beside the
-    bf16 one.
+    AdamW's two moments and the fp32 master are split over the ranks that hold the same weights. Gradients:
+    ZeRO-2 keeps the fp32 sum of its own part; ZeRO-1 keeps a whole one, in fp32 also under bf16, where it
+    comes beside the bf16 one.
     """
-    n = n_params(cfg.model)
-    part = -(-n // layout.dp)
+    dense, experts = rank_params(cfg.model, layout)
+    n = dense + experts
+    part = -(-dense // layout.dp) - (-experts // layout.edp)
     is_fp32 = cfg.train.precision == "fp32"
     weight_bytes = 4 if is_fp32 else 2
     gradients = weight_bytes * n + 4 * part
@@ -68,8 +84,9 @@ def plan_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
         ),
         (
             "tokens per step",
-            f"{train.batch_tokens:,} = {layout.dp} ranks x {n_microbatches(cfg, layout)} micro-batches x "
-            f"{train.microbatch_seqs} sequences x {model.seq_len} tokens",
+            f"{train.batch_tokens:,} = {layout.dp} data-parallel ranks x "
+            f"{n_microbatches(cfg, layout)} micro-batches x {train.microbatch_seqs} sequences x "
+            f"{model.seq_len} tokens",
         ),
         ("steps", f"{train.n_steps:,}"),
         ("tokens in all", f"{n_tokens:,}"),

@@ -30,17 +30,18 @@ def plan_run(recipe: str, overrides: Sequence[str], *, nproc: int) -> None:
 def start_run(recipe: str, overrides: Sequence[str], *, run_dir: Path, nproc: int) -> int:
     """Train, and return the exit code of the run."""
     cfg = load_config(recipe, overrides)
-    plan_layout(cfg, nproc)
+    layout = plan_layout(cfg, nproc)
     check_machine(cfg, nproc)
     corpus = check_corpus(cfg)
     create_run_dir(run_dir, cfg, corpus, nproc=nproc)
     print(f"run directory {run_dir}, corpus {corpus.manifest.corpus_hash[:12]}, {nproc} ranks", flush=True)
     start_s = time.monotonic()
-    if launch_ranks(run_dir, nproc):
+    is_done, stuck = launch_ranks(run_dir, nproc)
+    if is_done:
         duration = format_duration(time.monotonic() - start_s)
         print(f"done in {duration}: {run_dir} (to look at it: tensorboard --logdir {run_dir})")
         return DONE
-    code, reasons = explain_failures(run_dir / "logs", nproc)
+    code, reasons = explain_failures(run_dir / "logs", layout, stuck)
     for reason in reasons:
         print(f"turnout: {reason}", file=sys.stderr)
     print(f"turnout: the run ended early, exit code {code}; logs in {run_dir / 'logs'}", file=sys.stderr)

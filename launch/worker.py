@@ -2,9 +2,9 @@
 WORLD_SIZE set.
 """
 
-import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -12,29 +12,38 @@ import warnings
 from pathlib import Path
 
 from launch.console import TrainConsole
-from launch.failures import record_failure
+from launch.exit_codes import OTHER
+from launch.failures import leave_stack_behind, record_failure
 from launch.local import die_with_parent
 from launch.run_dir import read_config
+from training.ledger import ENDED, Ledger
 from training.loop import Observer, train
 from training.parallel import join_groups, leave_groups, local_device, plan_layout
 
 
 def main() -> None:
-    die_with_parent()
+    # Not SIGTERM, for which a rank that is stopped would wait.
+    die_with_parent(signal.SIGKILL)
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     log_file = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
+    stack_file = (run_dir / "logs" / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
+    leave_stack_behind(stack_file)
     logging.basicConfig(stream=log_file, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("turnout").setLevel(logging.INFO)
     # DeepSpeed calls collectives by names that torch is renaming; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    faulthandler.enable(log_file)
     # Libraries' threads (TensorBoard's writer) fail apart from the run; their tracebacks belong in the log.
     threading.excepthook = log_thread_failure
     try:
-        run_rank(run_dir)
+        run_rank(run_dir, rank)
     except BaseException as err:  # whatever it is, the peers wait in a collective until this process is gone
-        # Not sys.exit: its clean-up joins threads and process groups, which may wait for peers for ever.
-        os._exit(record_failure(err, rank, run_dir / "logs"))
+        code = OTHER
+        try:
+            code = record_failure(err, rank, run_dir / "logs")
+        finally:
+            # Not sys.exit: its clean-up joins threads and process groups, which may wait for peers for ever.
+            os._exit(code)
+    Path(stack_file.name).unlink()
 
 
 def log_thread_failure(failure: threading.ExceptHookArgs) -> None:
@@ -43,10 +52,11 @@ def log_thread_failure(failure: threading.ExceptHookArgs) -> None:
     logging.error("%s failed:\n%s", name, "".join(details))
 
 
-def run_rank(run_dir: Path) -> None:
+def run_rank(run_dir: Path, rank: int) -> None:
     cfg = read_config(run_dir)
     layout = plan_layout(cfg, int(os.environ["WORLD_SIZE"]))
-    groups = join_groups(layout, local_device())
+    ledger = Ledger(run_dir / "logs" / f"rank-{rank:05d}.ledger", layout, rank)
+    groups = join_groups(layout, local_device(), timeout_s=cfg.parallel.timeout_s, ledger=ledger)
     if groups.is_first:
         console = TrainConsole(cfg.train.n_steps)
         try:
@@ -57,6 +67,7 @@ def run_rank(run_dir: Path) -> None:
         train(cfg, run_dir, groups, observer=None)
     groups.barrier()
     leave_groups()
+    ledger.at(cfg.train.n_steps, ENDED)
 
 
 if __name__ == "__main__":
