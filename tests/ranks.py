@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,20 @@ class RankPool:
 _pools: dict[int, RankPool] = {}
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
     pool = _pools.get(world_size)
     if pool is None or not pool.is_alive:
         pool = _pools[world_size] = RankPool(world_size)
-    return pool.run(fn, args)
+    return pool.run(partial(fn, **kwargs), args)
+
+
+def join_alone() -> None:
+    """Give this process a process group of its own, for code that wants one without other ranks."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
 
 
 @atexit.register

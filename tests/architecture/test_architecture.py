@@ -21,6 +21,7 @@ MAY_IMPORT = {
 }
 KNOWS_DISTRIBUTED = {
     "moe/dispatch.py",
+    "moe/tensor_parallel.py",
     "training/parallel.py",
     "training/engine.py",
     "training/checkpoint.py",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.self_check import print_self_check_cost
 from tests.runs import read_rows
 
 N_ROUNDS = 3
@@ -92,31 +93,67 @@ def compare(title: str, unit: str, variants: list[Variant]) -> None:
         )
 
 
-def main() -> None:
+def compare_prepare() -> None:
     compare(
         "turnout prepare --embedded --vocab-size 4096, tokenizer training included",
         "MB/s",
         [Variant(f"{n} workers", lambda n=n: prepare(n)) for n in (1, 2)],
     )
+
+
+def compare_training(corpus: Path) -> None:
+    compare(
+        "turnout train tiny, one thread per rank",
+        "tokens/s",
+        [
+            Variant("1 rank, fp32", lambda: train(corpus, 1)),
+            Variant("2 ranks, fp32", lambda: train(corpus, 2)),
+            Variant("2 ranks, fp32, glibc's own malloc settings", lambda: train(corpus, 2, **GLIBC_DEFAULTS)),
+            Variant("2 ranks, bf16", lambda: train(corpus, 2, "train.precision=bf16")),
+            Variant(
+                "2 ranks, fp32, reference experts",
+                lambda: train(corpus, 2, "train.expert_backend=reference"),
+            ),
+        ],
+    )
+
+
+def compare_layouts(corpus: Path) -> None:
+    layouts = {
+        "1 rank": (1, ()),
+        "2 ranks, DP 2": (2, ()),
+        "2 ranks, DP 2, EP 2": (2, ("parallel.ep=2",)),
+        "2 ranks, TP 2": (2, ("parallel.tp=2",)),
+        "2 ranks, TP 2, sequence parallel": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
+        "2 ranks, TP 2, EP 2": (2, ("parallel.tp=2", "parallel.ep=2")),
+        "1 rank, selective recomputation": (1, ("train.recompute=selective",)),
+        "1 rank, full recomputation": (1, ("train.recompute=full",)),
+    }
+    compare(
+        "turnout train tiny, fp32, one thread per rank, by layout",
+        "tokens/s",
+        [
+            Variant(name, lambda nproc=nproc, sets=sets: train(corpus, nproc, *sets))
+            for name, (nproc, sets) in layouts.items()
+        ],
+    )
+
+
+def main() -> None:
+    """Run the comparisons named on the command line, or all of them."""
+    wanted = sys.argv[1:] or ["prepare", "training", "layouts", "self-check"]
+    if "prepare" in wanted:
+        compare_prepare()
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus"
-        turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(corpus))
-        compare(
-            "turnout train tiny, one thread per rank",
-            "tokens/s",
-            [
-                Variant("1 rank, fp32", lambda: train(corpus, 1)),
-                Variant("2 ranks, fp32", lambda: train(corpus, 2)),
-                Variant(
-                    "2 ranks, fp32, glibc's own malloc settings", lambda: train(corpus, 2, **GLIBC_DEFAULTS)
-                ),
-                Variant("2 ranks, bf16", lambda: train(corpus, 2, "train.precision=bf16")),
-                Variant(
-                    "2 ranks, fp32, reference experts",
-                    lambda: train(corpus, 2, "train.expert_backend=reference"),
-                ),
-            ],
-        )
+        if {"training", "layouts"} & set(wanted):
+            turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(corpus))
+        if "training" in wanted:
+            compare_training(corpus)
+        if "layouts" in wanted:
+            compare_layouts(corpus)
+    if "self-check" in wanted:
+        print_self_check_cost()
 
 
 if __name__ == "__main__":

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from data.corpus import open_corpus
+from tests.layouts import groups_of
 from tests.models import random_state, tiny_config, tiny_decoder
 from tests.ranks import run_ranks
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.evaluate import Evaluation, evaluate
-from training.parallel import Groups, Layout
+from training.parallel import Layout
 
 CFG = tiny_config(vocab_size=300)
 
 
 def evaluate_on_rank(rank: int, corpus_path: Path, world_size: int, microbatch_seqs: int) -> Evaluation:
-    groups = Groups(Layout(world_size), rank, torch.device("cpu"))
+    groups = groups_of(Layout(world_size), rank)
     decoder = tiny_decoder(CFG, dtype=torch.float32, gain=3.0)
     corpus = open_corpus(corpus_path, verify="size")
     return evaluate(

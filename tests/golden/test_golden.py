@@ -11,7 +11,7 @@ import torch
 
 from data.loader import Batch
 from launch.settings import load_config, recipe_names, to_toml
-from tests.distributed.test_layouts_agree import train_on_ranks
+from tests.layouts import train_on_ranks
 from tests.ranks import run_ranks
 from tests.runs import run_config
 from training.config import RunConfig

@@ -2,16 +2,29 @@
 elsewhere.
 """
 
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
 from launch.local import free_port
+from moe.balance import RouterState
+from moe.dispatch import AllToAllDispatcher
 from moe.experts import EXPERT_BACKENDS, reference_experts
+from moe.layer import MoELayer
 from moe.model import build_decoder
+from moe.recompute import RoutingMemo
+from moe.tensor_parallel import Unsplit
 from tests.assertions import assert_same_grads, relative_error
-from tests.distributed.test_layouts_agree import CONFIGS, GENTLE_LR, train_on_ranks, with_split
+from tests.distributed.test_layouts_agree import CONFIGS, GENTLE_LR
+from tests.distributed.test_train_command import RECIPE, check_same_rows, turnout
+from tests.layouts import forget_groups, train_on_ranks, with_split
 from tests.models import packed_inputs, random_state, tiny_config, tiny_decoder
-from training.parallel import Layout, join_groups, leave_groups
+from tests.unit.data_fixtures import make_corpus, make_texts
+from training.ledger import NoLedger
+from training.parallel import Groups, Layout, join_groups, leave_groups
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,17 +69,55 @@ def test_decoder_equals_the_cpu(window: int | None) -> None:
     assert relative_error(got.cpu(), want) < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_engine_trains_in_half_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
+    """Join a process group of this process alone, over NCCL."""
     launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**launched, "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
-    join_groups(Layout(1), CUDA)
-    try:
-        cfg = CONFIGS["sequence scope"]
-        full = train_on_ranks(0, with_split(cfg, 8), 1, "adamw", GENTLE_LR, device="cuda")
-        half_cfg = with_split(cfg, 2, precision=precision)
-        half = train_on_ranks(0, half_cfg, 1, "adamw", GENTLE_LR, device="cuda")
-    finally:
-        leave_groups()
+    yield join_groups(Layout(1), CUDA, timeout_s=60, ledger=NoLedger())
+    forget_groups()
+    leave_groups()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_engine_trains_in_half_precision(precision: str, one_rank: Groups) -> None:
+    cfg = CONFIGS["sequence scope"]
+    full = train_on_ranks(0, with_split(cfg, 8), 1, "adamw", GENTLE_LR, device="cuda")
+    half_cfg = with_split(cfg, 2, precision=precision)
+    half = train_on_ranks(0, half_cfg, 1, "adamw", GENTLE_LR, device="cuda")
     assert half["losses"] == pytest.approx(full["losses"], rel=5e-3)
+
+
+def test_an_expert_layer_waits_for_the_device_once(one_rank: Groups) -> None:
+    cfg = tiny_config(n_shared_experts=1)
+    layer = MoELayer(cfg, AllToAllDispatcher(one_rank.ep), Unsplit(), "grouped", "none").to(CUDA)
+    state = RouterState.initial(cfg, CUDA)
+    x = torch.randn(2 * cfg.seq_len, cfg.d_model, device=CUDA, requires_grad=True)
+    inputs = (
+        x,
+        state.bias_ME[0],
+        state.load_frac_ME[0],
+        torch.ones(x.size(0), dtype=torch.bool, device=CUDA),
+    )
+    layer(*inputs, RoutingMemo())  # allocations and first calls wait too
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            layer(*inputs, RoutingMemo())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchronizing" in str(w.message)]) <= 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("parallel", ["ep=2", "tp=2", "tp=2 sequence_parallel=true ep=2"])
+def test_two_gpus_log_what_one_does(parallel: str, tmp_path: Path) -> None:
+    make_corpus(tmp_path, {"text": make_texts(100)}, valid_frac=0.05, shard_tokens=5000)
+    (tmp_path / "run.toml").write_text(RECIPE)
+    settings = [word for setting in parallel.split() for word in ("--set", f"parallel.{setting}")]
+    for run_dir, nproc, sets in (("one", "1", []), ("two", "2", settings)):
+        run = turnout(tmp_path, "train", "run.toml", "--run-dir", run_dir, "--nproc", nproc, *sets)
+        assert run.returncode == 0, run.stderr
+    check_same_rows(tmp_path / "two", tmp_path / "one")

@@ -129,7 +129,7 @@ TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "top 1 renormalised": (nothing, train_with("model.top_k=1"), 2, "router.normalize=false"),
     "a batch that ranks do not divide": (nothing, [*train_with(), "--nproc", "3"], 2, "use one of [1, 2] ranks"),
     "a batch that is no whole sequence": (nothing, train_with("train.batch_tokens=70"), 2, "use 64 or 80"),
-    "tensor parallelism": (nothing, [*train_with("parallel.tp=2", "model.n_kv_heads=2"), "--nproc", "2"], 2, "parallel.tp=1"),
+    "tensor parallelism beyond the key heads": (nothing, [*train_with("parallel.tp=2"), "--nproc", "2"], 2, "must divide model.n_kv_heads=1; use one of [1]"),
     "a vocabulary smaller than the tokenizer's": (nothing, train_with("model.vocab_size=100"), 2, "use model.vocab_size=320"),
     "a used run directory": (use_run_directory, train_with(), 2, "run is not empty"),
     "a file as run directory": (put_file_in_the_way, train_with(), 2, "run is a file"),

@@ -8,6 +8,7 @@ import torch
 from moe.balance import RouterState, balance_sum, load_fractions, update_bias, z_sum
 from moe.config import BalanceConfig
 from moe.router import Router
+from moe.tensor_parallel import Unsplit
 from tests.models import tiny_config
 
 E = 6
@@ -27,7 +28,7 @@ def test_uniform_routing_gives_one_and_collapse_gives_experts_over_k(top_k: int)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_gradient_is_that_of_finite_differences_with_f_held(scope: str, score: str) -> None:
     cfg = tiny_config(router={"score": score}, balance={"scope": scope})
-    router = Router(cfg).double()
+    router = Router(cfg, Unsplit()).double()
     torch.nn.init.normal_(router.weight, std=0.5, generator=torch.Generator().manual_seed(0))
     x = torch.randn(2 * cfg.seq_len, cfg.d_model, generator=torch.Generator().manual_seed(1)).double()
     state = RouterState.initial(cfg)
@@ -59,7 +60,7 @@ def test_only_the_probabilities_carry_gradient() -> None:
 
 def test_sequence_scope_depends_on_each_sequence_alone() -> None:
     cfg = tiny_config()
-    router = Router(cfg).double()
+    router = Router(cfg, Unsplit()).double()
     torch.nn.init.normal_(router.weight, std=0.5, generator=torch.Generator().manual_seed(0))
     x = torch.randn(3 * cfg.seq_len, cfg.d_model, generator=torch.Generator().manual_seed(1)).double()
     counted = torch.rand(x.size(0), generator=torch.Generator().manual_seed(2)) > 0.5

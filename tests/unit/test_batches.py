@@ -8,7 +8,7 @@ import torch
 from tests.runs import run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.batches import build_loader, prefetch
-from training.parallel import Groups, Layout
+from training.parallel import Layout
 
 
 @pytest.mark.parametrize(("dp", "microbatch_seqs"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
@@ -16,9 +16,7 @@ def test_ranks_together_see_the_same_samples_in_order(tmp_path: Path, dp: int, m
     corpus = make_corpus(tmp_path, {"text": make_texts(200)})
     cfg = run_config(train={"n_steps": 7, "microbatch_seqs": microbatch_seqs}, optim={"lr": 1})
     loader = build_loader(cfg, corpus)
-    shares = [
-        list(prefetch(loader, cfg, Groups(Layout(dp), rank, torch.device("cpu")))) for rank in range(dp)
-    ]
+    shares = [list(prefetch(loader, cfg, Layout(dp), rank)) for rank in range(dp)]
     for step in range(cfg.train.n_steps):
         microbatches = [mb for share in shares for mb in share[step][1]]
         assert all(share[step][0] == step for share in shares)

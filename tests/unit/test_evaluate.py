@@ -9,10 +9,12 @@ from data.corpus import Corpus
 from data.windows import evaluation_documents
 from moe.balance import RouterState
 from moe.model import Decoder
+from tests.layouts import groups_of
 from tests.models import random_state, tiny_config, tiny_decoder
+from tests.ranks import join_alone
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.evaluate import Evaluation, evaluate
-from training.parallel import Groups, Layout
+from training.parallel import Layout
 
 CFG = tiny_config(vocab_size=300, seq_len=9)
 CPU = torch.device("cpu")
@@ -23,13 +25,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"), {"text": make_texts(40)}, valid_frac=0.3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> None:
+    join_alone()
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     return tiny_decoder(CFG, dtype=torch.float32, gain=3.0)
 
 
 def run(decoder: Decoder, corpus: Corpus, *, max_documents: int | None = None) -> Evaluation:
-    groups = Groups(Layout(1), 0, CPU)
+    groups = groups_of(Layout(1), 0)
     state = random_state(CFG)
     return evaluate(decoder, corpus, state, groups, microbatch_seqs=4, max_documents=max_documents)
 

@@ -1,5 +1,7 @@
 """Layout as integers, for every divisor of several world sizes, and the remedies of wrong ones."""
 
+from typing import Any
+
 import pytest
 
 from tests.runs import run_config
@@ -57,8 +59,39 @@ def test_wrong_layouts_name_the_value_and_what_fits() -> None:
         plan_layout(run_config(parallel={"ep": 4}), 8)
     with pytest.raises(ConfigError, match=r"parallel.tp=2 must divide model.n_kv_heads=1; use one of \[1\]"):
         plan_layout(run_config(parallel={"tp": 2}), 2)
-    with pytest.raises(ConfigError, match="parallel.ep=2: only data parallelism is built so far"):
-        plan_layout(run_config(parallel={"ep": 2}), 2)
+    with pytest.raises(ConfigError, match="sequence_parallel=true has no effect with parallel.tp=1"):
+        plan_layout(run_config(parallel={"sequence_parallel": True}), 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "message"),
+    [
+        ({"vocab_size": 41}, {"tp": 2}, r"parallel.tp=2 must divide model.vocab_size=41; use one of \[1\]"),
+        ({"seq_len": 14}, {"tp": 4}, r"parallel.tp=4 must divide model.seq_len=14; use one of \[1, 2\]"),
+        (
+            {"d_ff": 26, "n_dense_layers": 1},
+            {"tp": 4},
+            r"tp=4 must divide model.d_ff=26; use .* \[1, 2\]",
+        ),
+        (
+            {"n_shared_experts": 1, "d_expert": 10},
+            {"tp": 4},
+            r"must divide model.n_shared_experts \* model.d_expert = 10; use one of \[1, 2\]",
+        ),
+        (
+            {"n_experts": 12, "router": {"n_groups": 3}},
+            {"ep": 4},
+            r"parallel.ep=4 and model.router.n_groups=3 must divide one another, .*; use one of \[1\]",
+        ),
+    ],
+)
+def test_layouts_that_do_not_fit_the_model_are_refused(
+    model: dict[str, Any], parallel: dict[str, int], message: str
+) -> None:
+    fitting = {"n_heads": 4, "n_kv_heads": 4, "seq_len": 12, **model}
+    batch = {"batch_tokens": 4 * fitting["seq_len"], "microbatch_seqs": 1, "expert_backend": "reference"}
+    with pytest.raises(ConfigError, match=message):
+        plan_layout(run_config(model=fitting, parallel=parallel, train=batch), 4)
 
 
 def test_batches_that_do_not_divide_name_what_does() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.plan import count_built_params, plan_lines, state_bytes
+from launch.plan import count_built_params, plan_lines, rank_params, state_bytes
 from launch.settings import load_config
 from moe.counts import n_active_params, n_params
 from tests.runs import run_config
@@ -49,7 +49,20 @@ def test_state_bytes_follow_precision_and_zero_stage() -> None:
     assert (split.gradients, split.total) == (4 * n, 12 * n)
 
 
+def test_a_rank_holds_its_part_of_matrices_and_experts() -> None:
+    cfg = run_config(model={"n_kv_heads": 2})
+    model = cfg.model
+    in_experts = model.n_layers * model.n_experts * 3 * model.d_model * model.d_expert
+    whole = model.n_layers * (2 * model.d_model + model.n_experts * model.d_model) + model.d_model
+    split = n_params(model) - in_experts - whole
+    assert rank_params(model, Layout(4, tp=2, ep=4)) == (whole + split // 2, in_experts // 4)
+    dense, experts = rank_params(model, Layout(4, tp=2, ep=2))
+    # Dense state is split over dp=2, the experts' over edp=2, whatever tp is.
+    state = state_bytes(cfg, Layout(4, tp=2, ep=2))
+    assert state.optimizer == 12 * (-(-dense // 2) + experts // 2)
+
+
 def test_plan_states_tokens_per_step_in_its_factors() -> None:
     rows = dict(plan_lines(run_config(), Layout(2)))
-    assert rows["tokens per step"] == "96 = 2 ranks x 2 micro-batches x 2 sequences x 12 tokens"
+    assert rows["tokens per step"] == "96 = 2 data-parallel ranks x 2 micro-batches x 2 sequences x 12 tokens"
     assert rows["tokens in all"] == "1,920"

@@ -5,11 +5,12 @@ import torch
 from moe.balance import RouterState
 from moe.config import ModelConfig
 from moe.router import Router, Routing, choose_experts, within_capacity
+from moe.tensor_parallel import Unsplit
 from tests.models import tiny_config
 
 
 def build_router(cfg: ModelConfig) -> Router:
-    router = Router(cfg)
+    router = Router(cfg, Unsplit())
     torch.nn.init.normal_(router.weight, std=0.5, generator=torch.Generator().manual_seed(3))
     return router
 

@@ -35,7 +35,7 @@ def test_set_overrides_a_value_and_none_unsets_it() -> None:
         ("train.n_steps=many", "recipe tiny: train.n_steps='many': input should be a valid integer"),
         ("train.n_steps=0", "train.n_steps=0: input should be greater than 0"),
         ("model.top_k=9", r"top_k=9 is more than n_experts=8; use 1 to 8"),
-        ("model.n_kv_heads=2", r"n_kv_heads=2 must divide n_heads=3; use one of \[1, 3\]"),
+        ("model.n_kv_heads=3", r"n_kv_heads=3 must divide n_heads=4; use one of \[1, 2, 4\]"),
         ("model.router.n_groups=3", r"router.n_groups=3 must divide n_experts=8; use one of \[1, 2, 4, 8\]"),
         ("model.router.top_groups=2", "router.top_groups=2 is more than router.n_groups=1"),
         ("model.top_k=1", "set router.normalize=false"),

@@ -1,0 +1,79 @@
+"""What the engine's check of its first step costs, in the run that pays for it once."""
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from launch.settings import load_config
+from moe.balance import RouterState
+from tests.layouts import groups_of, with_parallel
+from tests.ranks import run_ranks
+from tests.runs import rank_share, uneven_batch
+from training.batches import split_microbatches
+from training.build import build_engine
+from training.config import RunConfig
+from training.engine import has_own_expert_groups
+from training.parallel import plan_layout
+from training.self_check import FirstStepCheck, ReducedFragment
+from training.step import train_step
+
+N_STEPS = 12
+
+
+class TimedCheck(FirstStepCheck):
+    """Adds up the seconds spent in the check itself: a step varies by more than the check costs."""
+
+    seconds = 0.0
+
+    def norm(self, fragments: Iterable[ReducedFragment]) -> Tensor:
+        with self._timed():
+            return super().norm(fragments)
+
+    def check_gradients(self, fragments: Iterable[ReducedFragment]) -> None:
+        with self._timed():
+            super().check_gradients(fragments)
+
+    def _note(self, name: str, gradient: Tensor) -> None:
+        with self._timed():
+            super()._note(name, gradient)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start_s = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start_s
+
+
+def time_steps(rank: int, cfg: RunConfig, world_size: int) -> tuple[float, float]:
+    """Return the median seconds of a step and of the check within one."""
+    layout = plan_layout(cfg, world_size)
+    groups = groups_of(layout, rank)
+    engine, _ = build_engine(cfg, groups)
+    state = RouterState.initial(cfg.model)
+    share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
+    microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+    of_steps, of_checks = [], []
+    for i in range(N_STEPS):
+        start_s = time.perf_counter()
+        check = TimedCheck(engine.module, groups, has_expert_groups=has_own_expert_groups(layout))
+        built_s = time.perf_counter() - start_s
+        engine._check = check
+        start_s = time.perf_counter()
+        train_step(engine, microbatches, state, step=i + 1, lr=1e-4, groups=groups)
+        of_steps.append(time.perf_counter() - start_s)
+        of_checks.append(built_s + check.seconds)
+    engine.close()
+    return statistics.median(of_steps), statistics.median(of_checks)
+
+
+def print_self_check_cost() -> None:
+    print("\n### The engine's check of its first step, tiny, fp32\n")
+    print("| layout | step ms | check ms | share of the step |\n|---|---|---|---|")
+    for parallel in ({"tp": 1, "ep": 1}, {"tp": 1, "ep": 2}, {"tp": 2, "ep": 2}):
+        cfg = with_parallel(load_config("tiny"), **parallel)
+        step_s, check_s = run_ranks(time_steps, 2, cfg, 2)[0]
+        name = f"2 ranks, tp {parallel['tp']}, ep {parallel['ep']}"
+        print(f"| {name} | {1000 * step_s:.0f} | {1000 * check_s:.1f} | {check_s / step_s:.1%} |", flush=True)

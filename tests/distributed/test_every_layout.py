@@ -1,0 +1,153 @@
+"""Every way of laying 1, 2, 4 and 8 ranks out takes the step of one process: gradients in fp64 without the
+engine, three steps in fp32 through it.
+"""
+
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.loader import IGNORE_INDEX
+from moe.sharding import is_expert
+from tests.assertions import assert_same_grads, assert_same_tensors
+from tests.layouts import (
+    build_objective,
+    groups_of,
+    starting_state,
+    train_on_ranks,
+    train_plainly,
+    with_parallel,
+    with_split,
+)
+from tests.ranks import run_ranks
+from tests.runs import rank_share, run_config, uneven_batch
+from training.batches import split_microbatches
+from training.config import RunConfig
+from training.parallel import Layout, divisors, plan_layout
+
+SIZES = {"n_heads": 8, "n_kv_heads": 8, "d_head": 4, "seq_len": 16, "n_experts": 8, "qk_norm": True}
+TRAIN = {"n_steps": 3, "batch_tokens": 128, "microbatch_seqs": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "softmax top-2, sequence scope": {"balance": {"coef": 0.5, "z_coef": 0.05}},
+    "sigmoid top-2, shared, dense first, batch scope, bias": {
+        "n_shared_experts": 1,
+        "n_dense_layers": 1,
+        "n_layers": 3,
+        "d_ff": 24,
+        "router": {"score": "sigmoid", "scale": 1.5},
+        "balance": {"coef": 0.5, "scope": "batch", "bias_rate": 0.01},
+    },
+    "top-1, capacity, tied": {
+        "top_k": 1,
+        "tie_embeddings": True,
+        "router": {"normalize": False, "capacity_factor": 1.0},
+        "balance": {"coef": 0.5, "scope": "batch"},
+    },
+    "top-8 in groups, window": {
+        "n_experts": 16,
+        "top_k": 8,
+        "sliding_window": 7,
+        "router": {"score": "sigmoid", "n_groups": 4, "top_groups": 3},
+        "balance": {"coef": 0.5, "bias_rate": 0.01},
+    },
+}
+CONFIGS = {
+    name: run_config(model={**SIZES, **model}, train=TRAIN, optim={"schedule": {}})
+    for name, model in MODELS.items()
+}
+LAYOUTS = [
+    Layout(world, tp=tp, ep=ep) for world in (1, 2, 4, 8) for tp in divisors(world) for ep in divisors(world)
+]
+IDS = [f"world{x.world_size}-tp{x.tp}-ep{x.ep}" for x in LAYOUTS]
+
+
+def lay_out(cfg: RunConfig, layout: Layout, **changes: Any) -> RunConfig:
+    return with_parallel(cfg, tp=layout.tp, ep=layout.ep, **changes)
+
+
+def sum_gradients(rank: int, cfg: RunConfig, world_size: int, is_collapsed: bool) -> dict[str, Tensor] | None:
+    """Return the whole fp64 gradients of one step on the first rank, reduced here and not by the engine."""
+    layout = plan_layout(cfg, world_size)
+    groups = groups_of(layout, rank)
+    objective = build_objective(cfg, groups, torch.float64)
+    batch = uneven_batch(cfg, 0)
+    n_tokens = (batch.targets != IGNORE_INDEX).sum()
+    state = starting_state(cfg, is_collapsed=is_collapsed)
+    share = rank_share(batch, layout.dp_rank(rank), layout.dp)
+    for microbatch in split_microbatches(share, cfg.train.microbatch_seqs):
+        (objective(microbatch, state).total / n_tokens).backward()
+    whole = {}
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None, f"rank {rank}: no gradient reached {name}"
+        reduce = groups.sum_over_expert_replicas if is_expert(name) else groups.sum_over_tokens
+        whole[name] = groups.whole(name, reduce(parameter.grad))
+    return whole if rank == 0 else None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
+def test_every_gradient_is_that_of_one_process_in_fp64(layout: Layout) -> None:
+    recompute = cycle(["none", "selective", "full"])
+    # Eight ranks share few cores, so each of their layouts meets half of the models.
+    n_models = len(CONFIGS) if layout.world_size < 8 else len(CONFIGS) // 2
+    first = LAYOUTS.index(layout)
+    for cfg in [list(CONFIGS.values())[(first + i) % len(CONFIGS)] for i in range(n_models)]:
+        for is_collapsed in (False, True):
+            (want,) = run_ranks(sum_gradients, 1, with_split(cfg, 8), 1, is_collapsed)
+            if is_collapsed:
+                # The biased router leaves most experts without a row: their gradient is zero, not missing.
+                assert any(not expert.any() for expert in want["decoder.blocks.1.moe.experts.up"])
+            for sequence_parallel in {False, layout.tp > 1}:
+                laid_out = lay_out(cfg, layout, sequence_parallel=sequence_parallel)
+                laid_out = with_split(laid_out, microbatch_seqs(cfg, layout, 2), recompute=next(recompute))
+                world_size = layout.world_size
+                got, *_ = run_ranks(sum_gradients, world_size, laid_out, world_size, is_collapsed)
+                assert_same_grads(got, want, rtol=1e-10)
+
+
+def microbatch_seqs(cfg: RunConfig, layout: Layout, n_microbatches: int) -> int:
+    """Return the micro-batch that gives n_microbatches a step, or as many as there are sequences."""
+    return max(1, cfg.batch_seqs // layout.dp // n_microbatches)
+
+
+# Each layout meets two of these and two of the models; all of them meet all sizes.
+VARIANTS: list[dict[str, Any]] = [
+    {"zero_stage": 1, "recompute": "none", "n_microbatches": 2},
+    {"zero_stage": 2, "recompute": "full", "n_microbatches": 1},
+    {"zero_stage": 1, "recompute": "selective", "n_microbatches": 1, "sequence_parallel": True},
+    {"zero_stage": 2, "recompute": "none", "n_microbatches": 4, "sequence_parallel": True},
+]
+
+
+def engine_runs() -> list[Any]:
+    runs = []
+    for i, layout in enumerate(LAYOUTS):
+        for j in range(2):
+            model = list(CONFIGS)[(i + 2 * j + i // 4) % len(CONFIGS)]
+            variant = (i + j + i // 3) % len(VARIANTS)
+            name = f"{IDS[i]}, {model}, variant {variant}"
+            runs.append(pytest.param(layout, model, VARIANTS[variant], j == 1, id=name))
+    return runs
+
+
+@pytest.mark.parametrize(("layout", "model", "variant", "is_collapsed"), engine_runs())
+def test_three_steps_through_the_engine_are_those_of_one_process(
+    layout: Layout, model: str, variant: dict[str, Any], is_collapsed: bool
+) -> None:
+    want = train_plainly(CONFIGS[model], is_collapsed=is_collapsed)
+    cfg = lay_out(
+        CONFIGS[model],
+        layout,
+        zero_stage=variant["zero_stage"],
+        sequence_parallel=variant.get("sequence_parallel", False) and layout.tp > 1,
+    )
+    seqs = microbatch_seqs(cfg, layout, variant["n_microbatches"])
+    cfg, world_size = with_split(cfg, seqs, recompute=variant["recompute"]), layout.world_size
+    for got in run_ranks(train_on_ranks, world_size, cfg, world_size, "sgd", is_collapsed=is_collapsed):
+        assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
+        assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
+        assert torch.tensor(got["stats"]) == pytest.approx(torch.tensor(want["stats"]), rel=1e-4)
+        assert torch.equal(got["bias"], want["bias"])
+        assert_same_grads(got["gradients"], want["gradients"], rtol=1e-5)
+        assert_same_tensors(got["parameters"], want["parameters"], rtol=1e-5)

@@ -1,0 +1,83 @@
+"""The engine's check of its own first step: silent when all is well, loud when a reduction is wrong."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+import training.engine
+from tests.layouts import (
+    build_objective,
+    groups_of,
+    starting_state,
+    with_parallel,
+)
+from tests.ranks import run_ranks
+from tests.runs import rank_share, run_config, uneven_batch
+from training.batches import split_microbatches
+from training.build import put_under_engine
+from training.config import RunConfig
+from training.errors import EngineError
+from training.optimizer import build_adamw
+from training.parallel import Groups, plan_layout
+from training.step import train_step
+
+CFG = with_parallel(run_config(model={"n_heads": 4, "n_kv_heads": 2, "n_experts": 8}), tp=2, ep=2)
+
+
+def nothing(groups: Groups) -> None:
+    """Leave the engine as it is."""
+
+
+def over_the_wrong_ranks(groups: Groups) -> None:
+    """Let DeepSpeed reduce experts over the ranks of another group."""
+    groups.edp = groups.ep
+
+
+def norm_without_split_parameters(groups: Groups) -> None:
+    """Let DeepSpeed take split parameters for replicas."""
+    training.engine.mark_split_parameters = lambda module, layout: None
+
+
+def by_a_factor(groups: Groups) -> None:
+    """Let DeepSpeed divide by a number of ranks that it was not told of."""
+    training.engine._Mpu.get_data_parallel_group = lambda self: groups.tp
+
+
+def first_step(rank: int, cfg: RunConfig, break_it: Callable[[Groups], None]) -> str:
+    layout = plan_layout(cfg, 4)
+    kept = training.engine.mark_split_parameters, training.engine._Mpu.get_data_parallel_group
+    broken = groups_of(layout, rank)
+    right_edp = broken.edp
+    try:
+        objective = build_objective(cfg, broken)
+        break_it(broken)
+        engine = put_under_engine(objective, cfg, broken, partial(build_adamw, cfg=cfg.optim))
+        broken.edp = right_edp
+        share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
+        microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+        train_step(engine, microbatches, starting_state(cfg), step=1, lr=1e-3, groups=broken)
+    except EngineError as err:
+        return str(err)
+    finally:
+        broken.edp = right_edp
+        training.engine.mark_split_parameters, training.engine._Mpu.get_data_parallel_group = kept
+    return ""
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize(
+    ("break_it", "told"),
+    [
+        (nothing, ""),
+        (over_the_wrong_ranks, "gradient of decoder.blocks"),
+        (norm_without_split_parameters, "gradient norm is"),
+        (by_a_factor, "differs from the sum over ranks"),
+    ],
+)
+def test_a_wrong_reduction_is_named_on_every_rank(
+    break_it: Callable[[Groups], None], told: str, zero_stage: int
+) -> None:
+    messages = run_ranks(first_step, 4, with_parallel(CFG, zero_stage=zero_stage), break_it)
+    assert len(set(messages)) == 1, messages
+    assert told in messages[0] and bool(messages[0]) == bool(told)
