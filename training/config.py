@@ -5,7 +5,7 @@ training/parallel.py, what needs the corpus in launch/preflight.py. Reading file
 launch/settings.py.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
@@ -88,6 +88,30 @@ class EvalConfig(BaseModel):
     max_documents: PositiveInt | None = None  # None: the whole validation split
 
 
+class CheckpointConfig(BaseModel):
+    model_config = STRICT
+
+    every_steps: PositiveInt | None = None  # None: only after the last step
+    keep_last: PositiveInt = 3
+    keep_every_steps: PositiveInt | None = None  # those of these steps are kept for ever
+    is_async: bool = True
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> Self:
+        every, kept = self.every_steps, self.keep_every_steps
+        if kept is None:
+            return self
+        if every is None:
+            raise ValueError(
+                f"keep_every_steps={kept} has no effect without every_steps; set it, or drop this"
+            )
+        if kept % every:
+            below = kept // every * every
+            fits = f"{below} or {below + every}" if below else every
+            raise ValueError(f"keep_every_steps={kept} must be a multiple of every_steps={every}; use {fits}")
+        return self
+
+
 class SampleConfig(BaseModel):
     """Continuations written after the last step."""
 
@@ -97,6 +121,85 @@ class SampleConfig(BaseModel):
     n_tokens: PositiveInt = 64
     temperature: float = Field(default=0.8, ge=0)  # 0: greedy
     top_p: float = Field(default=0.95, gt=0, le=1)
+
+
+# What these settings of GuardConfig are where they are at work and were not given.
+GUARD_DEFAULTS: dict[str, float] = {
+    "spike_sigma": 6.0,
+    "spike_window_steps": 100,
+    "collapse_patience_steps": 50,
+    "skip_window_steps": 1,
+    "max_interventions": 5,
+}
+
+
+class GuardConfig(BaseModel):
+    """What is taken for training gone wrong (training/guard.py), and what is then done.
+
+    skip: the step's update is not applied. rollback: back to the last checkpoint, and the data of the steps
+    that led here is left out. A setting that is not at work is None; one that is at work never is, but for
+    max_load_frac and max_dead_frac, of which one is enough.
+    """
+
+    model_config = STRICT
+
+    on_non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    on_spike: Literal["off", "stop", "skip", "rollback"] = "off"
+    spike_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # standard deviations
+    spike_window_steps: int | None = Field(default=None, ge=2)  # of the mean; none is found before so many
+    # The updates that led to a collapse are past, so that skipping one would mend nothing.
+    on_collapse: Literal["off", "stop", "rollback"] = "off"
+    max_load_frac: float | None = Field(default=None, gt=0, lt=1)  # of a layer's rows, to one expert
+    max_dead_frac: float | None = Field(default=None, ge=0, lt=1)  # of a layer's experts, without any row
+    collapse_patience_steps: PositiveInt | None = None
+    skip_window_steps: PositiveInt | None = None  # data left out by a rollback, the offending step the last
+    max_interventions: PositiveInt | None = None  # skips and rollbacks of a run; at the next it stops
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Give what is at work its default here, so that the resolved config holds it."""
+        if not isinstance(values, dict):
+            return values
+        given = {name: value for name, value in values.items() if value is not None}
+        idle = _idle_guard_settings(
+            *(given.get(f"on_{kind}") for kind in ("non_finite", "spike", "collapse"))
+        )
+        return {name: value for name, value in GUARD_DEFAULTS.items() if name not in idle} | given
+
+    @model_validator(mode="after")
+    def _check_effect(self) -> Self:
+        idle = _idle_guard_settings(self.on_non_finite, self.on_spike, self.on_collapse)
+        for name, remedy in idle.items():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect {remedy}, or drop it")
+        if self.on_collapse != "off" and self.max_load_frac is None and self.max_dead_frac is None:
+            raise ValueError(
+                f"on_collapse={self.on_collapse} needs max_load_frac, max_dead_frac or both; "
+                "max_dead_frac=0.5 finds a layer that uses less than half of its experts"
+            )
+        return self
+
+
+def _idle_guard_settings(on_non_finite: Any, on_spike: Any, on_collapse: Any) -> dict[str, str]:
+    """Return the settings that these actions leave without effect, each with why and the way out."""
+    actions = (on_non_finite, on_spike, on_collapse)
+    idle: dict[str, str] = {}
+    if on_spike in (None, "off"):
+        spike = ("spike_sigma", "spike_window_steps")
+        idle |= dict.fromkeys(spike, "with on_spike=off; set on_spike to stop, skip or rollback")
+    if on_collapse in (None, "off"):
+        collapse = ("max_load_frac", "max_dead_frac", "collapse_patience_steps")
+        idle |= dict.fromkeys(collapse, "with on_collapse=off; set on_collapse to stop or rollback")
+    if "rollback" not in actions:
+        idle["skip_window_steps"] = (
+            "without a rollback; set on_non_finite, on_spike or on_collapse to rollback"
+        )
+        if "skip" not in actions:
+            idle["max_interventions"] = (
+                "where nothing is skipped or rolled back; set on_spike=skip for example"
+            )
+    return idle
 
 
 class LogConfig(BaseModel):
@@ -117,7 +220,9 @@ class RunConfig(BaseModel):
     optim: OptimConfig
     data: DataConfig
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
     @property
@@ -168,5 +273,60 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"sample.n_tokens={self.sample.n_tokens} must be below model.seq_len={self.model.seq_len}; "
                 f"use at most {self.model.seq_len - 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rollback(self) -> Self:
+        guard, every_steps, n_steps = self.guard, self.checkpoint.every_steps, self.train.n_steps
+        actions = {
+            "guard.on_non_finite": guard.on_non_finite,
+            "guard.on_spike": guard.on_spike,
+            "guard.on_collapse": guard.on_collapse,
+        }
+        path = next((path for path, action in actions.items() if action == "rollback"), None)
+        if path is not None and (every_steps is None or every_steps >= n_steps):
+            given = "" if every_steps is None else f", not to checkpoint.every_steps={every_steps}"
+            raise ValueError(
+                f"{path}=rollback needs a checkpoint before the last step to go back to{given}; "
+                f"set checkpoint.every_steps below train.n_steps={n_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_guard_steps(self) -> Self:
+        n_steps, window, patience = (
+            self.train.n_steps,
+            self.guard.spike_window_steps,
+            self.guard.collapse_patience_steps,
+        )
+        if window is not None and window >= n_steps:
+            raise ValueError(
+                f"guard.spike_window_steps={window} must be below train.n_steps={n_steps}, or no spike is "
+                f"ever found; use at most {n_steps - 1}, or guard.on_spike=off"
+            )
+        if patience is not None and patience > n_steps:
+            raise ValueError(
+                f"guard.collapse_patience_steps={patience} must not be above train.n_steps={n_steps}, or no "
+                f"collapse is ever found; use at most {n_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_collapse_limits(self) -> Self:
+        """Refuse limits that no routing exceeds, or every one: a token's top_k experts are distinct."""
+        n_experts, top_k = self.model.n_experts, self.model.top_k
+        load, dead = self.guard.max_load_frac, self.guard.max_dead_frac
+        if load is not None and not 1 / n_experts <= load < 1 / top_k:
+            raise ValueError(
+                f"guard.max_load_frac={load} must be at least {1 / n_experts:.4g} (1 / model.n_experts, even "
+                f"routing) and below {1 / top_k:.4g} (1 / model.top_k, the most that one expert can get); "
+                "use a value between, or guard.max_dead_frac"
+            )
+        most_dead = (n_experts - top_k) / n_experts
+        if dead is not None and dead >= most_dead:
+            raise ValueError(
+                f"guard.max_dead_frac={dead} must be below {most_dead:.4g}, because model.top_k={top_k} of "
+                f"model.n_experts={n_experts} always get rows; use a smaller value, or drop it"
             )
         return self

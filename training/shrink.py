@@ -34,7 +34,7 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
         "recompute": "none",
     }
     tree["optim"]["schedule"] |= schedule
-    del tree["sample"]
+    del tree["sample"], tree["guard"]  # which speak of more steps and longer sequences
     return RunConfig.model_validate(tree)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.settings import load_config, recipe_names, setting_paths, to_toml
+from launch.settings import check_config, load_config, recipe_names, setting_paths, to_toml
 from training.errors import ConfigError
 
 CORPUS_TOML = 'data = { corpus = "x" }\n'
@@ -30,7 +30,7 @@ def test_set_overrides_a_value_and_none_unsets_it() -> None:
         ("model.n_layer=3", r"--set model.n_layer: no such setting; did you mean model.n_layers\?"),
         ("lr=1", r"did you mean optim.lr\?"),
         ("model.zzzzzz=1", "there are model.n_layers, "),
-        ("zzzzzz=1", "there are data, eval, log, model"),
+        ("zzzzzz=1", "there are checkpoint, data, eval, guard, log, model"),
         ("train.n_steps", "is not path=value"),
         ("train.n_steps=many", "recipe tiny: train.n_steps='many': input should be a valid integer"),
         ("train.n_steps=0", "train.n_steps=0: input should be greater than 0"),
@@ -58,6 +58,102 @@ def test_wrong_settings_are_refused_with_path_value_and_remedy(override: str, me
     with pytest.raises(ConfigError, match=message) as caught:
         load_config("tiny", [override])
     assert "\n" not in str(caught.value)
+
+
+# tiny: 8 experts, top 2, 600 steps, a checkpoint every 200.
+SPIKE, COLLAPSE = "guard.on_spike=stop", "guard.on_collapse=stop"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["guard.spike_sigma=3"], "guard: spike_sigma=3.0 has no effect with on_spike=off; set on_spike to"),
+        (["guard.spike_window_steps=9", COLLAPSE], "spike_window_steps=9 has no effect with on_spike=off"),
+        (
+            ["guard.max_load_frac=0.4"],
+            "max_load_frac=0.4 has no effect with on_collapse=off; set on_collapse",
+        ),
+        (["guard.max_dead_frac=0.5", SPIKE], "max_dead_frac=0.5 has no effect with on_collapse=off"),
+        (["guard.collapse_patience_steps=9"], "collapse_patience_steps=9 has no effect with on_collapse=off"),
+        (
+            ["guard.skip_window_steps=2", "guard.on_spike=skip"],
+            "skip_window_steps=2 .* without a rollback; set",
+        ),
+        (
+            ["guard.max_interventions=2", SPIKE],
+            "max_interventions=2 .* where nothing is skipped or rolled back",
+        ),
+        ([COLLAPSE], "on_collapse=stop needs max_load_frac, max_dead_frac or both; max_dead_frac=0.5 finds"),
+        (["guard.on_collapse=skip"], "guard.on_collapse='skip': input should be 'off', 'stop' or 'rollback'"),
+        (["guard.on_non_finite=off"], "input should be 'stop', 'skip' or 'rollback'"),
+        ([SPIKE, "guard.spike_sigma=0"], "guard.spike_sigma=0: input should be greater than 0"),
+        ([SPIKE, "guard.spike_sigma=inf"], "guard.spike_sigma=inf: input should be a finite number"),
+        ([SPIKE, "guard.spike_window_steps=1"], "input should be greater than or equal to 2"),
+        ([SPIKE, "guard.spike_window_steps=600"], "must be below train.n_steps=600, .* use at most 599"),
+        ([COLLAPSE, "guard.max_dead_frac=0.5", "guard.collapse_patience_steps=601"], "use at most 600"),
+        ([COLLAPSE, "guard.max_load_frac=0.5"], r"max_load_frac=0.5 must be .* below 0.5 \(1 / model.top_k"),
+        ([COLLAPSE, "guard.max_load_frac=0.12"], "max_load_frac=0.12 must be at least 0.125"),
+        (
+            [COLLAPSE, "guard.max_dead_frac=0.75"],
+            "max_dead_frac=0.75 must be below 0.75, because model.top_k=2",
+        ),
+        (
+            ["guard.on_non_finite=rollback", "checkpoint.every_steps=none"],
+            "on_non_finite=rollback needs a check",
+        ),
+        (
+            ["guard.on_spike=rollback", "checkpoint.every_steps=none"],
+            "guard.on_spike=rollback needs a checkp",
+        ),
+        (
+            ["guard.on_collapse=rollback", "guard.max_dead_frac=0.5", "checkpoint.every_steps=600"],
+            "on_collapse=rollback .*not to checkpoint.every_steps=600; set .* below train.n_steps=600",
+        ),
+        (["checkpoint.keep_every_steps=500"], "checkpoint: keep_every_steps=500 must be .*; use 400 or 600"),
+        (["checkpoint.keep_every_steps=50"], "keep_every_steps=50 must be a multiple .*; use 200$"),
+        (
+            ["checkpoint.keep_every_steps=200", "checkpoint.every_steps=none"],
+            "keep_every_steps=200 has no effect without every_steps",
+        ),
+    ],
+)
+def test_wrong_settings_of_guard_and_checkpoint_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config("tiny", overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_guard_settings_at_their_bounds_are_taken() -> None:
+    collapse = [COLLAPSE, "guard.max_load_frac=0.125", "guard.max_dead_frac=0.74"]
+    steps = [
+        "guard.collapse_patience_steps=600",
+        "guard.spike_window_steps=599",
+        "checkpoint.every_steps=599",
+    ]
+    load_config("tiny", [*collapse, *steps, "guard.on_spike=rollback", "checkpoint.keep_every_steps=1198"])
+
+
+def test_guard_settings_have_a_value_where_they_are_at_work_and_nowhere_else(tmp_path) -> None:
+    overrides = ["guard.on_spike=skip", "guard.spike_window_steps=30"]
+    guard = load_config("tiny", overrides).guard
+    assert (guard.spike_sigma, guard.spike_window_steps, guard.max_interventions) == (6.0, 30, 5)
+    assert (guard.skip_window_steps, guard.collapse_patience_steps, guard.max_dead_frac) == (None, None, None)
+    unset = load_config("tiny", [SPIKE]).model_dump(mode="json")
+    unset["guard"]["spike_sigma"] = None
+    assert check_config(unset, "here").guard.spike_sigma == 6.0
+    everything = [
+        "guard.on_non_finite=rollback",
+        SPIKE,
+        "guard.on_collapse=rollback",
+        "guard.max_dead_frac=0.5",
+    ]
+    cfg = load_config("tiny", everything)
+    assert (cfg.guard.skip_window_steps, cfg.guard.collapse_patience_steps) == (1, 50)
+    assert cfg.guard.max_load_frac is None
+    written = tmp_path / "written.toml"
+    written.write_text(to_toml(cfg))
+    assert "spike_sigma = 6.0" in written.read_text()
+    assert load_config(str(written)) == cfg == type(cfg).model_validate(cfg.model_dump())
 
 
 def test_misaligned_widths_are_refused_for_the_grouped_backend_only() -> None:
@@ -91,5 +187,6 @@ def test_paths_cover_the_names_that_scripts_rely_on() -> None:
         model.balance.coef model.balance.scope model.balance.z_coef model.balance.bias_rate parallel.tp
         parallel.ep parallel.zero_stage train.n_steps train.batch_tokens train.microbatch_seqs
         train.precision train.seed train.clip_norm optim.lr optim.betas optim.weight_decay
-        optim.schedule.kind optim.schedule.warmup_steps data.corpus data.seed log.every_steps"""
+        optim.schedule.kind optim.schedule.warmup_steps data.corpus data.seed checkpoint.every_steps
+        checkpoint.keep_last log.every_steps"""
     assert set(promised.split()) <= set(setting_paths())

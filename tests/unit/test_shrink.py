@@ -7,7 +7,7 @@ import pytest
 
 from launch.settings import load_config, recipe_names
 from moe.config import ModelConfig
-from training.config import RunConfig
+from training.config import GuardConfig, RunConfig
 from training.parallel import Layout, plan_layout
 from training.shrink import CLIP_NORM, shrink
 from training.variants import Variant, list_variants, richest, split_layouts
@@ -71,6 +71,11 @@ def test_structure_is_kept_and_sizes_are_tiny(cfg: RunConfig) -> None:
 def test_unset_clipping_stays_unset() -> None:
     cfg = load_config("tiny", ["train.clip_norm=none"])
     assert shrink(cfg, 2).train.clip_norm is None
+
+
+def test_a_guard_that_waits_for_more_steps_is_left_out() -> None:
+    limits = ["guard.max_dead_frac=0.5", "guard.on_collapse=rollback", "guard.on_spike=rollback"]
+    assert shrink(load_config("tiny", limits), 2).guard == GuardConfig()
 
 
 def test_groups_still_choose_and_capacity_still_drops() -> None:
