@@ -3,23 +3,36 @@
 `run_ranks(fn, world_size, *args)` calls fn(rank, *args) on every rank and returns the results by rank. fn
 must be a module-level function. A rank that takes longer than TIMEOUT_S dumps the stacks of all its threads
 and dies.
+
+Where there is no GPU the ranks are forked from one server that has imported torch and DeepSpeed: importing
+them in each rank would take a core for minutes in all.
 """
 
 import atexit
 import faulthandler
+import io
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 TIMEOUT_S = 240
+# What every rank imports; DeepSpeed and torch come with it.
+PRELOADED = ["training.build"]
+RANK_ENV = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 class RankFailed(AssertionError):
@@ -29,7 +42,7 @@ class RankFailed(AssertionError):
 class RankPool:
     def __init__(self, world_size: int) -> None:
         self._store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -52,7 +65,7 @@ class RankPool:
                 # Peers of a failed rank may wait for it in a collective; no need to wait for them.
                 if not pipe.poll(5 if failures else TIMEOUT_S + 30):
                     raise EOFError
-                is_ok, value = pipe.recv()
+                is_ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 is_ok, value = False, "no answer: the process ended or hangs; its stacks are on stderr"
             results.append(value)
@@ -85,8 +98,6 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any
 
 def join_alone() -> None:
     """Give this process a process group of its own, for code that wants one without other ranks."""
-    import torch
-
     if not torch.distributed.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
@@ -101,17 +112,12 @@ def close_pools() -> None:
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     os.environ.update(
+        RANK_ENV,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="0",
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
     )
-    import torch  # after the thread count is set
-
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
@@ -127,4 +133,43 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         faulthandler.cancel_dump_traceback_later()
-        pipe.send(answer)
+        pipe.send_bytes(_pack(answer))
+
+
+def _context() -> BaseContext:
+    """Return how ranks are started. A process forked from one that knows of CUDA could not use it."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    kept = {name: os.environ.get(name) for name in RANK_ENV}
+    os.environ.update(RANK_ENV)  # the server reads it as it starts, and its imports depend on it
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+    return context
+
+
+def _pack(answer: Any) -> bytes:
+    """Pickle an answer with its tensors' values in it.
+
+    Connection.send would put each tensor into shared memory of its own and pass a file descriptor, which can
+    take longer than the training did.
+    """
+    file = io.BytesIO()
+    _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(answer)
+    return file.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor) and obj.dtype in _NUMPY_HAS:
+            return torch.from_numpy, (obj.detach().contiguous().numpy(),)
+        return NotImplemented
+
+
+_NUMPY_HAS = {torch.float64, torch.float32, torch.int64, torch.int32, torch.bool}
