@@ -15,11 +15,9 @@ from typing import Any
 import pytest
 
 from data.corpus import open_corpus
-from data.encode import encode_documents
 from data.errors import DataError
 from data.prepare import prepare_corpus
-from data.sources import Source, iterate_documents
-from data.tokenizer import load_tokenizer
+from data.sources import Source
 from tests.unit.data_fixtures import make_texts, write_jsonl, write_tokenizer
 from tests.unit.prepare_fixtures import files_of, prepare
 
@@ -206,15 +204,33 @@ def test_a_full_disk_leaves_no_partial_file_and_a_rerun_works(
     assert open_corpus(out, verify="checksum").split("train")[0].n_tokens * 2 > 400_000
 
 
+# In a process of its own, so that a hang is a failure and not the end of all tests.
+KILL_WORKERS = """
+import multiprocessing, sys
+from pathlib import Path
+from data.encode import encode_documents
+from data.sources import Source, iterate_documents
+from data.tokenizer import load_tokenizer
+
+tokenizer, source = load_tokenizer(Path(sys.argv[1])), Source("a", Path(sys.argv[2]))
+encoded = encode_documents(iterate_documents(source), tokenizer=tokenizer, n_workers=2)
+next(encoded)
+workers = multiprocessing.active_children()
+assert len(workers) == 2
+for worker in workers:
+    worker.kill()
+try:
+    list(encoded)
+except OSError as err:
+    print(err)
+"""
+
+
 def test_a_dead_worker_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
     rng = random.Random(0)
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path))
+    tokenizer = write_tokenizer(tmp_path)
     path = write_jsonl(tmp_path / "a.jsonl", ["".join(rng.choices("abc \n", k=400_000)) for _ in range(20)])
-    encoded = encode_documents(iterate_documents(Source("a", path)), tokenizer=tokenizer, n_workers=2)
-    next(encoded)
-    workers = [int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    for pid in workers:
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
-    with pytest.raises(OSError, match="a tokenising worker of 2 died"):
-        list(encoded)
+    command = [sys.executable, "-c", KILL_WORKERS, str(tokenizer), str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "a tokenising worker of 2 died" in run.stdout, run.stderr
