@@ -11,7 +11,7 @@ from rich.console import Console
 
 from data.errors import DataError
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
-from training.errors import ConfigError
+from training.errors import CheckpointError, ConfigError
 
 app = App(
     name="turnout",
@@ -69,10 +69,23 @@ def train(
     recipe: Annotated[str, Parameter(help="Name of a packaged recipe, or a TOML file.")],
     /,
     *,
-    run_dir: Annotated[Path | None, Parameter(help="New directory for everything the run writes.")] = None,
+    run_dir: Annotated[Path | None, Parameter(help="Directory of everything the run writes.")] = None,
     nproc: Annotated[int, Parameter(help="Ranks on this machine: one per GPU, or CPU processes.")] = 1,
     overrides: Annotated[
         tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
+    ] = (),
+    resume: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help="Go on from the newest intact checkpoint in --run-dir, or start where there is no run.",
+        ),
+    ] = False,
+    allow_change: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="With --resume, a setting that may differ from the run's, as optim.lr; repeat at will."
+        ),
     ] = (),
     dry_run: Annotated[
         bool, Parameter(negative=(), help="Print what the run needs and start nothing.")
@@ -80,7 +93,7 @@ def train(
 ) -> None:
     """Train a model by a recipe, on the ranks of this machine.
 
-    Example: turnout train tiny --run-dir runs/first --nproc 2 --set train.n_steps=200
+    Example: turnout train tiny --run-dir runs/first --nproc 2 --set train.n_steps=200 --resume
     """
     # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
     from launch.train import plan_run, start_run
@@ -92,7 +105,10 @@ def train(
         return
     if run_dir is None:
         raise ConfigError("--run-dir is required; name a new directory, for example --run-dir runs/first")
-    sys.exit(start_run(recipe, overrides, run_dir=run_dir, nproc=nproc))
+    code = start_run(
+        recipe, overrides, run_dir=run_dir, nproc=nproc, is_resumed=resume, allowed_changes=allow_change
+    )
+    sys.exit(code)
 
 
 @app.command
@@ -127,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments, exit_on_error=False, print_error=False, console=Console(soft_wrap=True))
     except CycloptsError as err:
         _fail(f"{' '.join(str(err).split())} (`turnout --help` shows the usage)", BAD_CONFIG)
-    except (ConfigError, DataError) as err:
+    except (CheckpointError, ConfigError, DataError) as err:
         _fail(str(err), exit_code(err))
     except OSError as err:
         where = f"{err.filename}: " if err.filename else ""

@@ -47,7 +47,6 @@ class TrainConsole:
 
     def __init__(self, n_steps: int) -> None:
         self._n_steps = n_steps
-        self._start_s = time.monotonic()
         self._bar = LiveBar("training", n_steps)
 
     def on_row(self, row: Row) -> None:
@@ -62,13 +61,17 @@ class TrainConsole:
     def _say_step(self, row: Row) -> None:
         done = int(row["step"])
         self._bar.update(done, f"step {done}/{self._n_steps}")
-        left_s = (time.monotonic() - self._start_s) / done * (self._n_steps - done)
+        step_s = row["perf/step_ms"] / 1000
+        left_s = step_s * (self._n_steps - done)
         self._bar.say(
             f"step {done:>{len(str(self._n_steps))}}/{self._n_steps}  loss {row['train/loss']:.4f}  "
             f"grad {row['train/grad_norm']:.2f}  lr {row['train/lr']:.2e}  "
             f"{row['perf/tokens_per_s']:,.0f} tokens/s  {row['mem/peak_gib']:.2f} GiB  "
             f"left {format_duration(left_s)}"
         )
+
+    def on_event(self, event: str) -> None:
+        self._bar.say(event)
 
     def on_text(self, prompt: str, text: str) -> None:
         self._bar.close()

@@ -56,18 +56,17 @@ def examine(
     small = shrink(cfg, nproc)
     print_shrunk(small, nproc, console)
     directory = Path(tempfile.mkdtemp(prefix="turnout-doctor-"))
-    (directory / "logs").mkdir()
     (directory / "config.toml").write_text(to_toml(small), encoding="utf-8")
     plan = {"layouts": [asdict(layout) for layout in chosen], **asdict(order_of(cfg))}
     (directory / PLAN).write_text(json.dumps(plan), encoding="utf-8")
     # The ranks are CPU processes even where there are GPUs: fp32 is exact there, and no GPU is taken.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    is_done, stuck = launch_ranks(directory, nproc, worker)
+    ended = launch_ranks(directory, nproc, worker)
     results, reasons = read_results(directory), []
-    if is_done:
+    if ended.is_done:
         shutil.rmtree(directory)
     else:
-        reasons = explain_failures(directory / "logs", Layout(nproc), stuck)[1]
+        reasons = explain_failures(ended.start_dir, Layout(nproc), ended.stuck)[1]
         reasons.append(f"the ranks ended early; their logs are in {directory / 'logs'}")
     print_table(results, console)
     return conclude(results, reasons, n_wanted=len(list_variants(small, chosen)))

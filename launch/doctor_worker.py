@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launch.console import LiveBar
 from launch.doctor import PLAN, RESULTS
 from launch.failures import record_failure
-from launch.local import die_with_parent
+from launch.local import START_DIR, die_with_parent
 from launch.run_dir import read_config
 from training.compare import Comparison, compare
 from training.ledger import NoLedger
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         compare_all(directory)
     except BaseException as err:  # the peers wait in a collective until this process is gone
-        os._exit(record_failure(err, rank, directory / "logs"))
+        os._exit(record_failure(err, rank, Path(os.environ[START_DIR])))
 
 
 def compare_all(directory: Path) -> None:

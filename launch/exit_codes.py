@@ -1,7 +1,7 @@
 """What an exit code says, and which error leads to which. Scripts rely on these numbers."""
 
 from data.errors import DataError
-from training.errors import ConfigError
+from training.errors import CheckpointError, ConfigError
 
 DONE = 0
 OTHER = 1
@@ -16,4 +16,6 @@ def exit_code(err: BaseException) -> int:
         return BAD_CONFIG
     if isinstance(err, DataError):
         return BAD_DATA
+    if isinstance(err, CheckpointError):
+        return BAD_CHECKPOINT
     return OTHER

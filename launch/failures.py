@@ -1,4 +1,4 @@
-"""How a rank tells why it ended: small files of its own in the run's logs/, read by `turnout train`.
+"""How a rank tells why it ended: small files of its own in RUN/logs/start-00001/, read by `turnout train`.
 
     rank-00001.failure.json   what it raised
     rank-00001.ledger         what it was doing (training/ledger.py)
@@ -21,7 +21,14 @@ import torch.distributed as dist
 
 from data.errors import DataError
 from launch.exit_codes import OTHER, exit_code
-from training.errors import ConfigError, EngineError, NonFiniteError
+from training.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    EngineError,
+    SaveError,
+    TakenOverError,
+)
 from training.ledger import LedgerView, read_ledger
 from training.missing import Ending, explain
 from training.parallel import Layout, name_ranks
@@ -29,7 +36,16 @@ from training.parallel import Layout, name_ranks
 FAILURE_FILES = "rank-*.failure.json"
 
 # Errors whose own words say it all; others get their type and a pointer to the log.
-PLAIN = (ConfigError, DataError, EngineError, NonFiniteError, OSError)
+PLAIN = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    EngineError,
+    OSError,
+    SaveError,
+    TakenOverError,
+)
 # What gloo and NCCL say when another rank is gone, hangs or disagrees. gloo raises bare RuntimeErrors.
 LOST_CONTACT = ("/gloo/", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
 
@@ -50,11 +66,18 @@ class Failure:
     kind: str
 
 
-def forget_failures(logs: Path) -> None:
-    """Remove what an earlier start of the same run has left, whose processes are gone."""
-    for pattern in (FAILURE_FILES, "rank-*.ledger", "rank-*.stack"):
-        for path in logs.glob(pattern):
-            path.unlink()
+def make_start_dir(logs: Path) -> Path:
+    """Make the directory in which the ranks of one start of a run tell what becomes of them.
+
+    Each start has its own: ranks of an earlier one may still run, on a node that was cut off.
+    """
+    n = 1 + len(list(logs.glob("start-*")))
+    while True:
+        try:
+            (start := logs / f"start-{n:05d}").mkdir(parents=True)
+            return start
+        except FileExistsError:
+            n += 1
 
 
 def describe_failure(err: BaseException, rank: int) -> Failure:
@@ -71,12 +94,12 @@ def describe_failure(err: BaseException, rank: int) -> Failure:
     return Failure(rank, exit_code(err), " ".join(": ".join(words).split()), kind)
 
 
-def record_failure(err: BaseException, rank: int, logs: Path) -> int:
+def record_failure(err: BaseException, rank: int, start: Path) -> int:
     """Leave the failure in the rank's file and its traceback in the rank's log; return the exit code."""
     failure = describe_failure(err, rank)
-    with (logs / f"rank-{rank:05d}.log").open("a", encoding="utf-8") as log:
+    with (start.parent / f"rank-{rank:05d}.log").open("a", encoding="utf-8") as log:
         log.write("".join(traceback.format_exception(err)))
-    whole = logs / f"rank-{rank:05d}.failure.json"
+    whole = start / f"rank-{rank:05d}.failure.json"
     part = whole.with_suffix(".tmp")  # the reader may look at any moment
     part.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     part.rename(whole)
@@ -93,10 +116,10 @@ def leave_stack_behind(file: TextIO) -> None:
     faulthandler.register(signal.SIGTERM, file, chain=True)
 
 
-def read_ledgers(logs: Path) -> dict[int, LedgerView]:
+def read_ledgers(start_dir: Path) -> dict[int, LedgerView]:
     """Return the ledgers by rank; one that was not finished, as its rank was starting, is left out."""
     views = {}
-    for path in sorted(logs.glob("rank-*.ledger")):
+    for path in sorted(start_dir.glob("rank-*.ledger")):
         try:
             view = read_ledger(path)
         except ValueError:
@@ -105,18 +128,17 @@ def read_ledgers(logs: Path) -> dict[int, LedgerView]:
     return views
 
 
-def explain_failures(logs: Path, layout: Layout, stuck: Set[int] = frozenset()) -> tuple[int, list[str]]:
+def explain_failures(start_dir: Path, layout: Layout, stuck: Set[int] = frozenset()) -> tuple[int, list[str]]:
     """Return the exit code of a failed run and a few lines that say why; stuck ranks had to be killed."""
-    failures = [
-        Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(logs.glob(FAILURE_FILES))
-    ]
-    stacks = {rank: _read_if_there(logs / f"rank-{rank:05d}.stack") for rank in range(layout.world_size)}
+    told = [path.read_text(encoding="utf-8") for path in sorted(start_dir.glob(FAILURE_FILES))]
+    failures = [Failure(**json.loads(text)) for text in told]
+    stacks = {rank: _read_if_there(start_dir / f"rank-{rank:05d}.stack") for rank in range(layout.world_size)}
     failures += _crashes(stacks, {f.rank for f in failures})
     causes = [f for f in failures if f.kind == CAUSE]
     if causes:
         return causes[0].code, _by_message(causes)
     errors = [f for f in failures if f.kind == ERROR]
-    views = read_ledgers(logs)
+    views = read_ledgers(start_dir)
     endings = _endings(layout, {f.rank for f in failures}, stacks, views, stuck)
     is_lost = any(endings[rank] in (Ending.GONE, Ending.STUCK) for rank in views)
     # A rank that raised an error of its own needs no ledger to be found, unless another vanished before it.
@@ -147,7 +169,7 @@ def _crashes(stacks: dict[int, str], failed: Set[int]) -> list[Failure]:
             name = first.removeprefix("Fatal Python error: ")
             # NCCL aborts a process whose peer does not come.
             kind = ECHO if name == "Aborted" else ERROR
-            message = f"crashed: {name}; logs/rank-{rank:05d}.stack shows where"
+            message = f"crashed: {name}; rank-{rank:05d}.stack shows where"
             found.append(Failure(rank, OTHER, message, kind))
     return found
 

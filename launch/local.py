@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 
 from launch.exit_codes import DONE
-from launch.failures import FAILURE_FILES, forget_failures, read_ledgers
+from launch.failures import FAILURE_FILES, make_start_dir, read_ledgers
 
 # glibc gives blocks above 128 KiB back to the system at once, so each activation of each layer is
 # page-faulted anew. Keeping them makes a CPU step 1.7 times as fast (LOG.md).
@@ -33,19 +34,30 @@ POLL_S = 0.5
 # After the first failure: the others may find out by themselves, then are told to end, then are killed. The
 # launcher does so too, but rank after rank, so that two ranks which hang would take a minute.
 TELL_S, KILL_S = 2, 10
+# Of the ranks' environment.
+OWNER_TOKEN, START_DIR = "TURNOUT_OWNER", "TURNOUT_START_DIR"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def launch_ranks(run_dir: Path, nproc: int, module: str = "launch.worker") -> tuple[bool, set[int]]:
+@dataclass(frozen=True)
+class Ended:
+    """How ranks ended: whether all went well, which had to be killed, and where they told what happened."""
+
+    is_done: bool
+    stuck: set[int]
+    start_dir: Path
+
+
+def launch_ranks(run_dir: Path, nproc: int, module: str = "launch.worker", *, token: str = "") -> Ended:
     """Run `python -m module RUN_DIR` in nproc ranks until all have ended.
 
-    Return whether all went well, and the ranks that had to be killed. The first rank that fails ends the
-    others. So does a signal to this process, or its death.
+    The first rank that fails ends the others. So does a signal to this process, or its death.
+    token: what this start has written to RUN/owner, where the ranks write there too.
     """
-    forget_failures(run_dir / "logs")
+    start_dir = make_start_dir(run_dir / "logs")
     ranks = subprocess.Popen(
         launcher_command(run_dir, nproc, module),
-        env=rank_environment(nproc),
+        env={**rank_environment(nproc), OWNER_TOKEN: token, START_DIR: str(start_dir)},
         # A session of its own: a terminal's Ctrl-C reaches the ranks through this process, and only once.
         start_new_session=True,
         preexec_fn=die_with_parent,
@@ -55,12 +67,12 @@ def launch_ranks(run_dir: Path, nproc: int, module: str = "launch.worker") -> tu
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _interrupt)
     try:
-        stuck = _wait(ranks, run_dir / "logs")
+        stuck = _wait(ranks, start_dir)
         is_done = ranks.returncode == DONE
         if not is_done:
             kill_session(ranks.pid)
             _restore_terminal()
-        return is_done, stuck
+        return Ended(is_done, stuck, start_dir)
     except KeyboardInterrupt:
         ranks.terminate()
         try:
@@ -71,7 +83,7 @@ def launch_ranks(run_dir: Path, nproc: int, module: str = "launch.worker") -> tu
         raise
 
 
-def _wait(ranks: subprocess.Popen[bytes], logs: Path) -> set[int]:
+def _wait(ranks: subprocess.Popen[bytes], start_dir: Path) -> set[int]:
     """Wait until all ranks have ended, soon after a first failure; return those that had to be killed."""
     failed_s: float | None = None
     while True:
@@ -79,7 +91,7 @@ def _wait(ranks: subprocess.Popen[bytes], logs: Path) -> set[int]:
             ranks.wait(POLL_S)
             return set()
         except subprocess.TimeoutExpired:
-            pids, has_failed = _look(logs)
+            pids, has_failed = _look(start_dir)
         if failed_s is None:
             if not has_failed:
                 continue
@@ -94,13 +106,13 @@ def _wait(ranks: subprocess.Popen[bytes], logs: Path) -> set[int]:
                 _tell_to_end(pid)
 
 
-def _look(logs: Path) -> tuple[dict[int, int], bool]:
+def _look(start_dir: Path) -> tuple[dict[int, int], bool]:
     """Return the process ids of the ranks that run, and whether a rank has failed."""
-    views = read_ledgers(logs)
+    views = read_ledgers(start_dir)
     pids = {rank: view.pid for rank, view in views.items() if _is_running(view.pid)}
     # Read again: the rank may have ended well between the two looks.
-    gone = [view for rank, view in read_ledgers(logs).items() if rank in views and rank not in pids]
-    return pids, not all(view.has_ended for view in gone) or any(logs.glob(FAILURE_FILES))
+    gone = [view for rank, view in read_ledgers(start_dir).items() if rank in views and rank not in pids]
+    return pids, not all(view.has_ended for view in gone) or any(start_dir.glob(FAILURE_FILES))
 
 
 def _is_running(pid: int) -> bool:

@@ -1,5 +1,5 @@
-"""The run directory before the ranks start: made once, never over another run, and stamped with where it came
-from.
+"""The run directory before the ranks start: made once, never over another run, and stamped by each start with
+where it came from.
 """
 
 import json
@@ -12,9 +12,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from data.corpus import Corpus
+from data.files import write_atomically
+from data.manifest import read_manifest
 from launch.settings import check_config, to_toml
+from training.checkpoint_dir import CHECKPOINTS
+from training.checkpoint_manifest import CONFIG_FILE, PROVENANCE_FILE, Attached, DataIdentity
 from training.config import RunConfig
 from training.errors import ConfigError
 
@@ -29,17 +34,76 @@ def create_run_dir(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) ->
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--run-dir {path} is a file; name a directory")
     if path.exists() and any(path.iterdir()):
-        raise ConfigError(f"--run-dir {path} is not empty; name a new directory, or remove this one yourself")
+        raise ConfigError(
+            f"--run-dir {path} is not empty; go on with the run in it by --resume, name a new directory, or "
+            "remove this one yourself"
+        )
     (path / "logs").mkdir(parents=True)
-    (path / "config.toml").write_text(to_toml(cfg), encoding="utf-8")
-    stamp = json.dumps(provenance(corpus, nproc=nproc, argv=sys.argv), indent=2)
-    (path / "provenance.json").write_text(stamp + "\n", encoding="utf-8")
+    _stamp(path, cfg, corpus, nproc=nproc)
 
 
-def read_config(run_dir: Path) -> RunConfig:
-    """Return the resolved config that create_run_dir wrote."""
-    path = run_dir / "config.toml"
-    return check_config(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+def has_run(path: Path) -> bool:
+    """Return whether the directory holds a run. Raises ConfigError where it holds something else."""
+    if (path / CONFIG_FILE).is_file() and (path / PROVENANCE_FILE).is_file():
+        return True
+    if (path / CHECKPOINTS).exists():
+        raise ConfigError(
+            f"--run-dir {path} has {CHECKPOINTS}/, but not both {CONFIG_FILE} and {PROVENANCE_FILE}; "
+            "copy the run whole"
+        )
+    return False
+
+
+def take_up_run_dir(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) -> None:
+    """Make a run's directory ready for another start of it; nothing but its newest config is written over."""
+    (path / "logs").mkdir(exist_ok=True)
+    _stamp(path, cfg, corpus, nproc=nproc)
+
+
+def _stamp(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) -> None:
+    """Write the config, and add this start to the provenance."""
+    starts = _starts(path) if (path / PROVENANCE_FILE).exists() else []
+    starts.append(provenance(corpus, nproc=nproc, argv=sys.argv))
+    write_atomically(path / PROVENANCE_FILE, (json.dumps({"starts": starts}, indent=2) + "\n").encode())
+    # Last: a directory without it is no run yet.
+    write_atomically(path / CONFIG_FILE, to_toml(cfg).encode())
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads((path / PROVENANCE_FILE).read_bytes())["starts"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise ConfigError(f"{path / PROVENANCE_FILE}: damaged ({err}); put a good copy there") from err
+
+
+def read_config(directory: Path) -> RunConfig:
+    """Return the resolved config in a run's directory, or in one of its checkpoints. Raises ConfigError."""
+    path = directory / CONFIG_FILE
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{path}: cannot be read: {err}; put a good copy there") from err
+    return check_config(tree, str(path))
+
+
+def identity_of(corpus: Corpus) -> DataIdentity:
+    return DataIdentity(
+        corpus_hash=corpus.manifest.corpus_hash, tokenizer_sha256=corpus.manifest.tokenizer_sha256
+    )
+
+
+def data_identity(run_dir: Path) -> DataIdentity:
+    """Return which text the newest start of a run read."""
+    newest = _starts(run_dir)[-1]
+    return DataIdentity(corpus_hash=newest["corpus_hash"], tokenizer_sha256=newest["tokenizer_sha256"])
+
+
+def attachments(run_dir: Path, cfg: RunConfig) -> Attached:
+    """Return what goes into every checkpoint of a start beside the numbers: it is to be of use on its own."""
+    manifest = read_manifest(Path(cfg.data.corpus))
+    tokenizer = Path(cfg.data.corpus) / manifest.tokenizer_file
+    files = [run_dir / CONFIG_FILE, run_dir / PROVENANCE_FILE, tokenizer]
+    return Attached(data_identity(run_dir), {path.name: path.read_bytes() for path in files})
 
 
 def provenance(corpus: Corpus, *, nproc: int, argv: Sequence[str]) -> dict[str, object]:

@@ -56,6 +56,13 @@ def to_toml(cfg: RunConfig) -> str:
     return tomli_w.dumps(cfg.model_dump(mode="json", exclude_none=True))
 
 
+def check_setting_paths(option: str, paths: Sequence[str]) -> None:
+    """Raise ConfigError where an option names a setting that does not exist."""
+    for path in paths:
+        if path not in set(setting_paths()):
+            raise ConfigError(f"{option} {path}: no such setting{_suggest(path)}")
+
+
 def setting_paths(schema: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Yield the dotted path of every setting."""
     for name, field in schema.model_fields.items():
@@ -96,8 +103,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, literal = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {override!r} is not path=value; for example --set train.n_steps=100")
-    if path not in set(setting_paths()):
-        raise ConfigError(f"--set {path}: no such setting{_suggest(path)}")
+    check_setting_paths("--set", [path])
     *sections, name = path.split(".")
     node = tree
     for section in sections:

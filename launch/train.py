@@ -1,19 +1,24 @@
-"""`turnout train`: check everything, make the run directory, start the ranks."""
+"""`turnout train`: check everything, make or take up the run directory, start the ranks."""
 
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.corpus import Corpus
 from launch.duration import format_duration
 from launch.exit_codes import DONE
 from launch.failures import explain_failures
 from launch.local import launch_ranks
 from launch.plan import data_line, plan_lines
 from launch.preflight import check_corpus, check_machine
-from launch.run_dir import create_run_dir
-from launch.settings import load_config
+from launch.run_dir import create_run_dir, data_identity, has_run, identity_of, read_config, take_up_run_dir
+from launch.settings import check_setting_paths, load_config
+from training.checkpoint_dir import newest_readable
+from training.config import RunConfig
+from training.owner import take_over
 from training.parallel import plan_layout
+from training.resume import check_same_data, check_same_run
 
 
 def plan_run(recipe: str, overrides: Sequence[str], *, nproc: int) -> None:
@@ -27,22 +32,61 @@ def plan_run(recipe: str, overrides: Sequence[str], *, nproc: int) -> None:
     print(f"{quantity:18} {value}")
 
 
-def start_run(recipe: str, overrides: Sequence[str], *, run_dir: Path, nproc: int) -> int:
-    """Train, and return the exit code of the run."""
+def start_run(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    run_dir: Path,
+    nproc: int,
+    is_resumed: bool = False,
+    allowed_changes: Sequence[str] = (),
+) -> int:
+    """Train, and return the exit code of the run.
+
+    is_resumed: go on with the run in run_dir where there is one.
+    """
+    check_setting_paths("--allow-change", allowed_changes)
     cfg = load_config(recipe, overrides)
     layout = plan_layout(cfg, nproc)
     check_machine(cfg, nproc)
     corpus = check_corpus(cfg)
-    create_run_dir(run_dir, cfg, corpus, nproc=nproc)
+    if is_resumed and has_run(run_dir):
+        n_done = take_up(run_dir, cfg, corpus, nproc=nproc, allowed_changes=allowed_changes)
+        if n_done >= cfg.train.n_steps:
+            print(f"nothing left to do: {run_dir} has all {cfg.train.n_steps} steps of train.n_steps")
+            return DONE
+    else:
+        create_run_dir(run_dir, cfg, corpus, nproc=nproc)
+    token = take_over(run_dir)
     print(f"run directory {run_dir}, corpus {corpus.manifest.corpus_hash[:12]}, {nproc} ranks", flush=True)
     start_s = time.monotonic()
-    is_done, stuck = launch_ranks(run_dir, nproc)
-    if is_done:
+    ended = launch_ranks(run_dir, nproc, token=token)
+    if ended.is_done:
         duration = format_duration(time.monotonic() - start_s)
         print(f"done in {duration}: {run_dir} (to look at it: tensorboard --logdir {run_dir})")
         return DONE
-    code, reasons = explain_failures(run_dir / "logs", layout, stuck)
+    code, reasons = explain_failures(ended.start_dir, layout, ended.stuck)
     for reason in reasons:
         print(f"turnout: {reason}", file=sys.stderr)
     print(f"turnout: the run ended early, exit code {code}; logs in {run_dir / 'logs'}", file=sys.stderr)
     return code
+
+
+def take_up(
+    run_dir: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int, allowed_changes: Sequence[str]
+) -> int:
+    """Prepare a run directory for going on, and return how many steps it has done.
+
+    Raises ConfigError where the settings or the text are not the run's, CheckpointError where it has
+    checkpoints and none can be read. Each byte of the one that is used is verified by the ranks.
+    """
+    saved_cfg, saved_data = read_config(run_dir), data_identity(run_dir)
+    newest = newest_readable(run_dir)
+    if newest is not None:
+        saved_cfg, saved_data = read_config(newest[0]), newest[1].data
+    changes = check_same_run(saved_cfg, cfg, allowed_changes)
+    changes += check_same_data(saved_data, identity_of(corpus), allowed_changes)
+    take_up_run_dir(run_dir, cfg, corpus, nproc=nproc)
+    for change in changes:
+        print(f"changed, as allowed: {change}")
+    return newest[1].state.step if newest is not None else 0

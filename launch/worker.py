@@ -14,10 +14,11 @@ from pathlib import Path
 from launch.console import TrainConsole
 from launch.exit_codes import OTHER
 from launch.failures import leave_stack_behind, record_failure
-from launch.local import die_with_parent
-from launch.run_dir import read_config
+from launch.local import OWNER_TOKEN, START_DIR, die_with_parent
+from launch.run_dir import attachments, read_config
 from training.ledger import ENDED, Ledger
 from training.loop import Observer, train
+from training.owner import Owner
 from training.parallel import join_groups, leave_groups, local_device, plan_layout
 
 
@@ -26,7 +27,8 @@ def main() -> None:
     die_with_parent(signal.SIGKILL)
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     log_file = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
-    stack_file = (run_dir / "logs" / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
+    start_dir = Path(os.environ[START_DIR])
+    stack_file = (start_dir / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
     leave_stack_behind(stack_file)
     logging.basicConfig(stream=log_file, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("turnout").setLevel(logging.INFO)
@@ -35,11 +37,11 @@ def main() -> None:
     # Libraries' threads (TensorBoard's writer) fail apart from the run; their tracebacks belong in the log.
     threading.excepthook = log_thread_failure
     try:
-        run_rank(run_dir, rank)
+        run_rank(run_dir, start_dir, rank)
     except BaseException as err:  # whatever it is, the peers wait in a collective until this process is gone
         code = OTHER
         try:
-            code = record_failure(err, rank, run_dir / "logs")
+            code = record_failure(err, rank, start_dir)
         finally:
             # Not sys.exit: its clean-up joins threads and process groups, which may wait for peers for ever.
             os._exit(code)
@@ -52,19 +54,21 @@ def log_thread_failure(failure: threading.ExceptHookArgs) -> None:
     logging.error("%s failed:\n%s", name, "".join(details))
 
 
-def run_rank(run_dir: Path, rank: int) -> None:
+def run_rank(run_dir: Path, start_dir: Path, rank: int) -> None:
     cfg = read_config(run_dir)
     layout = plan_layout(cfg, int(os.environ["WORLD_SIZE"]))
-    ledger = Ledger(run_dir / "logs" / f"rank-{rank:05d}.ledger", layout, rank)
+    ledger = Ledger(start_dir / f"rank-{rank:05d}.ledger", layout, rank)
     groups = join_groups(layout, local_device(), timeout_s=cfg.parallel.timeout_s, ledger=ledger)
+    owner, attached = Owner(run_dir, os.environ[OWNER_TOKEN]), attachments(run_dir, cfg)
     if groups.is_first:
         console = TrainConsole(cfg.train.n_steps)
         try:
-            train(cfg, run_dir, groups, Observer(console.on_row, console.on_text))
+            observer = Observer(console.on_row, console.on_text, console.on_event)
+            train(cfg, run_dir, groups, observer, owner=owner, attached=attached)
         finally:
             console.close()
     else:
-        train(cfg, run_dir, groups, observer=None)
+        train(cfg, run_dir, groups, None, owner=owner, attached=attached)
     groups.barrier()
     leave_groups()
     ledger.at(cfg.train.n_steps, ENDED)

@@ -98,7 +98,7 @@ def train_on_ranks(
         totals = accumulate(engine, microbatches, state, step=step + 1, groups=groups)
         if step == 0:
             gradients = engine.gradients()
-        result = apply_update(engine, totals, state, lr=lr, groups=groups)
+        result = apply_update(engine, totals, state, lr=lr)
         state = advance_router_state(state, result, cfg.model.balance)
         losses.append(float(result.loss))
         layer_means = (result.balance_loss, result.z_loss, result.entropy, result.n_dropped)

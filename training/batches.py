@@ -1,5 +1,6 @@
 """From the corpus to this rank's micro-batches of each step."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,14 +22,23 @@ def build_loader(cfg: RunConfig, corpus: Corpus) -> Loader:
 
 
 def prefetch(
-    loader: Loader, cfg: RunConfig, layout: Layout, rank: int, start_step: int = 0
+    loader: Loader,
+    cfg: RunConfig,
+    layout: Layout,
+    rank: int,
+    *,
+    start_step: int = 0,
+    data_step_at: Callable[[int], int] = int,
 ) -> Prefetcher[list[Batch]]:
-    """Load a rank's micro-batches of each step ahead of time; the order is fixed by the step alone."""
+    """Load a rank's micro-batches of each step ahead of time; the order is fixed by the step alone.
+
+    data_step_at: the data step that a step reads; the same number where no data is left out.
+    """
     per_rank, dp_rank = cfg.batch_seqs // layout.dp, layout.dp_rank(rank)
     mine = slice(dp_rank * per_rank, (dp_rank + 1) * per_rank)
 
     def load(step: int) -> list[Batch]:
-        return split_microbatches(loader.batch(step, mine), cfg.train.microbatch_seqs)
+        return split_microbatches(loader.batch(data_step_at(step), mine), cfg.train.microbatch_seqs)
 
     return Prefetcher(load, start_step, cfg.train.n_steps)
 

@@ -4,8 +4,7 @@ Contract: a step applies exactly the gradient of the sum of the losses given to 
 data-parallel ranks, clipped by its global norm. DeepSpeed divides by their number, experts' gradients too,
 which it sums over the expert-data-parallel ranks; so `backward` multiplies by it.
 
-Every DeepSpeed setting that bears on the result is written out here: the defaults have moved between releases
-(gradient_clipping was 0 and is 1.0) and unknown top-level keys are ignored in silence.
+Its settings are in training/engine_settings.py.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +29,15 @@ from torch import Tensor, nn
 
 from moe.sharding import is_expert, split_of
 from training.config import TrainConfig
+from training.engine_settings import deepspeed_config
 from training.optimizer import ParamGroups
 from training.parallel import Groups, Layout
 from training.self_check import FirstStepCheck, ReducedFragment, check_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# DeepSpeed wants a number; the loop logs by itself, so this one is never reached.
-NEVER = 10**9
+MASTER = "master"  # the kind of a fragment that is the fp32 weight itself
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -51,57 +51,18 @@ class StepOutcome:
     was_applied: bool
 
 
-def deepspeed_config(cfg: TrainConfig, *, zero_stage: int, dp: int, n_microbatches: int) -> dict[str, Any]:
-    """Return every DeepSpeed setting of a run. Pure; the reasons are in the comments."""
-    return {
-        "train_micro_batch_size_per_gpu": cfg.microbatch_seqs,
-        "gradient_accumulation_steps": n_microbatches,
-        "train_batch_size": cfg.microbatch_seqs * n_microbatches * dp,
-        "gradient_clipping": cfg.clip_norm or 0.0,
-        "prescale_gradients": False,
-        "gradient_predivide_factor": 1.0,
-        # Without these two, bf16 gradients are accumulated and reduced in bf16, with 12 times the error.
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "contiguous_gradients": True,  # False with stage 1 gives wrong expert gradients
-            "round_robin_gradients": False,  # True breaks the map from parameter to fp32 master
-            "reduce_scatter": True,
-            "overlap_comm": False,
-            "use_multi_rank_bucket_allreduce": True,
-            "reduce_bucket_size": 2**27,
-            "allgather_partitions": True,
-            "allgather_bucket_size": 2**27,
-            "compute_grad_norm": True,
-            "elastic_checkpoint": False,
-            "ignore_unused_parameters": False,
-        },
-        "bf16": {
-            "enabled": cfg.precision == "bf16",
-            "immediate_grad_update": False,
-            "check_grad_overflow": True,
-            "bf16_master_weights_and_grads": False,
-            "bf16_optimizer_states": False,
-        },
-        "fp16": {
-            "enabled": cfg.precision == "fp16",
-            "auto_cast": False,
-            "loss_scale": 0,  # dynamic
-            "initial_scale_power": 16,
-            "loss_scale_window": 1000,
-            "hysteresis": 2,
-            "consecutive_hysteresis": False,
-            "min_loss_scale": 1,
-            "fp16_master_weights_and_grads": False,
-        },
-        "torch_autocast": {"enabled": False},
-        "steps_per_print": NEVER,
-        "wall_clock_breakdown": False,
-        "memory_breakdown": False,
-        "dump_state": False,
-    }
+@dataclass(frozen=True)
+class Fragment:
+    """What one rank's optimizer holds of a parameter: live views, for a checkpoint to read or to fill.
+
+    part_shape: of this rank's part of the parameter; start: the fragment's offset in it, flattened
+    values: by kind, "master" and whatever state the optimizer keeps (exp_avg, exp_avg_sq), [n] fp32 each
+    """
+
+    name: str
+    part_shape: tuple[int, ...]
+    start: int
+    values: dict[str, Tensor]
 
 
 class Engine:
@@ -174,6 +135,16 @@ class Engine:
             return self._first_step(self._check)
         return self._step()
 
+    def drop_step(self) -> None:
+        """Have the coming step change no weight, as DeepSpeed does where a gradient is not finite."""
+        for parameter in self._engine.module.parameters():
+            if parameter._hp_mapping is not None:
+                self._reduced_gradient(parameter).view(-1)[0] = math.inf
+
+    @staticmethod
+    def _reduced_gradient(parameter: nn.Parameter) -> Tensor:
+        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
+
     def _step(self) -> StepOutcome:
         self._engine.step()
         return StepOutcome(float(self._engine.get_global_grad_norm()), self._engine.was_step_applied())
@@ -198,7 +169,7 @@ class Engine:
             mapping = parameter._hp_mapping
             if mapping is None:
                 continue  # none of it is in this rank's partition
-            values = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+            values = self._reduced_gradient(parameter).flatten()
             address = mapping.lp_fragment_address
             if values.numel() == parameter.numel():  # BF16_Optimizer keeps the whole gradient on each rank
                 values = values.narrow(0, address.start, address.numel)
@@ -224,8 +195,69 @@ class Engine:
             whole[name] = self._groups.whole(name, value.detach().float()).clone()
         return whole
 
+    def fragments(self) -> list[Fragment]:
+        """Return what this rank's optimizer holds of each parameter; all ranks together hold all of it."""
+        states = self._optimizer.state
+        flats = [group["params"][0] for group in self._optimizer.param_groups]
+        fragments = []
+        for name, parameter in self._engine.module.named_parameters():
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                continue  # none of it is in this rank's partition
+            # Found by address: DeepSpeed links the state of the first parameter group only.
+            here, flat = mapping.hp_fragment_address, flats[mapping.param_group_index]
+            whole = {MASTER: flat.detach()} | _per_element(states[flat], flat)
+            values = {kind: tensor.narrow(0, here.start, here.numel) for kind, tensor in whole.items()}
+            start = mapping.lp_fragment_address.start
+            fragments.append(Fragment(name, tuple(parameter.shape), start, values))
+        return fragments
+
+    def state_kinds(self) -> tuple[str, ...]:
+        """Return the kinds of a fragment's values, the same on every rank."""
+        flat = self._optimizer.param_groups[0]["params"][0]
+        return (MASTER, *_per_element(self._optimizer.state[flat], flat))
+
+    def optimizer_scalars(self) -> dict[str, float]:
+        """Return what the optimizer keeps once for all parameters, such as the number of applied steps."""
+        flats = [group["params"][0] for group in self._optimizer.param_groups]
+        scalars: dict[str, float] = {}
+        for flat in flats:
+            own = self._optimizer.state[flat]
+            scalars |= {key: float(v) for key, v in own.items() if key not in _per_element(own, flat)}
+        return scalars
+
+    def make_optimizer_state(self, kinds: Iterable[str], scalars: Mapping[str, float]) -> None:
+        """Give the optimizer the state that it makes in its first step, zero, for `fragments` to fill."""
+        for group in self._optimizer.param_groups:
+            flat = group["params"][0]
+            self._optimizer.state[flat] = {
+                key: torch.tensor(value, dtype=torch.float32, device=flat.device)
+                for key, value in scalars.items()
+            } | {kind: torch.zeros_like(flat) for kind in kinds if kind != MASTER}
+
+    def adopt_masters(self) -> None:
+        """Make the model's weights those of the masters that were filled. Collective."""
+        self._engine.optimizer.update_lp_params()
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """Return where fp16's dynamic loss scaling stands; nothing in other precisions."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return {k: float(getattr(scaler, k)) for k in _SCALER_STATE if getattr(scaler, "dynamic", False)}
+
+    def restore_loss_scaler(self, state: Mapping[str, float]) -> None:
+        for key, value in state.items():
+            setattr(self._engine.optimizer.loss_scaler, key, value if key == "cur_scale" else int(value))
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self._engine.optimizer.optimizer
+
     def close(self) -> None:
         self._engine.destroy()
+
+
+def _per_element(state: Mapping[str, Any], flat: Tensor) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == flat.shape}
 
 
 class _Mpu:

@@ -9,5 +9,17 @@ class EngineError(RuntimeError):
     """The engine did not do what it promises; nothing the user set is to blame."""
 
 
-class NonFiniteError(RuntimeError):
-    """The gradient is not finite: the update was not applied and the run must stop."""
+class DivergedError(RuntimeError):
+    """Training went wrong: not finite, a spike, a collapse. The update was not applied, the run must stop."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another run; the message says which file, and why."""
+
+
+class TakenOverError(RuntimeError):
+    """A later start of the run owns its directory; this one must not write there any more."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the earlier ones are as they were."""

@@ -1,4 +1,4 @@
-"""What each rank is doing, in a small file that outlives it: RUN/logs/rank-00001.ledger.
+"""What each rank is doing, in a small file that outlives it: RUN/logs/start-00001/rank-00001.ledger.
 
 The file is mapped into memory, so an entry costs no system call, anybody may read it at any time, and the
 last entry is there even if the rank was killed or stopped in the middle of it. training/missing.py makes

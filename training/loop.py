@@ -1,104 +1,273 @@
-"""The run as a story: build, train step by step, evaluate, sample."""
+"""The run as a story: build, go on from the newest checkpoint, train step by step, evaluate, save, sample."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from data.corpus import Corpus, open_corpus
+from data.corpus import open_corpus
+from data.loader import Batch
+from data.skips import SkippedWindow, data_step_at, merged, read_skips, write_skips
 from moe.balance import RouterState, load_fractions
 from moe.config import ModelConfig
 from moe.counts import flops_per_token
-from moe.model import Decoder
 from training.batches import build_loader, prefetch
 from training.build import build_engine
+from training.checkpoint import Saver
+from training.checkpoint_manifest import Attached, Manifest, SavedAt
+from training.checkpoint_tensors import TensorReader
 from training.config import RunConfig
 from training.engine import DTYPES
-from training.errors import NonFiniteError
+from training.errors import DivergedError
 from training.evaluate import evaluate
 from training.generate import continue_prompts
 from training.hardware import PeakFlops, peak_flops, peak_memory_gib
 from training.metrics import MetricsLog, Row
 from training.optimizer import lr_at
+from training.owner import Owner
 from training.parallel import Groups
+from training.progress import Progress
+from training.shares import restore, share_of
 from training.step import StepResult, advance_router_state, train_step
+from training.watch import Trouble, Watch
 
 log = logging.getLogger("turnout")
 
-# fp16 lowers its loss scale after an overflow; this many in a row means that no scale helps.
-MAX_SKIPPED_IN_A_ROW = 50
+SKIPPED_FILE = "skipped.json"  # in the run directory: data left out, known before any checkpoint holds it
 
 
 @dataclass(frozen=True)
 class Observer:
-    """Who is told of the run on the first rank: rows of metrics, and texts under a name."""
+    """Who is told of the run on the first rank: rows of metrics, texts under a name, and events in words."""
 
     on_row: Callable[[Row], None]
     on_text: Callable[[str, str], None]
+    on_event: Callable[[str], None]
 
 
-@dataclass
-class Progress:
-    """What has happened so far."""
+def train(
+    cfg: RunConfig,
+    run_dir: Path,
+    groups: Groups,
+    observer: Observer | None,
+    *,
+    owner: Owner,
+    attached: Attached,
+) -> None:
+    """Run the whole of cfg on this rank, from the run's newest checkpoint on; every rank calls it, and the
+    first brings an observer.
 
-    router_state: RouterState
-    tokens_seen: int = 0
-    n_skipped: int = 0
-    n_skipped_in_a_row: int = 0
-
-
-def train(cfg: RunConfig, run_dir: Path, groups: Groups, observer: Observer | None) -> None:
-    """Run the whole of cfg on this rank; every rank calls it, and the first brings an observer.
-
-    Raises ConfigError, DataError or NonFiniteError, each the same on every rank where the cause is shared.
+    Raises ConfigError, DataError, CheckpointError, DivergedError, SaveError or TakenOverError, each the same
+    on every rank where the cause is shared.
     """
-    # Checksums were verified before the ranks started.
-    corpus = open_corpus(Path(cfg.data.corpus), verify="size")
-    loader = build_loader(cfg, corpus)
-    engine, decoder = build_engine(cfg, groups)
-    progress = Progress(RouterState.initial(cfg.model, groups.device))
-    peak = peak_flops(groups.device, DTYPES[cfg.train.precision])
-    metrics = MetricsLog(run_dir, cfg.log.trackers, cfg.model_dump(mode="json")) if groups.is_first else None
-    _log_choices(cfg, groups, peak)
+    run = Run(cfg, run_dir, groups, observer, owner, attached)
+    run.go_on()
+    while run.progress.step < cfg.train.n_steps:
+        trouble = run.train_on()
+        if trouble is not None:
+            run.roll_back(trouble)
+    run.finish()
 
-    def record(row: Row) -> None:
-        if metrics is not None and observer is not None:
-            metrics.write(row)
-            observer.on_row(row)
 
-    clock = _Clock(cfg.model, groups, peak)
-    for step, microbatches in prefetch(loader, cfg, groups.layout, groups.rank):
-        n_done = step + 1
-        with _naming_step(n_done):
-            schedule_lr = lr_at(step, lr=cfg.optim.lr, schedule=cfg.optim.schedule, n_steps=cfg.train.n_steps)
-            result = train_step(
-                engine, microbatches, progress.router_state, step=n_done, lr=schedule_lr, groups=groups
+class Run:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        run_dir: Path,
+        groups: Groups,
+        observer: Observer | None,
+        owner: Owner,
+        attached: Attached,
+    ) -> None:
+        self.cfg, self.run_dir, self.groups, self._observer = cfg, run_dir, groups, observer
+        # Checksums were verified before the ranks started.
+        self._corpus = open_corpus(Path(cfg.data.corpus), verify="size")
+        self._loader = build_loader(cfg, self._corpus)
+        self._engine, self._decoder = build_engine(cfg, groups)
+        self.progress = Progress(RouterState.initial(cfg.model, groups.device))
+        layout = groups.layout
+        self._saved_at = SavedAt(
+            world_size=layout.world_size, tp=layout.tp, ep=layout.ep, zero_stage=cfg.parallel.zero_stage
+        )
+        self._saver = Saver(run_dir, groups, cfg.checkpoint, owner, attached, self._saved_at)
+        self._metrics: MetricsLog | None = None
+        peak = peak_flops(groups.device, DTYPES[cfg.train.precision])
+        self._clock = _Clock(cfg.model, groups, peak)
+        _log_choices(cfg, groups, peak)
+
+    def go_on(self) -> None:
+        """Go on from the newest intact checkpoint, where there is one. Collective. Raises CheckpointError."""
+        skipped = read_skips(self.run_dir / SKIPPED_FILE)
+        found = self._saver.find_intact()
+        if found is None:
+            self.progress = replace(self.progress, skipped=skipped, n_interventions=len(skipped))
+            self._open_metrics()
+        else:
+            self._take_up(*found, skipped)
+
+    def _take_up(self, path: Path, manifest: Manifest, skipped: tuple[SkippedWindow, ...]) -> None:
+        reader = TensorReader(path, manifest)
+        router_state = restore(reader, self._engine, self.progress.router_state, self.groups)
+        self.progress = Progress.restored(router_state, manifest.state, skipped)
+        saved, now = manifest.saved_at, self._saved_at
+        self._tell(f"going on from {path}" + ("" if saved == now else f", saved at {saved}, now {now}"))
+        self._open_metrics()
+
+    def train_on(self) -> Trouble | None:
+        """Train to the last step, or to a step after which the run must go back; return why."""
+        cfg, progress = self.cfg, self.progress
+        watch = Watch(cfg, self.groups, progress)
+        self._clock.restart()
+        with prefetch(
+            self._loader,
+            cfg,
+            self.groups.layout,
+            self.groups.rank,
+            start_step=progress.step,
+            data_step_at=lambda step: data_step_at(step, progress.skipped),
+        ) as batches:
+            for step, microbatches in batches:
+                with _naming_step(step + 1):
+                    result, trouble = self._step(step, microbatches, watch)
+                    if trouble is not None and trouble.action == "rollback":
+                        return trouble
+                    self._record(result)
+                    self._save_if_due()
+                    self.groups.ledger.at(progress.step, "data")
+        return None
+
+    def _step(self, step: int, microbatches: list[Batch], watch: Watch) -> tuple[StepResult, Trouble | None]:
+        """Take one step and note its outcome."""
+        cfg, progress = self.cfg, self.progress
+        self._saver.poll()
+        result = train_step(
+            self._engine,
+            microbatches,
+            progress.router_state,
+            step=step + 1,
+            lr=self._lr_at(step),
+            groups=self.groups,
+            is_wanted=watch.is_wanted,
+        )
+        trouble = watch.trouble(result)
+        progress.step, was_applied = step + 1, result.outcome.was_applied
+        progress.router_state = advance_router_state(progress.router_state, result, cfg.model.balance)
+        progress.tokens_seen += cfg.train.batch_tokens
+        progress.n_skipped += not was_applied
+        progress.n_skipped_in_a_row = 0 if was_applied else progress.n_skipped_in_a_row + 1
+        if trouble is not None and trouble.action == "skip":
+            progress.n_interventions += 1
+            self._tell(f"step {step + 1}: {trouble.finding.text}; its update was skipped")
+        self._clock.count(cfg.train.batch_tokens)
+        return result, trouble
+
+    def roll_back(self, trouble: Trouble) -> None:
+        """Go back to the newest intact checkpoint, and leave out the data that led here. Collective."""
+        here, step = self.progress, self.progress.step
+        last = data_step_at(step - 1, here.skipped)
+        self._saver.wait()
+        found = self._saver.find_intact()
+        if found is None:
+            raise DivergedError(
+                f"step {step}: {trouble.finding.text}, but there is no checkpoint to go back to yet; lower "
+                "checkpoint.every_steps, or lower optim.lr"
             )
-            _note(progress, result, cfg)
-            clock.count(cfg.train.batch_tokens)
-            is_last = n_done == cfg.train.n_steps
-            row: Row = {"step": n_done}
-            if is_last or n_done % cfg.log.every_steps == 0:
-                row |= _step_row(result, progress, schedule_lr, engine.loss_scale) | clock.row()
-            if is_last or _is_due(n_done, cfg.eval.every_steps):
-                groups.ledger.at(n_done, "evaluation")
-                row |= _evaluation_row(cfg, decoder, corpus, progress, groups)
-                clock.restart()
-            if len(row) > 1:
-                record(row)
-            groups.ledger.at(n_done, "data")
-    groups.ledger.at(cfg.train.n_steps, "sampling")
-    for prompt, text in _samples(cfg, decoder, corpus, progress):
-        if metrics is not None and observer is not None:
-            metrics.write_text("sample", f"**{prompt}**{text}", cfg.train.n_steps)
-            observer.on_text(prompt, text)
-    if metrics is not None:
-        metrics.close()
-    engine.close()
+        # Not before the checkpoint: the data up to there has been read, and stays where it is in the order.
+        first_unread = data_step_at(found[1].state.step, here.skipped)
+        assert self.cfg.guard.skip_window_steps is not None, "GuardConfig fills it in"
+        first = max(first_unread, last + 1 - self.cfg.guard.skip_window_steps)
+        window = SkippedWindow(first, last, f"step {step}: {trouble.finding.text}")
+        skipped = merged(here.skipped, [window])
+        # On disk before training goes on, so that a kill does not lead back into the same data.
+        if self.groups.is_first:
+            write_skips(self.run_dir / SKIPPED_FILE, skipped)
+        self._tell(f"step {step}: {trouble.finding.text}; going back, without data steps {first} to {last}")
+        self._take_up(*found, skipped)
+        self.progress.n_interventions = here.n_interventions + 1
+
+    def finish(self) -> None:
+        """Sample from the trained model, and see the last checkpoint written."""
+        self.groups.ledger.at(self.progress.step, "sampling")
+        for prompt, text in self._samples():
+            if self._metrics is not None and self._observer is not None:
+                self._metrics.write_text("sample", f"**{prompt}**{text}", self.progress.step)
+                self._observer.on_text(prompt, text)
+        self.groups.ledger.at(self.progress.step, "last checkpoint")
+        self._saver.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._engine.close()
+
+    def _record(self, result: StepResult) -> None:
+        """Write a row of metrics, with an evaluation, where one is due."""
+        cfg, progress = self.cfg, self.progress
+        is_last = progress.step == cfg.train.n_steps
+        row: Row = {"step": progress.step}
+        if is_last or progress.step % cfg.log.every_steps == 0:
+            lr = self._lr_at(progress.step - 1)
+            row |= _step_row(result, progress, lr, self._engine.loss_scale) | self._clock.row()
+        if is_last or _is_due(progress.step, cfg.eval.every_steps):
+            self.groups.ledger.at(progress.step, "evaluation")
+            row |= self._evaluation_row()
+            self._clock.restart()
+        if len(row) > 1 and self._metrics is not None and self._observer is not None:
+            self._metrics.write(row)
+            self._observer.on_row(row)
+
+    def _save_if_due(self) -> None:
+        step = self.progress.step
+        if step == self.cfg.train.n_steps or _is_due(step, self.cfg.checkpoint.every_steps):
+            self.groups.ledger.at(step, "checkpoint")
+            share = share_of(self._engine, self.progress.router_state, self.groups)
+            self._saver.save(share, self.progress.to_state(self._engine))
+
+    def _open_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self.groups.is_first:
+            config = self.cfg.model_dump(mode="json")
+            self._metrics = MetricsLog(
+                self.run_dir, self.cfg.log.trackers, config, after_step=self.progress.step
+            )
+
+    def _tell(self, event: str) -> None:
+        log.info(event)
+        if self._observer is not None:
+            self._observer.on_event(event)
+
+    def _lr_at(self, step: int) -> float:
+        cfg = self.cfg
+        return lr_at(step, lr=cfg.optim.lr, schedule=cfg.optim.schedule, n_steps=cfg.train.n_steps)
+
+    def _evaluation_row(self) -> Row:
+        evaluation = evaluate(
+            self._decoder,
+            self._corpus,
+            self.progress.router_state,
+            self.groups,
+            microbatch_seqs=self.cfg.train.microbatch_seqs,
+            max_documents=self.cfg.eval.max_documents,
+        )
+        return {
+            "eval/loss": evaluation.loss,
+            "eval/bits_per_byte": evaluation.bits_per_byte,
+            "eval/n_documents": evaluation.n_documents,
+            "eval/n_bytes": evaluation.n_bytes,
+        }
+
+    def _samples(self) -> list[tuple[str, str]]:
+        cfg = self.cfg
+        if not cfg.sample.prompts:
+            return []
+        tokenizer, state = self._corpus.load_tokenizer(), self.progress.router_state
+        texts = continue_prompts(self._decoder, tokenizer, state, cfg.sample, seed=cfg.train.seed)
+        return list(zip(cfg.sample.prompts, texts, strict=True))
 
 
 @contextmanager
@@ -115,22 +284,6 @@ def _is_due(n_done: int, every_steps: int | None) -> bool:
     return every_steps is not None and n_done % every_steps == 0
 
 
-def _note(progress: Progress, result: StepResult, cfg: RunConfig) -> None:
-    """Take a step's outcome into the progress; stop where it was not applied and no loss scale can help."""
-    progress.router_state = advance_router_state(progress.router_state, result, cfg.model.balance)
-    progress.tokens_seen += cfg.train.batch_tokens
-    if result.outcome.was_applied:
-        progress.n_skipped_in_a_row = 0
-        return
-    progress.n_skipped += 1
-    progress.n_skipped_in_a_row += 1
-    if cfg.train.precision != "fp16" or progress.n_skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-        raise NonFiniteError(
-            f"the gradient norm is {result.outcome.grad_norm} though the loss is {float(result.loss):.4g}; "
-            f"the update was not applied. Lower optim.lr, or use bf16"
-        )
-
-
 def _step_row(result: StepResult, progress: Progress, lr: float, loss_scale: float) -> Row:
     return {
         "train/loss": float(result.loss),
@@ -145,33 +298,6 @@ def _step_row(result: StepResult, progress: Progress, lr: float, loss_scale: flo
         "router/entropy_nats": float(result.entropy),
         "router/dropped_tokens": int(result.n_dropped),
     }
-
-
-def _evaluation_row(
-    cfg: RunConfig, decoder: Decoder, corpus: Corpus, progress: Progress, groups: Groups
-) -> Row:
-    evaluation = evaluate(
-        decoder,
-        corpus,
-        progress.router_state,
-        groups,
-        microbatch_seqs=cfg.train.microbatch_seqs,
-        max_documents=cfg.eval.max_documents,
-    )
-    return {
-        "eval/loss": evaluation.loss,
-        "eval/bits_per_byte": evaluation.bits_per_byte,
-        "eval/n_documents": evaluation.n_documents,
-        "eval/n_bytes": evaluation.n_bytes,
-    }
-
-
-def _samples(cfg: RunConfig, decoder: Decoder, corpus: Corpus, progress: Progress) -> list[tuple[str, str]]:
-    if not cfg.sample.prompts:
-        return []
-    tokenizer = corpus.load_tokenizer()
-    texts = continue_prompts(decoder, tokenizer, progress.router_state, cfg.sample, seed=cfg.train.seed)
-    return list(zip(cfg.sample.prompts, texts, strict=True))
 
 
 def _log_choices(cfg: RunConfig, groups: Groups, peak: PeakFlops) -> None:

@@ -10,15 +10,25 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from data.files import write_atomically
+
 Row = dict[str, float | int]
 
 
 class MetricsLog:
-    """Writes rows of `area/quantity_unit` numbers. Only the first rank has one."""
+    """Writes rows of `area/quantity_unit` numbers. Only the first rank has one.
 
-    def __init__(self, run_dir: Path, trackers: Sequence[str], config: Mapping[str, Any]) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._trackers = [_start_tracker(name, run_dir, config) for name in trackers]
+    after_step: the run goes on after this step. Later rows, which an earlier start of it left, are dropped.
+    """
+
+    def __init__(
+        self, run_dir: Path, trackers: Sequence[str], config: Mapping[str, Any], *, after_step: int = 0
+    ) -> None:
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            write_atomically(path, _rows_until(path, after_step))
+        self._file = path.open("a", encoding="utf-8")
+        self._trackers = [_start_tracker(name, run_dir, config, after_step) for name in trackers]
 
     def write(self, row: Row) -> None:
         """Append one row; row["step"] counts optimizer steps done."""
@@ -42,9 +52,17 @@ class MetricsLog:
         self._file.close()
 
 
-def _start_tracker(name: str, run_dir: Path, config: Mapping[str, Any]) -> GeneralTracker:
+def _rows_until(path: Path, step: int) -> bytes:
+    """Return the rows up to a step, without a last one that a kill has cut."""
+    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return b"".join(line for line in whole if json.loads(line)["step"] <= step)
+
+
+def _start_tracker(name: str, run_dir: Path, config: Mapping[str, Any], after_step: int) -> GeneralTracker:
     if name == "tensorboard":
-        tracker = TensorBoardTracker("tensorboard", logging_dir=run_dir)
+        # Without purge_step the points of an earlier start would stay beside those of this one.
+        purge_step = after_step + 1 if after_step else None
+        tracker = TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=purge_step)
         tracker.start()
         tracker.writer.add_text("config", "```json\n" + json.dumps(config, indent=2) + "\n```")
         return tracker

@@ -112,7 +112,7 @@ def _name_missing(
         what = {
             Ending.GONE: "ended without a word (killed, or out of memory)",
             Ending.STUCK: "hung (stopped, or stuck in the system) and had to be killed",
-            Ending.TOLD: f"did not take part; logs/rank-{rank:05d}.stack shows what it was doing",
+            Ending.TOLD: f"did not take part; rank-{rank:05d}.stack shows what it was doing",
         }.get(endings[rank], "did not take part")
         entry = views[rank].current if rank in views else None
         if entry is None:

@@ -213,6 +213,10 @@ class Groups:
         values[self.rank] = value
         return self.sum_over_ranks(values).tolist()
 
+    def all_agree(self, is_so: bool) -> bool:
+        """Return whether it is so on every rank."""
+        return not self.max_over_ranks(torch.tensor(int(not is_so), device=self.device))
+
     def barrier(self) -> None:
         if self.layout.world_size > 1:
             with self.ledger.collective("barrier", "world"):

@@ -90,7 +90,7 @@ def train_by_engine(cfg: RunConfig, groups: Groups, loader: Loader) -> Evidence:
             totals = accumulate(engine, microbatches, state, step=step, groups=groups)
             if step < 2:
                 evidence["gradient" if step else "balancing gradient"] = engine.gradients()
-            result = apply_update(engine, totals, state, lr=lr_at(cfg, step), groups=groups)
+            result = apply_update(engine, totals, state, lr=lr_at(cfg, step))
             if step == 0:
                 continue
             state = advance_router_state(state, result, cfg.model.balance)

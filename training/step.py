@@ -4,7 +4,7 @@ Ranks and micro-batches hold different numbers of unmasked tokens, so a mean of 
 loss is therefore a sum, and is divided once by the token count of the global batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,8 @@ from moe.balance import RouterState
 from moe.config import BalanceConfig
 from training.batches import to_device
 from training.engine import Engine, StepOutcome
-from training.errors import NonFiniteError
 from training.objective import ObjectiveSums
-from training.parallel import Groups, name_ranks
+from training.parallel import Groups
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class StepResult:
     entropy        [] nats, of the router probabilities, mean over expert layers
     counts_ME      [M, E] int64, rows that chose each expert
     n_dropped      [] int64, rows cut by the capacity factor, all layers
+    local_nll      [] fp64 nats, this rank's share of the sum of the cross-entropy
     """
 
     loss: Tensor
@@ -38,27 +38,8 @@ class StepResult:
     entropy: Tensor
     counts_ME: Tensor
     n_dropped: Tensor
+    local_nll: Tensor
     outcome: StepOutcome
-
-
-def train_step(
-    engine: Engine,
-    microbatches: Sequence[Batch],
-    router_state: RouterState,
-    *,
-    step: int,
-    lr: float,
-    groups: Groups,
-) -> StepResult:
-    """Apply one optimizer step to the global batch, of which this rank holds `microbatches`.
-
-    step counts from 1 and is only for the ledger.
-
-    The update is not applied where the gradient norm is not finite; the outcome says so.
-    """
-    totals = accumulate(engine, microbatches, router_state, step=step, groups=groups)
-    groups.ledger.at(step, "optimizer step")
-    return apply_update(engine, totals, router_state, lr=lr, groups=groups)
 
 
 @dataclass(frozen=True)
@@ -73,6 +54,16 @@ class StepTotals:
     n_tokens: Tensor
     sums: Tensor
     local_nll: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """[] nats per token, over the global batch, without the balancing terms."""
+        return self.sums[0] / self.n_tokens
+
+    @property
+    def counts(self) -> Tensor:
+        """[M * E] int64, rows of the global batch that chose each expert."""
+        return self.sums[_N_SCALARS:].long()
 
 
 def accumulate(
@@ -98,20 +89,40 @@ def accumulate(
     return StepTotals(n_tokens, groups.sum_over_tokens(sums), local_nll)
 
 
-def apply_update(
-    engine: Engine, totals: StepTotals, router_state: RouterState, *, lr: float, groups: Groups
-) -> StepResult:
+def apply_update(engine: Engine, totals: StepTotals, router_state: RouterState, *, lr: float) -> StepResult:
     """Clip and apply the gradient that accumulate left."""
-    outcome = engine.step(lr)
-    result = _unpack(totals.sums, router_state, totals.n_tokens, outcome)
-    if not outcome.was_applied:
-        _check_finite_loss(result, totals.local_nll, groups)
-    return result
+    return _unpack(totals, router_state, engine.step(lr))
+
+
+def train_step(
+    engine: Engine,
+    microbatches: Sequence[Batch],
+    router_state: RouterState,
+    *,
+    step: int,
+    lr: float,
+    groups: Groups,
+    is_wanted: Callable[[StepTotals], bool] | None = None,
+) -> StepResult:
+    """Apply one optimizer step to the global batch, of which this rank holds `microbatches`.
+
+    step counts from 1 and is only for the ledger. is_wanted looks at the totals before the update, and must
+    say the same on every rank; where it says no, no weight changes. Nor does one where the gradient norm is
+    not finite. The outcome says so.
+    """
+    totals = accumulate(engine, microbatches, router_state, step=step, groups=groups)
+    if is_wanted is not None and not is_wanted(totals):
+        engine.drop_step()
+    groups.ledger.at(step, "optimizer step")
+    return apply_update(engine, totals, router_state, lr=lr)
 
 
 def advance_router_state(state: RouterState, result: StepResult, balance: BalanceConfig) -> RouterState:
     """Return the router state after a step; a step that was not applied leaves it as it was."""
     return state.after_step(result.counts_ME, balance) if result.outcome.was_applied else state
+
+
+_N_SCALARS = 5
 
 
 def _pack(objective: ObjectiveSums) -> Tensor:
@@ -123,27 +134,15 @@ def _pack(objective: ObjectiveSums) -> Tensor:
     return torch.cat([row, stats.counts_E.flatten().double()])  # counts stay exact in fp64 up to 2**53
 
 
-def _unpack(sums: Tensor, state: RouterState, n_tokens: Tensor, outcome: StepOutcome) -> StepResult:
-    nll, balance, z, entropy, n_dropped = sums[:5]
+def _unpack(totals: StepTotals, state: RouterState, outcome: StepOutcome) -> StepResult:
+    _, balance, z, entropy, n_dropped = totals.sums[:_N_SCALARS]
     return StepResult(
-        loss=nll / n_tokens,
-        balance_loss=balance / n_tokens,
-        z_loss=z / n_tokens,
-        entropy=entropy / n_tokens,
-        counts_ME=sums[5:].view_as(state.bias_ME).long(),
+        loss=totals.loss,
+        balance_loss=balance / totals.n_tokens,
+        z_loss=z / totals.n_tokens,
+        entropy=entropy / totals.n_tokens,
+        counts_ME=totals.counts.view_as(state.bias_ME),
         n_dropped=n_dropped.long(),
+        local_nll=totals.local_nll,
         outcome=outcome,
-    )
-
-
-def _check_finite_loss(result: StepResult, local_nll: Tensor, groups: Groups) -> None:
-    """Raise on every rank, with the same text, where the loss itself is not finite."""
-    if torch.isfinite(result.loss):
-        return
-    bad = [
-        r for r, nll in enumerate(groups.collect(float(local_nll))) if not torch.isfinite(torch.tensor(nll))
-    ]
-    raise NonFiniteError(
-        f"loss is {float(result.loss)}, not finite on {name_ranks(bad)}; the update was not applied. "
-        "Lower optim.lr, set train.clip_norm, or look at the data of this step"
     )

@@ -39,7 +39,7 @@ class Run:
         for setting in ("train.n_steps=1000000", "eval.every_steps=none", "parallel.ep=2", *settings):
             command += ["--set", setting]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.logs, self.nproc = place / run_dir / "logs", nproc
+        self.logs, self.nproc = place / run_dir / "logs" / "start-00001", nproc
         self._command = subprocess.Popen(
             command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -24,11 +24,13 @@ from training.batches import split_microbatches
 from training.build import put_under_engine
 from training.config import RunConfig
 from training.engine import StepOutcome
-from training.errors import NonFiniteError
+from training.errors import DivergedError
 from training.hardware import cpu_has_fp16
 from training.optimizer import build_adamw
-from training.parallel import Layout
+from training.parallel import plan_layout
+from training.progress import Progress
 from training.step import StepResult, advance_router_state, train_step
+from training.watch import Watch
 
 GENTLE_LR = 0.003  # for AdamW in half precision, where a large rate would amplify rounding
 
@@ -80,37 +82,60 @@ def test_adamw_with_decay_equals_plain_torch_and_replicas_agree(zero_stage: int)
                 assert torch.equal(got["parameters"][name], value), name
 
 
-def poison_and_step(rank: int, cfg: RunConfig, world_size: int) -> tuple[bool, str]:
-    """Put a NaN into one weight and take a step; return whether weights and router state stayed, and the
-    error.
+def step_in_vain(rank: int, cfg: RunConfig, world_size: int, is_poisoned: bool) -> tuple[bool, str]:
+    """Take a step that is not to be applied: one weight is NaN, or it is not wanted. Return whether weights
+    and moments stayed, what the watch said, and take a good step in the end, so that nothing lingers.
     """
-    layout = Layout(world_size)
+    layout = plan_layout(cfg, world_size)
     groups = groups_of(layout, rank)
-    objective = build_objective(cfg)
-    with torch.no_grad():
-        objective.decoder.embed.weight[int(uneven_batch(cfg, 0).tokens[0, 0])] = float("nan")
+    objective = build_objective(cfg, groups)
+    token = int(uneven_batch(cfg, 0).tokens[0, 0])
+    if is_poisoned:
+        with torch.no_grad():
+            objective.decoder.embed.weight[token] = float("nan")
     engine = put_under_engine(objective, cfg, groups, partial(build_adamw, cfg=cfg.optim))
     before = engine.master_weights()
     share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
-    message = ""
+    microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+    state = RouterState.initial(cfg.model)
+    watch = Watch(cfg, groups, Progress(state))
+    is_wanted = watch.is_wanted if is_poisoned else lambda totals: False
+    result = train_step(engine, microbatches, state, step=1, lr=LR, groups=groups, is_wanted=is_wanted)
+    assert not result.outcome.was_applied
+    said = ""
     try:
-        microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
-        train_step(engine, microbatches, RouterState.initial(cfg.model), step=1, lr=LR, groups=groups)
-    except NonFiniteError as err:
-        message = str(err)
+        watch.trouble(result)
+    except DivergedError as err:
+        said = str(err)
     after = engine.master_weights()
+    stayed = all(torch.equal(after[n].nan_to_num(), v.nan_to_num()) for n, v in before.items())
+    if not is_poisoned:
+        again = train_step(engine, microbatches, state, step=2, lr=LR, groups=groups)
+        assert again.outcome.was_applied and engine.optimizer_scalars() == {"step": 1.0}
+        moved = engine.master_weights()
+        assert not any(torch.equal(moved[name], value) for name, value in before.items())
     engine.close()
-    return all(torch.equal(after[n].nan_to_num(), v.nan_to_num()) for n, v in before.items()), message
+    return stayed, said
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_a_nan_never_reaches_the_weights_and_every_rank_says_so(zero_stage: int, precision: str) -> None:
     cfg = with_split(with_parallel(CONFIGS["sequence scope"], zero_stage=zero_stage), 2, precision=precision)
-    results = run_ranks(poison_and_step, 2, cfg, 2)
+    results = run_ranks(step_in_vain, 2, cfg, 2, is_poisoned=True)
     assert all(stayed for stayed, _ in results)
     messages = {message for _, message in results}
     assert len(messages) == 1 and "the update was not applied" in messages.pop()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_step_that_is_not_wanted_changes_nothing_and_leaves_no_trace(
+    zero_stage: int, precision: str
+) -> None:
+    cfg = with_parallel(CONFIGS["sequence scope"], zero_stage=zero_stage, ep=2)
+    cfg = with_split(cfg, 2, precision=precision)
+    assert all(stayed for stayed, _ in run_ranks(step_in_vain, 2, cfg, 2, is_poisoned=False))
 
 
 def test_a_step_that_was_not_applied_leaves_the_router_state() -> None:
@@ -119,7 +144,7 @@ def test_a_step_that_was_not_applied_leaves_the_router_state() -> None:
     counts = torch.arange(state.bias_ME.numel()).view_as(state.bias_ME)
     zero = torch.zeros(())
     for was_applied in (False, True):
-        result = StepResult(zero, zero, zero, zero, counts, zero, StepOutcome(1.0, was_applied))
+        result = StepResult(zero, zero, zero, zero, counts, zero, zero, StepOutcome(1.0, was_applied))
         after = advance_router_state(state, result, cfg.model.balance)
         assert (after is state) == (not was_applied)
 

@@ -115,7 +115,7 @@ def test_run_directory_holds_config_provenance_logs_and_metrics(
 ) -> None:
     run_dir = place / "two"
     assert tomllib.loads((run_dir / "config.toml").read_text())["train"]["n_steps"] == 12
-    provenance = json.loads((run_dir / "provenance.json").read_text())
+    (provenance,) = json.loads((run_dir / "provenance.json").read_text())["starts"]
     manifest = json.loads((place / "corpus" / "corpus.json").read_text())
     assert provenance["corpus_hash"] == manifest["corpus_hash"]
     assert provenance["packages"]["deepspeed"] and provenance["nproc"] == 2

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import DataError
-from launch.failures import explain_failures, forget_failures, record_failure
-from training.errors import NonFiniteError
+from launch.failures import explain_failures, make_start_dir, record_failure
+from training.errors import DivergedError
 from training.ledger import Ledger
 from training.metrics import MetricsLog
 from training.parallel import Layout
@@ -20,26 +20,31 @@ ROOT = Path(__file__).parents[2]
 TWO = Layout(2)
 
 
-def test_the_rank_that_knows_the_cause_decides_code_and_words(tmp_path: Path) -> None:
-    record_failure(RuntimeError("Connection reset by peer"), 0, tmp_path)
-    record_failure(DataError("shard-3.bin: truncated"), 2, tmp_path)
-    assert explain_failures(tmp_path, Layout(3)) == (3, ["rank 2: shard-3.bin: truncated"])
-    assert "DataError: shard-3.bin" in (tmp_path / "rank-00002.log").read_text()
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    return make_start_dir(tmp_path / "logs")
 
 
-def test_one_cause_on_all_ranks_is_one_line_with_its_step(tmp_path: Path) -> None:
+def test_the_rank_that_knows_the_cause_decides_code_and_words(start: Path) -> None:
+    record_failure(RuntimeError("Connection reset by peer"), 0, start)
+    record_failure(DataError("shard-3.bin: truncated"), 2, start)
+    assert explain_failures(start, Layout(3)) == (3, ["rank 2: shard-3.bin: truncated"])
+    assert "DataError: shard-3.bin" in (start.parent / "rank-00002.log").read_text()
+
+
+def test_one_cause_on_all_ranks_is_one_line_with_its_step(start: Path) -> None:
     for rank in range(2):
-        err = NonFiniteError("loss is nan;\n  stop")
+        err = DivergedError("loss is nan;\n  stop")
         err.add_note("step 7")
-        record_failure(err, rank, tmp_path)
-    assert explain_failures(tmp_path, TWO) == (1, ["ranks 0, 1: step 7: loss is nan; stop"])
+        record_failure(err, rank, start)
+    assert explain_failures(start, TWO) == (1, ["ranks 0, 1: step 7: loss is nan; stop"])
 
 
-def test_a_silent_rank_is_named_and_not_its_echoes(tmp_path: Path) -> None:
-    record_failure(RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), 0, tmp_path)
+def test_a_silent_rank_is_named_and_not_its_echoes(start: Path) -> None:
+    record_failure(RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), 0, start)
     for rank, phase in enumerate(["forward", "backward"]):
-        Ledger(tmp_path / f"rank-{rank:05d}.ledger", TWO, rank).at(7, phase)
-    assert explain_failures(tmp_path, TWO) == (
+        Ledger(start / f"rank-{rank:05d}.ledger", TWO, rank).at(7, phase)
+    assert explain_failures(start, TWO) == (
         1,
         [
             "rank 1 ended without a word (killed, or out of memory); last seen in step 7, backward",
@@ -48,11 +53,11 @@ def test_a_silent_rank_is_named_and_not_its_echoes(tmp_path: Path) -> None:
     )
 
 
-def test_a_rank_that_had_to_be_killed_is_named_and_not_those_that_timed_out(tmp_path: Path) -> None:
-    record_failure(RuntimeError("/gloo/b.cc:78] Timed out waiting 4000ms for recv operation"), 0, tmp_path)
+def test_a_rank_that_had_to_be_killed_is_named_and_not_those_that_timed_out(start: Path) -> None:
+    record_failure(RuntimeError("/gloo/b.cc:78] Timed out waiting 4000ms for recv operation"), 0, start)
     for rank in range(2):
-        Ledger(tmp_path / f"rank-{rank:05d}.ledger", TWO, rank).at(7, "forward")
-    _, lines = explain_failures(tmp_path, TWO, stuck={1})
+        Ledger(start / f"rank-{rank:05d}.ledger", TWO, rank).at(7, "forward")
+    _, lines = explain_failures(start, TWO, stuck={1})
     assert lines == [
         "rank 1 hung (stopped, or stuck in the system) and had to be killed; last seen in step 7, forward",
         "rank 0 lost contact in step 7, forward",
@@ -60,34 +65,34 @@ def test_a_rank_that_had_to_be_killed_is_named_and_not_those_that_timed_out(tmp_
     ]
 
 
-def test_an_error_of_a_ranks_own_blames_no_other(tmp_path: Path) -> None:
-    record_failure(KeyError("w_gate"), 0, tmp_path)
-    record_failure(RuntimeError("/gloo/b.cc:553] Connection closed by peer"), 1, tmp_path)
-    (tmp_path / "rank-00002.stack").write_text("Current thread 0x7f (most recent call first):\n")
+def test_an_error_of_a_ranks_own_blames_no_other(start: Path) -> None:
+    record_failure(KeyError("w_gate"), 0, start)
+    record_failure(RuntimeError("/gloo/b.cc:553] Connection closed by peer"), 1, start)
+    (start / "rank-00002.stack").write_text("Current thread 0x7f (most recent call first):\n")
     for rank in range(3):  # the fourth had not started
-        Ledger(tmp_path / f"rank-{rank:05d}.ledger", Layout(4), rank).at(7, "forward")
-    assert explain_failures(tmp_path, Layout(4)) == (1, ["rank 0: KeyError: 'w_gate'"])
+        Ledger(start / f"rank-{rank:05d}.ledger", Layout(4), rank).at(7, "forward")
+    assert explain_failures(start, Layout(4)) == (1, ["rank 0: KeyError: 'w_gate'"])
 
 
-def test_without_ledgers_the_echoes_are_told_rather_than_nothing(tmp_path: Path) -> None:
+def test_without_ledgers_the_echoes_are_told_rather_than_nothing(start: Path) -> None:
     for rank in range(2):
-        record_failure(ConnectionResetError("by peer"), rank, tmp_path)
-    assert explain_failures(tmp_path, TWO) == (1, ["ranks 0, 1: ConnectionResetError: by peer"])
+        record_failure(ConnectionResetError("by peer"), rank, start)
+    assert explain_failures(start, TWO) == (1, ["ranks 0, 1: ConnectionResetError: by peer"])
 
 
-def test_a_crash_is_told_with_its_name(tmp_path: Path) -> None:
-    (tmp_path / "rank-00001.stack").write_text("Fatal Python error: Segmentation fault\n\nThread 1:\n")
-    record_failure(RuntimeError("/gloo/b.cc:553] Connection closed by peer"), 0, tmp_path)
-    words = "rank 1: crashed: Segmentation fault; logs/rank-00001.stack shows where"
-    assert explain_failures(tmp_path, TWO) == (1, [words])
+def test_a_crash_is_told_with_its_name(start: Path) -> None:
+    (start / "rank-00001.stack").write_text("Fatal Python error: Segmentation fault\n\nThread 1:\n")
+    record_failure(RuntimeError("/gloo/b.cc:553] Connection closed by peer"), 0, start)
+    words = "rank 1: crashed: Segmentation fault; rank-00001.stack shows where"
+    assert explain_failures(start, TWO) == (1, [words])
 
 
 @pytest.mark.parametrize("library", ["CDLL", "PyDLL"], ids=["in C++", "in C++ that holds the interpreter"])
-def test_a_rank_told_to_end_leaves_its_stack_and_ends_wherever_it_is(library: str, tmp_path: Path) -> None:
+def test_a_rank_told_to_end_leaves_its_stack_and_ends_wherever_it_is(library: str, start: Path) -> None:
     code = f"""
 import ctypes
 from launch.failures import leave_stack_behind
-leave_stack_behind(file := open({str(tmp_path / "stack")!r}, "w"))
+leave_stack_behind(file := open({str(start / "stack")!r}, "w"))
 def stuck():
     print("there", flush=True)
     ctypes.{library}(None).sleep(100)
@@ -99,15 +104,17 @@ stuck()
         time.sleep(0.2)
         process.terminate()
         assert process.wait(20) == -signal.SIGTERM
-    assert "in stuck" in (tmp_path / "stack").read_text()
+    assert "in stuck" in (start / "stack").read_text()
 
 
-def test_what_an_earlier_start_left_is_forgotten(tmp_path: Path) -> None:
-    record_failure(KeyError("old"), 0, tmp_path)
-    Ledger(tmp_path / "rank-00000.ledger", TWO, 0)
-    (tmp_path / "rank-00000.stack").touch()
-    forget_failures(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["rank-00000.log"]
+def test_each_start_tells_its_own_end(tmp_path: Path) -> None:
+    """Ranks of an earlier start may still run; what they leave must not be taken for this one's."""
+    earlier, start = make_start_dir(tmp_path / "logs"), make_start_dir(tmp_path / "logs")
+    record_failure(KeyError("old"), 0, earlier)
+    Ledger(earlier / "rank-00000.ledger", TWO, 0)
+    record_failure(DataError("new"), 1, start)
+    assert explain_failures(start, TWO) == (3, ["rank 1: new"])
+    assert {path.name for path in earlier.iterdir()} == {"rank-00000.failure.json", "rank-00000.ledger"}
 
 
 def test_metrics_stay_json_where_a_number_is_not_finite(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_a_rank_busy_in_python_is_found_through_those_who_wait_for_it() -> None:
     views = {0: view(0, rows()), 1: view(1, at("data")), 2: view(2, total), 3: view(3, total)}
     first, *others = explain(views, FOUR, endings(F, T, F, F))
     assert first == (
-        "rank 1 did not take part; logs/rank-00001.stack shows what it was doing; last seen in step 12, data"
+        "rank 1 did not take part; rank-00001.stack shows what it was doing; last seen in step 12, data"
     )
     assert all(" waited for it in " in line for line in others)
 

@@ -1,0 +1,109 @@
+"""Checkpoints for tests: a state in which every number of every tensor is its own, at any layout."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe.balance import RouterState
+from moe.model import build_decoder
+from moe.sharding import own_part, split_of
+from tests.layouts import build_objective
+from training.build import put_under_engine
+from training.checkpoint import Saver
+from training.checkpoint_manifest import Attached, DataIdentity, SavedAt, TrainingState
+from training.config import RunConfig
+from training.disk import Disk
+from training.engine import Engine
+from training.optimizer import build_adamw
+from training.owner import Owner
+from training.parallel import Groups
+from training.shares import MODULE_PREFIX
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+APPLIED_STEPS = 7.0
+ATTACHED = Attached(DataIdentity(corpus_hash="c", tokenizer_sha256="t"), {"config.toml": b"# none\n"})
+
+
+def unique_state(cfg: RunConfig) -> dict[tuple[str, str], Tensor]:
+    """Return the whole tensors of a model by (kind, name): no two elements of them all are equal."""
+    state, n = {}, 0
+    for name, parameter in build_decoder(cfg.model, expert_backend="reference").named_parameters():
+        for kind in KINDS:
+            # Exact in fp32, and small enough to train on.
+            values = (n + torch.arange(parameter.numel(), dtype=torch.float64)) / 2**22
+            state[kind, name] = values.float().view(parameter.shape)
+            n += parameter.numel()
+    assert n < 2**24
+    return state
+
+
+def unique_router_state(cfg: RunConfig) -> RouterState:
+    shape = (cfg.model.n_moe_layers, cfg.model.n_experts)
+    places = torch.arange(shape[0] * shape[1], dtype=torch.float32).view(shape)
+    return RouterState(places / 1024, (places + 1) / (places + 1).sum(-1, keepdim=True))
+
+
+def build_engine(cfg: RunConfig, groups: Groups) -> Engine:
+    objective = build_objective(cfg, groups)
+    return put_under_engine(
+        objective, cfg, groups, partial(build_adamw, cfg=cfg.optim), checks_first_step=False
+    )
+
+
+def held_here(whole: Tensor, name: str, start: int, n: int, groups: Groups) -> Tensor:
+    """Return a rank's fragment of a whole tensor, cut without training/pieces.py."""
+    split, layout = split_of(name), groups.layout
+    size, index = 1, 0
+    if split is not None and split.over == "tp":
+        size, index = layout.tp, layout.tp_rank(groups.rank)
+    elif split is not None:
+        size, index = layout.ep, layout.ep_rank(groups.rank)
+    return own_part(whole, split, size, index).flatten()[start : start + n]
+
+
+def fill(engine: Engine, groups: Groups, state: dict[tuple[str, str], Tensor]) -> None:
+    """Give the engine the unique state, whatever the layout."""
+    engine.make_optimizer_state(KINDS, {"step": APPLIED_STEPS})
+    for fragment in engine.fragments():
+        for kind, values in fragment.values.items():
+            whole = state[kind, fragment.name.removeprefix(MODULE_PREFIX)]
+            values.copy_(held_here(whole, fragment.name, fragment.start, values.numel(), groups))
+    engine.adopt_masters()
+
+
+def differing(engine: Engine, groups: Groups, state: dict[tuple[str, str], Tensor]) -> list[str]:
+    """Return which fragments of the engine are not, bit for bit, those of the state."""
+    wrong = []
+    for fragment in engine.fragments():
+        name = fragment.name.removeprefix(MODULE_PREFIX)
+        assert set(fragment.values) == set(KINDS)
+        for kind, values in fragment.values.items():
+            want = held_here(state[kind, name], fragment.name, fragment.start, values.numel(), groups)
+            if not torch.equal(values, want):
+                wrong.append(f"{kind}/{name}")
+    return wrong
+
+
+def state_at(step: int, **changes: object) -> TrainingState:
+    plain = {
+        "step": step,
+        "tokens_seen": 96 * step,
+        "n_skipped": 0,
+        "n_skipped_in_a_row": 0,
+        "n_interventions": 0,
+        "optimizer": {"step": APPLIED_STEPS},
+        "loss_scaler": {},
+        "guard": {},
+        "skipped": (),
+    }
+    return TrainingState.model_validate({**plain, **changes})
+
+
+def saver_of(run_dir: Path, groups: Groups, cfg: RunConfig, *, token: str, disk: Disk | None = None) -> Saver:
+    layout = groups.layout
+    saved_at = SavedAt(
+        world_size=layout.world_size, tp=layout.tp, ep=layout.ep, zero_stage=cfg.parallel.zero_stage
+    )
+    return Saver(run_dir, groups, cfg.checkpoint, Owner(run_dir, token), ATTACHED, saved_at, disk)

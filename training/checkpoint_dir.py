@@ -1,0 +1,146 @@
+"""The checkpoints of a run on disk: their names, which are intact, which go. One process, no tensors.
+
+A checkpoint is whole because it bears its name: it was written as step-00001000.<token>.tmp, flushed, and
+renamed. So only names are trusted before a checkpoint has been verified, and a name ending in .tmp never is.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from data.files import write_atomically
+from training.checkpoint_manifest import Manifest, read_manifest
+from training.checkpoint_tensors import TensorReader, check_file
+from training.disk import Disk
+from training.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+POINTER_FILE = "latest"  # for other tools: nothing here reads it
+_NAME = re.compile(r"step-(\d{8,})")
+_TMP, _DAMAGED = ".tmp", ".damaged"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / CHECKPOINTS / f"step-{step:08d}"
+
+
+def unfinished_path(run_dir: Path, step: int, token: str) -> Path:
+    """Return where a checkpoint is written before it gets its name. Each start of a run has its own."""
+    final = checkpoint_path(run_dir, step)
+    return final.with_name(f"{final.name}.{token}{_TMP}")
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint directory. Raises CheckpointError where the name is not one's."""
+    match = _NAME.fullmatch(path.resolve().name)
+    if match is None:
+        raise CheckpointError(f"{path}: not a checkpoint; their directories are named as step-00001000")
+    return int(match[1])
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the run's checkpoints, newest first. None of them has been verified."""
+    directory = run_dir / CHECKPOINTS
+    if not directory.is_dir():
+        return []
+    named = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(named, key=step_of, reverse=True)
+
+
+def read_checkpoint(directory: Path) -> Manifest:
+    """Return a checkpoint's manifest after all checks but those of its tensors. Raises CheckpointError."""
+    step = step_of(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such checkpoint")
+    manifest = read_manifest(directory)
+    if manifest.state.step != step:
+        raise CheckpointError(
+            f"{directory}: holds step {manifest.state.step}; it was renamed, or copied over another"
+        )
+    for name, entry in manifest.files.items():
+        if not name.endswith(".safetensors"):
+            check_file(directory / name, entry)
+    return manifest
+
+
+def verify_share(directory: Path, manifest: Manifest, share: int = 0, n_shares: int = 1) -> None:
+    """Read every n_shares-th file whole and compare it with the manifest. Raises CheckpointError."""
+    reader = TensorReader(directory, manifest)
+    for name in sorted(manifest.files)[share::n_shares]:
+        check_file(directory / name, manifest.files[name])
+        reader.check_header(name)
+
+
+def verify_checkpoint(directory: Path) -> Manifest:
+    """Read all of a checkpoint and return its manifest. Raises CheckpointError naming a damaged file."""
+    manifest = read_checkpoint(directory)
+    verify_share(directory, manifest)
+    return manifest
+
+
+def newest_readable(run_dir: Path) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint whose manifest and file sizes are right; None where there is none.
+
+    Raises CheckpointError where there are checkpoints, and none of them can be read.
+    """
+    faults = []
+    for path in list_checkpoints(run_dir):
+        try:
+            return path, read_checkpoint(path)
+        except CheckpointError as err:
+            faults.append(str(err))
+    if faults:
+        raise CheckpointError(none_intact(run_dir, faults))
+    return None
+
+
+def none_intact(run_dir: Path, faults: list[str]) -> str:
+    """Say that a run has no checkpoint left to continue from."""
+    return (
+        f"{run_dir / CHECKPOINTS}: no intact checkpoint: {'; '.join(faults)}. Put a good copy there, or move "
+        f"{CHECKPOINTS}/ away to start from the first step"
+    )
+
+
+def set_aside(directory: Path, disk: Disk) -> Path:
+    """Take the name from a damaged checkpoint, so that its step can be saved again; return its new one."""
+    aside = directory.with_name(directory.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    disk.rename(directory, aside)
+    return aside
+
+
+def sweep_unfinished(run_dir: Path) -> None:
+    """Remove what earlier starts of the run left half-written, or half-removed."""
+    for path in (run_dir / CHECKPOINTS).glob(f"*{_TMP}"):
+        # A stale rank may be writing there; what it adds is swept by the next start.
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(unfinished: Path, run_dir: Path, step: int, disk: Disk) -> Path:
+    """Give a flushed checkpoint its name, and point to it; return its path."""
+    final = checkpoint_path(run_dir, step)
+    disk.flush_directory(unfinished)
+    if final.exists():  # the same step of the same run, saved before a return to an earlier one
+        _retire(final, disk)
+    disk.rename(unfinished, final)
+    disk.at("pointer", final.parent / POINTER_FILE)
+    write_atomically(final.parent / POINTER_FILE, f"{final.name}\n".encode())
+    return final
+
+
+def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, disk: Disk) -> list[Path]:
+    """Remove all checkpoints but the newest keep_last and those of every keep_every_steps; return them."""
+    too_many = list_checkpoints(run_dir)[keep_last:]
+    old = [p for p in too_many if keep_every_steps is None or step_of(p) % keep_every_steps]
+    for path in old:
+        _retire(path, disk)
+    return old
+
+
+def _retire(directory: Path, disk: Disk) -> None:
+    """Remove a checkpoint; it loses its name first, so that no half of it is ever taken for a checkpoint."""
+    nameless = directory.with_name(f"{directory.name}.{os.getpid()}.old{_TMP}")
+    disk.rename(directory, nameless)
+    disk.remove(nameless)

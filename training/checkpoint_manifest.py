@@ -1,0 +1,215 @@
+"""What a checkpoint says of itself: manifest.json, and its own checksum in manifest.sha256.
+
+    step-00001000/
+        manifest.json, manifest.sha256    written last
+        rank-00000.safetensors ...        pieces of every parameter, flattened: master, exp_avg, exp_avg_sq
+        router.safetensors                bias and load fractions
+        config.toml, provenance.json, tokenizer.model (or .json)
+
+Everything is JSON, TOML or safetensors, so reading a stranger's checkpoint runs no code. What it claims is
+checked before it is used, and nothing is allocated by its word.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from data.skips import SkippedWindow
+from moe.config import STRICT
+from training.errors import CheckpointError
+from training.pieces import Matrix, Piece, tiling_fault
+
+FORMAT_VERSION = 1
+MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
+ROUTER_FILE, CONFIG_FILE, PROVENANCE_FILE = "router.safetensors", "config.toml", "provenance.json"
+MAX_MANIFEST_BYTES = 1 << 30
+_FILE_NAMES = re.compile(
+    r"(rank-\d{5}|router)\.safetensors|config\.toml|provenance\.json|tokenizer\.(model|json)"
+)
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+class FileEntry(BaseModel):
+    model_config = STRICT
+
+    n_bytes: NonNegativeInt
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TensorEntry(BaseModel):
+    """A whole tensor and who holds what of it. pieces: (rank, first_col, width, start, stop) each."""
+
+    model_config = STRICT
+
+    shape: tuple[PositiveInt, ...]
+    n_rows: PositiveInt
+    row_width: PositiveInt
+    pieces: tuple[tuple[NonNegativeInt, NonNegativeInt, PositiveInt, NonNegativeInt, PositiveInt], ...]
+
+    @property
+    def matrix(self) -> Matrix:
+        return Matrix(self.n_rows, self.row_width)
+
+    def held_pieces(self) -> list[tuple[int, Piece]]:
+        """Return (rank, piece) of each piece."""
+        return [(rank, Piece(*numbers)) for rank, *numbers in self.pieces]
+
+
+class SavedAt(BaseModel):
+    """The layout that saved the checkpoint. Only to be told: it binds nobody who loads it."""
+
+    model_config = STRICT
+
+    world_size: PositiveInt
+    tp: PositiveInt
+    ep: PositiveInt
+    zero_stage: int
+
+
+class TrainingState(BaseModel):
+    """Everything else that training carries from step to step.
+
+    optimizer     scalars of the optimizer, such as the number of applied steps
+    loss_scaler   state of fp16's dynamic loss scaling; empty otherwise
+    guard         what training/guard.py remembers
+    skipped       the data steps that are left out for ever
+    """
+
+    model_config = STRICT
+
+    step: NonNegativeInt
+    tokens_seen: NonNegativeInt
+    n_skipped: NonNegativeInt
+    n_skipped_in_a_row: NonNegativeInt
+    n_interventions: NonNegativeInt
+    optimizer: dict[str, float]
+    loss_scaler: dict[str, float]
+    guard: dict[str, Any]
+    skipped: tuple[SkippedWindow, ...]
+
+
+class DataIdentity(BaseModel):
+    """Which text a run reads; where it lies is of no importance."""
+
+    model_config = STRICT
+
+    corpus_hash: str
+    tokenizer_sha256: str
+
+
+class Manifest(BaseModel):
+    model_config = STRICT
+
+    format_version: int
+    saved_at: SavedAt
+    data: DataIdentity
+    state: TrainingState
+    kinds: tuple[str, ...]
+    tensors: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files that the manifest lists."""
+        return sum(entry.n_bytes for entry in self.files.values())
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        for name in self.files:
+            if not _FILE_NAMES.fullmatch(name):
+                raise ValueError(f"file name {name!r} is none that a checkpoint has")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tensors(self) -> Self:
+        for name, entry in self.tensors.items():
+            numel = entry.n_rows * entry.row_width
+            if numel != _product(entry.shape):
+                raise ValueError(f"{name}: {entry.n_rows} x {entry.row_width} is not its shape {entry.shape}")
+            if fault := tiling_fault(entry.matrix, [piece for _, piece in entry.held_pieces()]):
+                raise ValueError(f"{name}: {fault}")
+            missing = {rank_file(rank) for rank, *_ in entry.pieces} - self.files.keys()
+            if missing:
+                raise ValueError(f"{name}: lies in {sorted(missing)}, which is not among the files")
+        return self
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a run's checkpoints carry beside the numbers: identity of the data, and small files by name."""
+
+    data: DataIdentity
+    files: Mapping[str, bytes]
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def to_bytes(manifest: Manifest) -> tuple[bytes, bytes]:
+    """Return the contents of manifest.json and of manifest.sha256 (which `sha256sum -c` reads)."""
+    text = (manifest.model_dump_json() + "\n").encode()
+    return text, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check a checkpoint's manifest, and see that its files are there at their sizes.
+
+    Raises CheckpointError naming the file and the fault.
+    """
+    path, sum_path = directory / MANIFEST, directory / MANIFEST_SUM
+    text, wanted = _read_small(path), _read_small(sum_path)
+    if wanted != f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode():
+        raise CheckpointError(
+            f"{path}: does not have the SHA-256 that {sum_path.name} says; one of them is damaged"
+        )
+    try:
+        manifest = Manifest.model_validate(json.loads(text))
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(f"{path}: {_first_line(err)}") from err
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version={manifest.format_version} where {FORMAT_VERSION} is read; "
+            "use the Turnout that wrote it"
+        )
+    for name, entry in manifest.files.items():
+        check_size(directory / name, entry)
+    return manifest
+
+
+def check_size(path: Path, entry: FileEntry) -> None:
+    """Raise CheckpointError where a file is missing, is not a plain file, or has another size."""
+    if (found := _size_of(path)) != entry.n_bytes:
+        raise CheckpointError(f"{path}: has {found} bytes where the manifest says {entry.n_bytes}")
+
+
+def _read_small(path: Path) -> bytes:
+    if _size_of(path) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is")
+    return path.read_bytes()
+
+
+def _size_of(path: Path) -> int:
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: {'is not a plain file' if path.exists() else 'is missing'}")
+    return path.stat().st_size
+
+
+def _first_line(err: Exception) -> str:
+    if isinstance(err, ValidationError):
+        first = err.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return f"{where}: {first['msg']}" if where else str(first["msg"])
+    return f"not a manifest ({type(err).__name__}: {err})"

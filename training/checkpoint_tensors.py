@@ -1,0 +1,128 @@
+"""The files of a checkpoint that hold tensors: safetensors, written in a stream and read in slices.
+
+Writing is ours and not the library's, for two reasons: each byte is hashed on its way to the disk, so that no
+file is read again to be summed, and a test can stop the process between any two writes. Reading is the
+library's.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data.files import sha256_of
+from training.checkpoint_manifest import FileEntry, Manifest, TensorEntry, check_size, rank_file
+from training.disk import Buffer, Disk
+from training.errors import CheckpointError
+from training.pieces import Piece, overlaps
+
+CHUNK_BYTES = 16 << 20
+
+
+def key_of(kind: str, name: str) -> str:
+    """Return the key of a parameter's piece in a rank's file. A rank holds at most one piece of each."""
+    return f"{kind}/{name}"
+
+
+def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write fp32 host tensors as a safetensors file, flushed; return its size and SHA-256. Raises OSError."""
+    digest, n_bytes = hashlib.sha256(), 0
+
+    def hashed() -> Iterator[Buffer]:
+        nonlocal n_bytes
+        for chunk in _chunks(tensors):
+            digest.update(chunk)
+            n_bytes += len(chunk)
+            yield chunk
+
+    disk.write(path, hashed())
+    return FileEntry(n_bytes=n_bytes, sha256=digest.hexdigest())
+
+
+def write_bytes(disk: Disk, path: Path, content: bytes) -> FileEntry:
+    """Write a small file, flushed; return its size and SHA-256. Raises OSError."""
+    disk.write(path, [content])
+    return FileEntry(n_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
+    """Yield the header, then the tensors in its order (github.com/huggingface/safetensors, "Format")."""
+    header, end = {}, 0
+    for key, tensor in tensors.items():
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
+        begin, end = end, end + 4 * tensor.numel()
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors.values():
+        raw = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
+        for begin in range(0, len(raw), CHUNK_BYTES):
+            yield raw[begin : begin + CHUNK_BYTES]
+
+
+def check_file(path: Path, entry: FileEntry) -> None:
+    """Read a file whole and compare it with its entry. Raises CheckpointError."""
+    check_size(path, entry)
+    if (found := sha256_of(path)) != entry.sha256:
+        raise CheckpointError(f"{path}: SHA-256 {found[:16]}.. where the manifest says {entry.sha256[:16]}..")
+
+
+class TensorReader:
+    """Reads slices of the tensors of one checkpoint. Each file is mapped once, and nothing is read twice."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory, self.manifest = directory, manifest
+        self._files: dict[str, Any] = {}
+
+    def read_piece(self, name: str, kind: str, wanted: Piece, out: Tensor) -> None:
+        """Fill out [wanted.numel] with a piece of a parameter, from whatever pieces were saved.
+
+        Raises CheckpointError where the checkpoint does not hold all of it.
+        """
+        n_read = 0
+        for rank, piece in self._entry(name).held_pieces():
+            for overlap in overlaps(piece, wanted):
+                source = self._read(rank_file(rank), key_of(kind, name), overlap.read, piece.numel)
+                overlap.copy(source, out)
+                n_read += overlap.numel
+        if n_read != wanted.numel:
+            raise CheckpointError(f"{self.directory}: holds {n_read} of {wanted.numel} elements of {name}")
+
+    def read_named(self, file: str, key: str, out: Tensor) -> None:
+        """Fill out with a whole tensor of its shape from one file. Raises CheckpointError."""
+        out.copy_(self._read(file, key, (0, out.numel()), out.numel()).view_as(out))
+
+    def check_header(self, file: str) -> None:
+        """See that a file holds each tensor that the manifest promises of it. Raises CheckpointError."""
+        for name, entry in self.manifest.tensors.items():
+            for rank, piece in entry.held_pieces():
+                if rank_file(rank) == file:
+                    for kind in self.manifest.kinds:
+                        self._read(file, key_of(kind, name), (0, 0), piece.numel)
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.manifest.tensors:
+            raise CheckpointError(f"{self.directory}: holds no parameter {name}; it is of another model")
+        return self.manifest.tensors[name]
+
+    def _read(self, file: str, key: str, elements: tuple[int, int], numel: int) -> Tensor:
+        path = self.directory / file
+        try:
+            if file not in self._files:
+                self._files[file] = safe_open(path, framework="pt", device="cpu")
+            stored = self._files[file].get_slice(key)
+            if stored.get_dtype() != "F32" or stored.get_shape() != [numel]:
+                raise CheckpointError(
+                    f"{path}: {key} is {stored.get_dtype()} {stored.get_shape()} where the manifest says "
+                    f"F32 [{numel}]"
+                )
+            return stored[elements[0] : elements[1]]
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(f"{path}: {key}: {err}") from err

@@ -1,0 +1,37 @@
+"""Who may write to a run directory: the latest start of the run, and no earlier one.
+
+A job whose node was cut off is requeued while its old ranks still run. Each start therefore writes a token of
+its own to RUN/owner and hands it to its ranks, which look before they commit a checkpoint. A stale rank finds
+another's token, and stops; its unfinished directory is gone by then, too (training/checkpoint_dir.py).
+"""
+
+import secrets
+from pathlib import Path
+
+from data.files import write_atomically
+from training.errors import TakenOverError
+
+OWNER_FILE = "owner"
+
+
+def take_over(run_dir: Path) -> str:
+    """Make this start the owner of the run directory; return its token."""
+    token = secrets.token_hex(8)
+    write_atomically(run_dir / OWNER_FILE, f"{token}\n".encode())
+    return token
+
+
+class Owner:
+    """One start of a run."""
+
+    def __init__(self, run_dir: Path, token: str) -> None:
+        self._path, self.token = run_dir / OWNER_FILE, token
+
+    def check(self) -> None:
+        """Raise TakenOverError where a later start owns the run directory."""
+        found = self._path.read_text(encoding="utf-8").strip()
+        if found != self.token:
+            raise TakenOverError(
+                f"{self._path}: another start of this run has taken over (token {found}, this one has "
+                f"{self.token}); nothing was committed. Let that one go on"
+            )

@@ -1,0 +1,57 @@
+"""What has happened so far in a run: what the loop carries from step to step beside the engine's state."""
+
+from dataclasses import asdict, dataclass, field
+
+from data.skips import SkippedWindow, merged
+from moe.balance import RouterState
+from training.checkpoint_manifest import TrainingState
+from training.engine import Engine
+from training.guard import GuardState
+
+
+@dataclass
+class Progress:
+    """step: optimizer steps done. n_skipped: of those, the ones that changed no weight."""
+
+    router_state: RouterState
+    step: int = 0
+    tokens_seen: int = 0
+    n_skipped: int = 0
+    n_skipped_in_a_row: int = 0
+    n_interventions: int = 0
+    guard: GuardState = field(default_factory=GuardState.initial)
+    skipped: tuple[SkippedWindow, ...] = ()
+
+    @classmethod
+    def restored(
+        cls, router_state: RouterState, state: TrainingState, skipped: tuple[SkippedWindow, ...]
+    ) -> "Progress":
+        """Return the progress of a checkpoint.
+
+        skipped: the run's own ledger of data left out, which may know of later windows than the checkpoint.
+        """
+        skipped = merged(state.skipped, skipped)
+        return cls(
+            router_state,
+            step=state.step,
+            tokens_seen=state.tokens_seen,
+            n_skipped=state.n_skipped,
+            n_skipped_in_a_row=state.n_skipped_in_a_row,
+            n_interventions=max(state.n_interventions, len(skipped)),
+            guard=GuardState(**state.guard),
+            skipped=skipped,
+        )
+
+    def to_state(self, engine: Engine) -> TrainingState:
+        """Return what a checkpoint keeps of this, with the engine's own numbers."""
+        return TrainingState(
+            step=self.step,
+            tokens_seen=self.tokens_seen,
+            n_skipped=self.n_skipped,
+            n_skipped_in_a_row=self.n_skipped_in_a_row,
+            n_interventions=self.n_interventions,
+            optimizer=engine.optimizer_scalars(),
+            loss_scaler=engine.loss_scaler_state(),
+            guard=asdict(self.guard),
+            skipped=self.skipped,
+        )
