@@ -1,5 +1,6 @@
 """Checkpoints for tests: a state in which every number of every tensor is its own, at any layout."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from training.checkpoint_manifest import Attached, DataIdentity, SavedAt, Traini
 from training.config import RunConfig
 from training.disk import Disk
 from training.engine import Engine
+from training.guard import GuardState
 from training.optimizer import build_adamw
 from training.owner import Owner
 from training.parallel import Groups
@@ -27,15 +29,19 @@ ATTACHED = Attached(DataIdentity(corpus_hash="c", tokenizer_sha256="t"), {"confi
 
 
 def unique_state(cfg: RunConfig) -> dict[tuple[str, str], Tensor]:
-    """Return the whole tensors of a model by (kind, name): no two elements of them all are equal."""
+    """Return the whole tensors of a model by (kind, name), which one can train on.
+
+    No two numbers of a kind are equal, nor are those of different kinds in the same place.
+    """
+    scales = {"master": (1.0, -0.5), "exp_avg": (2**-6, -(2**-7)), "exp_avg_sq": (2**-12, 2**-20)}
     state, n = {}, 0
     for name, parameter in build_decoder(cfg.model, expert_backend="reference").named_parameters():
-        for kind in KINDS:
-            # Exact in fp32, and small enough to train on.
-            values = (n + torch.arange(parameter.numel(), dtype=torch.float64)) / 2**22
-            state[kind, name] = values.float().view(parameter.shape)
+        for kind, (scale, offset) in scales.items():
+            # Odd times a number, modulo a power of two: distinct, and exact in fp32.
+            places = (n + torch.arange(parameter.numel())) * 40503 % 2**22
+            state[kind, name] = (places.double() / 2**22 * scale + offset).float().view(parameter.shape)
             n += parameter.numel()
-    assert n < 2**24
+    assert n < 2**22
     return state
 
 
@@ -95,7 +101,7 @@ def state_at(step: int, **changes: object) -> TrainingState:
         "n_interventions": 0,
         "optimizer": {"step": APPLIED_STEPS},
         "loss_scaler": {},
-        "guard": {},
+        "guard": asdict(GuardState.initial()),
         "skipped": (),
     }
     return TrainingState.model_validate({**plain, **changes})

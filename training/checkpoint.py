@@ -117,12 +117,12 @@ class Saver:
     ) -> None:
         self._run_dir, self._groups, self._cfg, self._owner = run_dir, groups, cfg, owner
         self._attached, self._saved_at, self._disk = attached, saved_at, disk or Disk()
+        if groups.is_first:  # before the others can get past the next line, and begin to write
+            sweep_unfinished(run_dir)
         self._messages = Messages(groups)
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        if groups.is_first:
-            sweep_unfinished(run_dir)
 
     def save(self, share: Share, state: TrainingState) -> None:
         """Copy what this rank holds and write it in the background. Waits for an earlier save. Collective.
