@@ -91,7 +91,30 @@ def plan_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
         ("steps", f"{train.n_steps:,}"),
         ("tokens in all", f"{n_tokens:,}"),
         ("FLOPs in all", f"{n_tokens * flops_per_token(model):.4g}"),
+        ("checkpoint", _checkpoint_words(cfg)),
     ]
+
+
+def checkpoint_bytes(cfg: ModelConfig) -> int:
+    """Return the bytes of one checkpoint: the fp32 master and AdamW's two moments, whatever the layout."""
+    return 12 * n_params(cfg)
+
+
+def n_checkpoints_kept(cfg: RunConfig) -> int:
+    """Return how many checkpoints there are at once when the run ends, which is when there are most."""
+    n_steps, kept = cfg.train.n_steps, cfg.checkpoint
+    steps = {n_steps, *range(kept.every_steps or n_steps, n_steps + 1, kept.every_steps or n_steps)}
+    newest = sorted(steps)[-kept.keep_last :]
+    for_ever = [s for s in steps if kept.keep_every_steps and s % kept.keep_every_steps == 0]
+    return len({*newest, *for_ever})
+
+
+def _checkpoint_words(cfg: RunConfig) -> str:
+    one, n = checkpoint_bytes(cfg.model), n_checkpoints_kept(cfg)
+    every = cfg.checkpoint.every_steps
+    when = "after the last step only" if every is None else f"every {every:,} steps"
+    # A new one is whole before an old one goes.
+    return f"{_gib(one)} {when}, {n:,} kept at once = {_gib(n * one)}, and room for one more"
 
 
 def data_line(cfg: RunConfig, corpus: Corpus) -> tuple[str, str]:

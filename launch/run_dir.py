@@ -70,10 +70,17 @@ def _stamp(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) -> None:
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:
+    file = path / PROVENANCE_FILE
     try:
-        return list(json.loads((path / PROVENANCE_FILE).read_bytes())["starts"])
-    except (ValueError, KeyError, TypeError) as err:
-        raise ConfigError(f"{path / PROVENANCE_FILE}: damaged ({err}); put a good copy there") from err
+        starts = json.loads(file.read_bytes())["starts"]
+        for start in starts:
+            DataIdentity(corpus_hash=start["corpus_hash"], tokenizer_sha256=start["tokenizer_sha256"])
+        if not starts or not isinstance(starts, list):
+            raise ValueError("it names no start of the run")
+    except (ValueError, LookupError, TypeError, RecursionError) as err:
+        what = f"{type(err).__name__}: {str(err).splitlines()[0]}"
+        raise ConfigError(f"{file}: damaged ({what}); put a good copy there") from err
+    return starts
 
 
 def read_config(directory: Path) -> RunConfig:
@@ -81,7 +88,7 @@ def read_config(directory: Path) -> RunConfig:
     path = directory / CONFIG_FILE
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(f"{path}: cannot be read: {err}; put a good copy there") from err
     return check_config(tree, str(path))
 

@@ -7,6 +7,7 @@ renamed. So only names are trusted before a checkpoint has been verified, and a 
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from data.files import write_atomically
@@ -17,7 +18,8 @@ from training.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 POINTER_FILE = "latest"  # for other tools: nothing here reads it
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8,})")
+TENSORS = ".safetensors"
 _TMP, _DAMAGED = ".tmp", ".damaged"
 
 
@@ -33,7 +35,7 @@ def unfinished_path(run_dir: Path, step: int, token: str) -> Path:
 
 def step_of(path: Path) -> int:
     """Return the step of a checkpoint directory. Raises CheckpointError where the name is not one's."""
-    match = _NAME.fullmatch(path.resolve().name)
+    match = _NAME.fullmatch(path.name) or _NAME.fullmatch(path.resolve().name)
     if match is None:
         raise CheckpointError(f"{path}: not a checkpoint; their directories are named as step-00001000")
     return int(match[1])
@@ -48,6 +50,14 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(named, key=step_of, reverse=True)
 
 
+def list_set_aside(run_dir: Path) -> list[Path]:
+    """Return the checkpoints that lost their names because they were found damaged, newest first."""
+    found = (run_dir / CHECKPOINTS).glob(f"*{_DAMAGED}")
+    return sorted((p for p in found if _NAME.fullmatch(p.stem)), key=lambda p: step_of(p.with_suffix("")))[
+        ::-1
+    ]
+
+
 def read_checkpoint(directory: Path) -> Manifest:
     """Return a checkpoint's manifest after all checks but those of its tensors. Raises CheckpointError."""
     step = step_of(directory)
@@ -59,23 +69,35 @@ def read_checkpoint(directory: Path) -> Manifest:
             f"{directory}: holds step {manifest.state.step}; it was renamed, or copied over another"
         )
     for name, entry in manifest.files.items():
-        if not name.endswith(".safetensors"):
+        if not name.endswith(TENSORS):
             check_file(directory / name, entry)
     return manifest
 
 
-def verify_share(directory: Path, manifest: Manifest, share: int = 0, n_shares: int = 1) -> None:
-    """Read every n_shares-th file whole and compare it with the manifest. Raises CheckpointError."""
+def verify_share(
+    directory: Path,
+    manifest: Manifest,
+    share: int = 0,
+    n_shares: int = 1,
+    on_read: Callable[[int], None] | None = None,
+) -> None:
+    """Read every n_shares-th file whole and compare it with the manifest. Raises CheckpointError.
+
+    on_read: is told the bytes of each file that was found intact.
+    """
     reader = TensorReader(directory, manifest)
     for name in sorted(manifest.files)[share::n_shares]:
         check_file(directory / name, manifest.files[name])
-        reader.check_header(name)
+        if name.endswith(TENSORS):
+            reader.check_header(name)
+        if on_read is not None:
+            on_read(manifest.files[name].n_bytes)
 
 
-def verify_checkpoint(directory: Path) -> Manifest:
+def verify_checkpoint(directory: Path, on_read: Callable[[int], None] | None = None) -> Manifest:
     """Read all of a checkpoint and return its manifest. Raises CheckpointError naming a damaged file."""
     manifest = read_checkpoint(directory)
-    verify_share(directory, manifest)
+    verify_share(directory, manifest, on_read=on_read)
     return manifest
 
 
@@ -130,10 +152,23 @@ def publish(unfinished: Path, run_dir: Path, step: int, disk: Disk) -> Path:
     return final
 
 
-def prune(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, disk: Disk) -> list[Path]:
-    """Remove all checkpoints but the newest keep_last and those of every keep_every_steps; return them."""
+def list_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+    """Return all checkpoints but the newest keep_last and those of every keep_every_steps, newest first."""
     too_many = list_checkpoints(run_dir)[keep_last:]
-    old = [p for p in too_many if keep_every_steps is None or step_of(p) % keep_every_steps]
+    return [p for p in too_many if keep_every_steps is None or step_of(p) % keep_every_steps]
+
+
+def prune(
+    run_dir: Path,
+    *,
+    keep_last: int,
+    keep_every_steps: int | None,
+    disk: Disk,
+    spared: Collection[Path] = (),
+) -> list[Path]:
+    """Remove the old checkpoints of list_old but those spared; return what was removed."""
+    old = list_old(run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    old = [path for path in old if path not in spared]
     for path in old:
         _retire(path, disk)
     return old

@@ -12,17 +12,19 @@ checked before it is used, and nothing is allocated by its word.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from data.skips import SkippedWindow
 from moe.config import STRICT
 from training.errors import CheckpointError
+from training.guard import GuardState
 from training.pieces import Matrix, Piece, tiling_fault
 
 FORMAT_VERSION = 1
@@ -30,8 +32,12 @@ MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 ROUTER_FILE, CONFIG_FILE, PROVENANCE_FILE = "router.safetensors", "config.toml", "provenance.json"
 MAX_MANIFEST_BYTES = 1 << 30
 _FILE_NAMES = re.compile(
-    r"(rank-\d{5}|router)\.safetensors|config\.toml|provenance\.json|tokenizer\.(model|json)"
+    r"(rank-[0-9]{5}|router)\.safetensors|config\.toml|provenance\.json|tokenizer\.(model|json)"
 )
+# Python's integers have no end, those of tensors and file offsets have.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=1, lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]  # is printed, and part of a key
 
 
 def rank_file(rank: int) -> str:
@@ -41,7 +47,7 @@ def rank_file(rank: int) -> str:
 class FileEntry(BaseModel):
     model_config = STRICT
 
-    n_bytes: NonNegativeInt
+    n_bytes: Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -50,10 +56,10 @@ class TensorEntry(BaseModel):
 
     model_config = STRICT
 
-    shape: tuple[PositiveInt, ...]
-    n_rows: PositiveInt
-    row_width: PositiveInt
-    pieces: tuple[tuple[NonNegativeInt, NonNegativeInt, PositiveInt, NonNegativeInt, PositiveInt], ...]
+    shape: Annotated[tuple[Size, ...], Field(max_length=8)]
+    n_rows: Size
+    row_width: Size
+    pieces: tuple[tuple[Count, Count, Size, Count, Size], ...]
 
     @property
     def matrix(self) -> Matrix:
@@ -69,10 +75,13 @@ class SavedAt(BaseModel):
 
     model_config = STRICT
 
-    world_size: PositiveInt
-    tp: PositiveInt
-    ep: PositiveInt
-    zero_stage: int
+    world_size: Size
+    tp: Size
+    ep: Size
+    zero_stage: Count
+
+
+_GUARD = TypeAdapter(GuardState)
 
 
 class TrainingState(BaseModel):
@@ -86,15 +95,30 @@ class TrainingState(BaseModel):
 
     model_config = STRICT
 
-    step: NonNegativeInt
-    tokens_seen: NonNegativeInt
-    n_skipped: NonNegativeInt
-    n_skipped_in_a_row: NonNegativeInt
-    n_interventions: NonNegativeInt
+    step: Count
+    tokens_seen: Count
+    n_skipped: Count
+    n_skipped_in_a_row: Count
+    n_interventions: Count
     optimizer: dict[str, float]
     loss_scaler: dict[str, float]
     guard: dict[str, Any]
     skipped: tuple[SkippedWindow, ...]
+
+    @field_validator("guard")
+    @classmethod
+    def _check_guard(cls, guard: dict[str, Any]) -> dict[str, Any]:
+        if unknown := guard.keys() - GuardState.__dataclass_fields__.keys():
+            raise ValueError(f"holds {sorted(unknown)}, which the guard does not know")
+        _GUARD.validate_python(guard)
+        return guard
+
+    @field_validator("skipped")
+    @classmethod
+    def _check_skipped(cls, skipped: tuple[SkippedWindow, ...]) -> tuple[SkippedWindow, ...]:
+        if any(window.last >= 2**63 for window in skipped):
+            raise ValueError("leaves out data steps beyond 2**63")
+        return skipped
 
 
 class DataIdentity(BaseModel):
@@ -113,8 +137,8 @@ class Manifest(BaseModel):
     saved_at: SavedAt
     data: DataIdentity
     state: TrainingState
-    kinds: tuple[str, ...]
-    tensors: dict[str, TensorEntry]
+    kinds: Annotated[tuple[Name, ...], Field(max_length=8)]
+    tensors: dict[Name, TensorEntry]
     files: dict[str, FileEntry]
 
     @property
@@ -127,6 +151,8 @@ class Manifest(BaseModel):
         for name in self.files:
             if not _FILE_NAMES.fullmatch(name):
                 raise ValueError(f"file name {name!r} is none that a checkpoint has")
+        if missing := {ROUTER_FILE, CONFIG_FILE} - self.files.keys():
+            raise ValueError(f"{sorted(missing)} is not among the files")
         return self
 
     @model_validator(mode="after")
@@ -176,17 +202,39 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path}: does not have the SHA-256 that {sum_path.name} says; one of them is damaged"
         )
     try:
-        manifest = Manifest.model_validate(json.loads(text))
+        # Python's json takes NaN and Infinity, which JSON does not have, and makes infinity of 1e999.
+        tree = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        _check_version(path, tree)
+        manifest = Manifest.model_validate(tree)
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path}: {_first_line(err)}") from err
-    if manifest.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version={manifest.format_version} where {FORMAT_VERSION} is read; "
-            "use the Turnout that wrote it"
-        )
+        if isinstance(err, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: {printable(_first_line(err))}") from err
     for name, entry in manifest.files.items():
         check_size(directory / name, entry)
     return manifest
+
+
+def _check_version(path: Path, tree: Any) -> None:
+    # Before the fields: another version may have others.
+    found = tree.get("format_version", FORMAT_VERSION) if isinstance(tree, dict) else FORMAT_VERSION
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version={printable(repr(found), 20)} where {FORMAT_VERSION} is read; "
+            "use the Turnout that wrote it"
+        )
+
+
+def _finite(literal: str) -> float:
+    if not math.isfinite(value := float(literal)):
+        raise ValueError(f"{literal} is no number")
+    return value
+
+
+def printable(text: str, n_chars: int = 300) -> str:
+    """Return a stranger's words fit for one line of a terminal."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:n_chars])
+    return shown + (".." if len(text) > n_chars else "")
 
 
 def check_size(path: Path, entry: FileEntry) -> None:

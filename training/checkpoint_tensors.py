@@ -9,6 +9,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.files import sha256_of
-from training.checkpoint_manifest import FileEntry, Manifest, TensorEntry, check_size, rank_file
+from training.checkpoint_manifest import FileEntry, Manifest, TensorEntry, check_size, printable, rank_file
 from training.disk import Buffer, Disk
 from training.errors import CheckpointError
 from training.pieces import Piece, overlaps
@@ -100,12 +101,31 @@ class TensorReader:
         out.copy_(self._read(file, key, (0, out.numel()), out.numel()).view_as(out))
 
     def check_header(self, file: str) -> None:
-        """See that a file holds each tensor that the manifest promises of it. Raises CheckpointError."""
+        """See that a file is safetensors, and holds each tensor that the manifest promises of it.
+
+        Raises CheckpointError.
+        """
+        self._open(file)
+        for name, numel in self._promised.get(file, ()):
+            for kind in self.manifest.kinds:
+                self._read(file, key_of(kind, name), (0, 0), numel)
+
+    def chunks(self, name: str, kind: str) -> Iterator[Tensor]:
+        """Yield all elements of a parameter, each once and in no order, as flat tensors of CHUNK_BYTES."""
+        n = CHUNK_BYTES // 4
+        for rank, piece in self._entry(name).held_pieces():
+            for start in range(0, piece.numel, n):
+                elements = (start, min(start + n, piece.numel))
+                yield self._read(rank_file(rank), key_of(kind, name), elements, piece.numel)
+
+    @cached_property
+    def _promised(self) -> dict[str, list[tuple[str, int]]]:
+        """Return (name, numel) of each piece, by the file that holds it."""
+        promised: dict[str, list[tuple[str, int]]] = {}
         for name, entry in self.manifest.tensors.items():
             for rank, piece in entry.held_pieces():
-                if rank_file(rank) == file:
-                    for kind in self.manifest.kinds:
-                        self._read(file, key_of(kind, name), (0, 0), piece.numel)
+                promised.setdefault(rank_file(rank), []).append((name, piece.numel))
+        return promised
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.manifest.tensors:
@@ -113,11 +133,9 @@ class TensorReader:
         return self.manifest.tensors[name]
 
     def _read(self, file: str, key: str, elements: tuple[int, int], numel: int) -> Tensor:
-        path = self.directory / file
+        path, opened = self.directory / file, self._open(file)
         try:
-            if file not in self._files:
-                self._files[file] = safe_open(path, framework="pt", device="cpu")
-            stored = self._files[file].get_slice(key)
+            stored = opened.get_slice(key)
             if stored.get_dtype() != "F32" or stored.get_shape() != [numel]:
                 raise CheckpointError(
                     f"{path}: {key} is {stored.get_dtype()} {stored.get_shape()} where the manifest says "
@@ -125,4 +143,13 @@ class TensorReader:
                 )
             return stored[elements[0] : elements[1]]
         except (SafetensorError, OSError) as err:
-            raise CheckpointError(f"{path}: {key}: {err}") from err
+            raise CheckpointError(f"{path}: {key}: {printable(str(err))}") from err
+
+    def _open(self, file: str) -> Any:
+        path = self.directory / file
+        try:
+            if file not in self._files:
+                self._files[file] = safe_open(path, framework="pt", device="cpu")
+            return self._files[file]
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(f"{path}: {printable(str(err))}") from err

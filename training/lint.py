@@ -286,6 +286,13 @@ def _run(cfg: RunConfig) -> Rule:
             f"the held-out loss is first known after all {cfg.train.n_steps:,} steps",
             "evaluate every few thousand steps, with eval.max_documents to keep it short",
         )
+    if cfg.checkpoint.every_steps is None and cfg.train.n_steps > 1000:
+        yield warning(
+            "no-checkpoints",
+            "checkpoint.every_steps",
+            f"the run is first saved after all {cfg.train.n_steps:,} steps; a kill before that loses all",
+            "save every few hundred steps; training waits only while the state is copied",
+        )
     if cfg.parallel.timeout_s < 60:
         yield warning(
             "short-timeout",

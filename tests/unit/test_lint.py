@@ -29,6 +29,7 @@ CLEAN: dict[str, Any] = {
     "optim.schedule.warmup_steps": 2000,
     "data.corpus": "unused",
     "eval.every_steps": 5000,
+    "checkpoint.every_steps": 1000,
 }
 BIAS = {"model.balance.coef": 1e-4, "model.balance.bias_rate": 1e-3, "model.router.score": "sigmoid"}
 
@@ -82,6 +83,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"train.batch_tokens": 2**22, "train.n_steps": 4000, "optim.schedule.warmup_steps": 100},
     ),
     "late-evaluation": ({"eval.every_steps": None}, {"eval.every_steps": None, "train.n_steps": 10_000}),
+    "no-checkpoints": (
+        {"checkpoint.every_steps": None},
+        {"checkpoint.every_steps": None, "train.n_steps": 1000, "optim.schedule.warmup_steps": 100},
+    ),
     "short-timeout": ({"parallel.timeout_s": 30}, {"parallel.timeout_s": 60}),
     "fp32": ({"train.precision": "fp32"}, {"train.precision": "fp32", "model.n_layers": 1}),
     "vocab-tile": ({"model.vocab_size": 50257}, {"model.vocab_size": 50304}),
