@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli import main
 from launch.local import free_port
 from launch.settings import load_config, recipe_names
 from moe.counts import n_active_params, n_params
@@ -26,6 +27,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
 ]
+# What a training after the first has to show shows in few steps; it is checked whole in a dry run.
+FEWER_STEPS = ["train.n_steps=20", "optim.schedule.warmup_steps=5", "sample.n_tokens=8"]
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -49,13 +52,30 @@ def test_readme_has_one_command_for_each_thing_a_user_does() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("turnout")])
-def test_command_runs(command: str, place: Path) -> None:
+def test_command_runs(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Later commands use what earlier ones made, as README.md's reader does."""
-    run = subprocess.run(
-        shlex.split(command), cwd=place, env=ENV, capture_output=True, text=True, timeout=300
-    )
+    words = shlex.split(command)
+    if is_later_training(words):
+        monkeypatch.chdir(place)
+        with pytest.raises(SystemExit) as end:
+            main([*words[1:], "--dry-run"])
+        said = capsys.readouterr()
+        assert not end.value.code and said.out.strip(), said.err
+        words += [word for setting in FEWER_STEPS for word in ("--set", setting)]
+    run = subprocess.run(words, cwd=place, env=ENV, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
+
+
+def is_later_training(words: list[str]) -> bool:
+    return words[1] == "train" and "--run-dir" in words and "runs/first" not in words
+
+
+def test_one_training_is_run_as_it_stands() -> None:
+    trainings = [words for words in map(shlex.split, COMMANDS) if "train" in words and "--run-dir" in words]
+    assert len(trainings) - sum(map(is_later_training, trainings)) == 1
 
 
 def test_runs_left_what_readme_lists(place: Path) -> None:
