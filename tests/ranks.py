@@ -10,6 +10,7 @@ them in each rank would take a core for minutes in all.
 
 import atexit
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -30,8 +31,8 @@ import torch
 from torch import Tensor
 
 TIMEOUT_S = 240
-# What every rank imports; DeepSpeed and torch come with it.
-PRELOADED = ["training.build"]
+# What every rank imports: DeepSpeed and torch, and what DeepSpeed looks for when an engine is built.
+PRELOADED = ["training.build", "deepspeed.runtime.zero.muon.muon_optimizer"]
 RANK_ENV = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
@@ -119,6 +120,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         LOCAL_SIZE=str(world_size),
     )
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is never garbage, and looking through it takes half a second
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
