@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.checkpoints import print_checkpoint_cost
 from tests.bench.self_check import print_self_check_cost
 from tests.runs import read_rows
 
@@ -141,7 +142,7 @@ def compare_layouts(corpus: Path) -> None:
 
 def main() -> None:
     """Run the comparisons named on the command line, or all of them."""
-    wanted = sys.argv[1:] or ["prepare", "training", "layouts", "self-check"]
+    wanted = sys.argv[1:] or ["prepare", "training", "layouts", "self-check", "checkpoints"]
     if "prepare" in wanted:
         compare_prepare()
     with tempfile.TemporaryDirectory() as directory:
@@ -154,6 +155,8 @@ def main() -> None:
             compare_layouts(corpus)
     if "self-check" in wanted:
         print_self_check_cost()
+    if "checkpoints" in wanted:
+        print_checkpoint_cost()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""What a checkpoint costs: bytes, how long training waits, how long it takes, memory, and verifying."""
+
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+
+from launch.settings import load_config
+from moe.balance import RouterState
+from moe.counts import n_params
+from tests.checkpoints import KINDS, saver_of, state_at
+from tests.layouts import groups_of
+from tests.ranks import run_ranks
+from training.build import build_engine
+from training.checkpoint_dir import list_checkpoints, verify_checkpoint
+from training.config import RunConfig
+from training.owner import take_over
+from training.parallel import plan_layout
+from training.shares import share_of
+
+N_ROUNDS, N_RANKS = 5, 2
+RECIPE = "small"
+SETTINGS = ["data.corpus=unused", "train.precision=fp32", "checkpoint.keep_last=1"]
+
+
+def timed(fn: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    fn()
+    return time.perf_counter() - start_s
+
+
+class PeakMemory:
+    """The most resident bytes of this process, sampled, above those at the start."""
+
+    def __enter__(self) -> "PeakMemory":
+        self._process, self._stop = psutil.Process(), threading.Event()
+        self._before = self.extra = 0
+        self._before = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.005):
+            self.extra = max(self.extra, self._process.memory_info().rss - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def measure(rank: int, cfg: RunConfig, place: Path, token: str) -> dict[str, list[float]]:
+    """Return by name what this rank measured in each round: seconds, and bytes of memory."""
+    groups = groups_of(plan_layout(cfg, N_RANKS), rank)
+    engine, _ = build_engine(cfg, groups)
+    engine.make_optimizer_state(KINDS, {"step": 1.0})
+    router_state = RouterState.initial(cfg.model)
+    run_dir = place / "run"
+    is_sync = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"is_async": False})})
+    waiting = saver_of(run_dir, groups, is_sync, token=token)
+    saver = saver_of(run_dir, groups, cfg, token=token)
+    found: dict[str, list[float]] = {
+        name: [] for name in ("copy", "stall", "written", "sync", "bare", "first")
+    }
+    buffers: dict = {}
+    share = share_of(engine, router_state, groups)
+    # The first save makes the buffers, which later ones use again.
+    with PeakMemory() as memory:
+        saver.save(share, state_at(1))
+        saver.wait()
+    found["first"].append(memory.extra)
+    share.copied_to(buffers)
+    for i in range(N_ROUNDS):
+        dist.barrier()
+        found["copy"].append(timed(lambda: share.copied_to(buffers)))
+        dist.barrier()
+        start_s = time.perf_counter()
+        saver.save(share, state_at(2 + 2 * i))
+        found["stall"].append(time.perf_counter() - start_s)
+        saver.wait()
+        found["written"].append(time.perf_counter() - start_s)
+        dist.barrier()
+        found["sync"].append(timed(lambda i=i: waiting.save(share, state_at(3 + 2 * i))))
+        dist.barrier()
+        found["bare"].append(timed(lambda: write_bare(place / f"bare-{rank}", buffers)))
+    saver.close()
+    waiting.close()
+    engine.close()
+    return found
+
+
+def write_bare(path: Path, buffers: dict) -> None:
+    """Write and flush the same bytes with nothing else."""
+    with path.open("wb") as file:
+        for tensor in buffers.values():
+            file.write(memoryview(tensor.numpy()).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def print_checkpoint_cost() -> None:
+    cfg = load_config(RECIPE, SETTINGS)
+    expected = 12 * n_params(cfg.model)
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        (place / "run").mkdir()
+        ranks = run_ranks(measure, N_RANKS, cfg, place, take_over(place / "run"))
+        (path,) = list_checkpoints(place / "run")
+        n_bytes = sum(file.stat().st_size for file in path.iterdir())
+        verify = [timed(lambda: verify_checkpoint(path)) for _ in range(N_ROUNDS)]
+    # The slowest rank holds up all; each round's ratio is within that round.
+    rounds = {
+        name: [max(times) for times in zip(*(r[name] for r in ranks), strict=True)] for name in ranks[0]
+    }
+    print(f"\n### Checkpoints of {RECIPE}, {N_RANKS} ranks, fp32\n")
+    print(f"size: {n_bytes:,} bytes, {n_bytes / expected:.4f} of 12 bytes a parameter")
+    share_bytes = expected / N_RANKS
+    extra = ", ".join(f"{r['first'][0] / share_bytes:.2f}" for r in ranks)
+    print(f"memory: {extra} of the rank's share of the bytes, on each rank, for the copy and all else")
+    print("\n| | s | spread | MB/s | ratio to the copy | ratio to the bare write |")
+    print("|---|---|---|---|---|---|")
+    names = {
+        "copy": "copy into buffers, nothing else",
+        "stall": "asynchronous save, training waits",
+        "written": "asynchronous save, until it has its name",
+        "sync": "synchronous save, training waits",
+        "bare": "the same bytes written and flushed, nothing else",
+    }
+    for name, words in names.items():
+        to_copy, to_bare = (
+            statistics.median(a / b for a, b in zip(rounds[name], rounds[base], strict=True))
+            for base in ("copy", "bare")
+        )
+        print(f"| {words} | {_row(rounds[name], n_bytes)} | {to_copy:.2f} | {to_bare:.2f} |")
+    to_bare = statistics.median(verify) / statistics.median(rounds["bare"])
+    print(f"| verify, one process, from the page cache | {_row(verify, n_bytes)} | | {to_bare:.2f} |")
+
+
+def _row(seconds: list[float], n_bytes: int) -> str:
+    median = statistics.median(seconds)
+    return f"{median:.3f} | {min(seconds):.3f} to {max(seconds):.3f} | {n_bytes / 1e6 / median:,.0f}"
