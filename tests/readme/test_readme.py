@@ -73,14 +73,15 @@ def is_later_training(words: list[str]) -> bool:
     return words[1] == "train" and "--run-dir" in words and "runs/first" not in words
 
 
-def test_one_training_is_run_as_it_stands() -> None:
+def test_one_training_is_run_and_resumed_as_it_stands() -> None:
     trainings = [words for words in map(shlex.split, COMMANDS) if "train" in words and "--run-dir" in words]
-    assert len(trainings) - sum(map(is_later_training, trainings)) == 1
+    first, resumed = (words for words in trainings if not is_later_training(words))
+    assert "--resume" in resumed and "--resume" not in first
 
 
 def test_runs_left_what_readme_lists(place: Path) -> None:
     listed = re.findall(r"^(?:RUN/)?\s+([a-z.]+/?)  ", README, re.MULTILINE)
-    assert len(listed) == 5
+    assert len(listed) == 6
     for name in listed:
         assert (place / "runs" / "first" / name).exists(), name
     assert read_rows(place / "runs" / "first")[-1]["eval/bits_per_byte"] < 4
