@@ -9,7 +9,7 @@ import hashlib
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import zstandard
@@ -93,9 +93,15 @@ def read_lines(path: Path) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, on_read: Callable[[int], None] | None = None) -> str:
+    """Return the SHA-256 of a file. on_read: is told the bytes of each part that was read."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            if on_read is not None:
+                on_read(len(chunk))
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from data.errors import DataError
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
-from training.errors import CheckpointError, ConfigError
+from training.errors import CheckpointError, ConfigError, printable
 
 app = App(
     name="turnout",
@@ -137,6 +137,73 @@ def doctor(
     sys.exit(examine(recipe, overrides, nproc=nproc, layouts=layouts))
 
 
+checkpoint = App(
+    name="checkpoint", help="Look at the checkpoints of a run, verify them, and remove old ones."
+)
+app.command(checkpoint)
+
+
+@checkpoint.command(name="list")
+def list_(run_dir: Annotated[Path, Parameter(help="What --run-dir named.")], /) -> None:
+    """List a run's checkpoints, newest first, without reading their tensors.
+
+    Example: turnout checkpoint list runs/first
+    """
+    # Imported here, as in all these, because torch takes seconds, which --help need not wait for.
+    from launch.checkpoints import list_saved
+
+    list_saved(run_dir)
+
+
+@checkpoint.command
+def verify(
+    directory: Annotated[Path, Parameter(help="A checkpoint, or a run directory for all of its own.")], /
+) -> None:
+    """Read every byte and compare it with the checksums; exit code 4 where a file is damaged.
+
+    Example: turnout checkpoint verify runs/first/checkpoints/step-00001000
+    """
+    from launch.checkpoints import verify_all
+
+    verify_all(directory)
+
+
+@checkpoint.command
+def show(
+    directory: Annotated[Path, Parameter(help="A checkpoint, or a run directory for its newest one.")],
+    /,
+    *,
+    tensors: Annotated[
+        bool, Parameter(negative=(), help="Read the weights: mean, std, min and max of each parameter.")
+    ] = False,
+) -> None:
+    """Show what a checkpoint holds: step, data, layout, optimizer, and each parameter's shape.
+
+    Example: turnout checkpoint show runs/first --tensors
+    """
+    from launch.checkpoints import show_contents
+
+    show_contents(directory, has_tensors=tensors)
+
+
+@checkpoint.command
+def prune(
+    run_dir: Annotated[Path, Parameter(help="What --run-dir named; the run may be going on.")],
+    /,
+    *,
+    keep_last: Annotated[int, Parameter(help="How many of the newest stay.")],
+    keep_every_steps: Annotated[int | None, Parameter(help="Those of each so many steps stay, too.")] = None,
+    dry_run: Annotated[bool, Parameter(negative=(), help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove old checkpoints, but never the newest intact one.
+
+    Example: turnout checkpoint prune runs/first --keep-last 2 --keep-every-steps 10000 --dry-run
+    """
+    from launch.checkpoints import prune_old
+
+    prune_old(run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps, is_dry=dry_run)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; every error a user can cause ends in one line on stderr and its exit code."""
     try:
@@ -154,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"turnout: {message}", file=sys.stderr)
+    # A message may hold the words of a stranger's file, which are not to steer the terminal.
+    print(f"turnout: {printable(message, len(message))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -39,7 +39,8 @@ class LiveBar:
             print(text, flush=True)
 
     def close(self) -> None:
-        self._progress.stop()
+        if self.is_live:  # elsewhere it would print an empty line
+            self._progress.stop()
 
 
 class TrainConsole:

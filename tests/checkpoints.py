@@ -1,7 +1,9 @@
 """Checkpoints for tests: a state in which every number of every tensor is its own, at any layout."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -11,21 +13,30 @@ from moe.balance import RouterState
 from moe.model import build_decoder
 from moe.sharding import own_part, split_of
 from tests.layouts import build_objective
+from tests.ranks import join_alone
+from tests.runs import run_config
 from training.build import put_under_engine
 from training.checkpoint import Saver
+from training.checkpoint_dir import checkpoint_path
 from training.checkpoint_manifest import Attached, DataIdentity, SavedAt, TrainingState
+from training.checkpoint_tensors import key_of
 from training.config import RunConfig
 from training.disk import Disk
 from training.engine import Engine
 from training.guard import GuardState
 from training.optimizer import build_adamw
-from training.owner import Owner
-from training.parallel import Groups
-from training.shares import MODULE_PREFIX
+from training.owner import Owner, take_over
+from training.parallel import Groups, Layout
+from training.pieces import Matrix, Piece
+from training.shares import MODULE_PREFIX, Place, Share
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 APPLIED_STEPS = 7.0
 ATTACHED = Attached(DataIdentity(corpus_hash="c", tokenizer_sha256="t"), {"config.toml": b"# none\n"})
+
+# The whole of the smallest checkpoint: one parameter, w, by rows.
+SMALL_KINDS = ("master", "exp_avg")
+SMALL_SHAPE = (6, 4)
 
 
 def unique_state(cfg: RunConfig) -> dict[tuple[str, str], Tensor]:
@@ -107,9 +118,61 @@ def state_at(step: int, **changes: object) -> TrainingState:
     return TrainingState.model_validate({**plain, **changes})
 
 
-def saver_of(run_dir: Path, groups: Groups, cfg: RunConfig, *, token: str, disk: Disk | None = None) -> Saver:
+def saver_of(
+    run_dir: Path,
+    groups: Groups,
+    cfg: RunConfig,
+    *,
+    token: str,
+    disk: Disk | None = None,
+    attached: Attached = ATTACHED,
+) -> Saver:
     layout = groups.layout
     saved_at = SavedAt(
         world_size=layout.world_size, tp=layout.tp, ep=layout.ep, zero_stage=cfg.parallel.zero_stage
     )
-    return Saver(run_dir, groups, cfg.checkpoint, Owner(run_dir, token), ATTACHED, saved_at, disk)
+    return Saver(run_dir, groups, cfg.checkpoint, Owner(run_dir, token), attached, saved_at, disk)
+
+
+def small_numbers(step: int, kind: str) -> Tensor:
+    return torch.arange(prod(SMALL_SHAPE), dtype=torch.float32) + 1000 * step + 100 * SMALL_KINDS.index(kind)
+
+
+def small_share(step: int, rank: int, n_ranks: int) -> Share:
+    """Return one rank's rows of the only parameter there is."""
+    whole = prod(SMALL_SHAPE)
+    n = whole // n_ranks
+    place = Place(SMALL_SHAPE, Matrix(1, whole), Piece(0, whole, n * rank, n * rank + n))
+    rows = {
+        key_of(kind, "w"): small_numbers(step, kind)[n * rank : n * (rank + 1)].clone()
+        for kind in SMALL_KINDS
+    }
+    return Share(SMALL_KINDS, {"w": place}, rows, {"bias": torch.full((3,), float(step))})
+
+
+def save_small(
+    rank: int,
+    run_dir: Path,
+    steps: Sequence[int],
+    *,
+    token: str,
+    n_ranks: int = 1,
+    attached: Attached = ATTACHED,
+    **state: object,
+) -> None:
+    """Save the smallest checkpoint at these steps, all of which are kept. Collective."""
+    cfg = run_config(checkpoint={"keep_last": 100, "is_async": False})
+    groups = Groups(Layout(n_ranks), rank, torch.device("cpu"), timeout_s=30)
+    saver = saver_of(run_dir, groups, cfg, token=token, attached=attached)
+    for step in steps:
+        saver.save(small_share(step, rank, n_ranks), state_at(step, **state))
+    saver.close()
+    groups.close()
+
+
+def save_alone(run_dir: Path, steps: Sequence[int], **state: object) -> list[Path]:
+    """Save the smallest checkpoint in this process; return the paths in the order of the steps."""
+    join_alone()
+    run_dir.mkdir(exist_ok=True)
+    save_small(0, run_dir, steps, token=take_over(run_dir), **state)
+    return [checkpoint_path(run_dir, step) for step in steps]

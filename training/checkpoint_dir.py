@@ -52,10 +52,23 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def list_set_aside(run_dir: Path) -> list[Path]:
     """Return the checkpoints that lost their names because they were found damaged, newest first."""
-    found = (run_dir / CHECKPOINTS).glob(f"*{_DAMAGED}")
-    return sorted((p for p in found if _NAME.fullmatch(p.stem)), key=lambda p: step_of(p.with_suffix("")))[
-        ::-1
-    ]
+    return _with_ending(run_dir, _DAMAGED)
+
+
+def list_unfinished(run_dir: Path) -> list[Path]:
+    """Return what is being written, or was left half-written or half-removed, newest first."""
+    return _with_ending(run_dir, _TMP)
+
+
+def nominal_step(path: Path) -> int:
+    """Return the step of a directory that is a checkpoint's, or was, or may become one."""
+    return step_of(path.with_name(path.name.partition(".")[0]))
+
+
+def _with_ending(run_dir: Path, ending: str) -> list[Path]:
+    found = (run_dir / CHECKPOINTS).glob(f"step-*{ending}")
+    named = [path for path in found if _NAME.fullmatch(path.name.partition(".")[0])]
+    return sorted(named, key=nominal_step, reverse=True)
 
 
 def read_checkpoint(directory: Path) -> Manifest:
@@ -83,15 +96,13 @@ def verify_share(
 ) -> None:
     """Read every n_shares-th file whole and compare it with the manifest. Raises CheckpointError.
 
-    on_read: is told the bytes of each file that was found intact.
+    on_read: is told of bytes as they are read, each once.
     """
     reader = TensorReader(directory, manifest)
     for name in sorted(manifest.files)[share::n_shares]:
-        check_file(directory / name, manifest.files[name])
+        check_file(directory / name, manifest.files[name], on_read)
         if name.endswith(TENSORS):
             reader.check_header(name)
-        if on_read is not None:
-            on_read(manifest.files[name].n_bytes)
 
 
 def verify_checkpoint(directory: Path, on_read: Callable[[int], None] | None = None) -> Manifest:
@@ -169,9 +180,14 @@ def prune(
     """Remove the old checkpoints of list_old but those spared; return what was removed."""
     old = list_old(run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
     old = [path for path in old if path not in spared]
+    removed = []
     for path in old:
-        _retire(path, disk)
-    return old
+        try:
+            _retire(path, disk)
+        except FileNotFoundError:  # the run, or another command, removes old ones too, and was first
+            continue
+        removed.append(path)
+    return removed
 
 
 def _retire(directory: Path, disk: Disk) -> None:

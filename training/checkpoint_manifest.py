@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_valid
 
 from data.skips import SkippedWindow
 from moe.config import STRICT
-from training.errors import CheckpointError
+from training.errors import CheckpointError, printable
 from training.guard import GuardState
 from training.pieces import Matrix, Piece, tiling_fault
 
@@ -31,12 +31,14 @@ FORMAT_VERSION = 1
 MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 ROUTER_FILE, CONFIG_FILE, PROVENANCE_FILE = "router.safetensors", "config.toml", "provenance.json"
 MAX_MANIFEST_BYTES = 1 << 30
+MASTER = "master"  # the kind of tensor that is the fp32 weight itself; the optimizer names the others
 _FILE_NAMES = re.compile(
     r"(rank-[0-9]{5}|router)\.safetensors|config\.toml|provenance\.json|tokenizer\.(model|json)"
 )
-# Python's integers have no end, those of tensors and file offsets have.
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[int, Field(ge=1, lt=2**63)]
+# Python's integers have no end, those of tensors and file offsets have. Strict, or "nan" would be a number.
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+Scalar = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]  # is printed, and part of a key
 
 
@@ -100,8 +102,8 @@ class TrainingState(BaseModel):
     n_skipped: Count
     n_skipped_in_a_row: Count
     n_interventions: Count
-    optimizer: dict[str, float]
-    loss_scaler: dict[str, float]
+    optimizer: dict[Name, Scalar]
+    loss_scaler: dict[Name, Scalar]
     guard: dict[str, Any]
     skipped: tuple[SkippedWindow, ...]
 
@@ -110,7 +112,8 @@ class TrainingState(BaseModel):
     def _check_guard(cls, guard: dict[str, Any]) -> dict[str, Any]:
         if unknown := guard.keys() - GuardState.__dataclass_fields__.keys():
             raise ValueError(f"holds {sorted(unknown)}, which the guard does not know")
-        _GUARD.validate_python(guard)
+        # As JSON: in Python, strict would want a GuardState.
+        _GUARD.validate_json(json.dumps(guard), strict=True)
         return guard
 
     @field_validator("skipped")
@@ -133,7 +136,7 @@ class DataIdentity(BaseModel):
 class Manifest(BaseModel):
     model_config = STRICT
 
-    format_version: int
+    format_version: Count
     saved_at: SavedAt
     data: DataIdentity
     state: TrainingState
@@ -153,6 +156,12 @@ class Manifest(BaseModel):
                 raise ValueError(f"file name {name!r} is none that a checkpoint has")
         if missing := {ROUTER_FILE, CONFIG_FILE} - self.files.keys():
             raise ValueError(f"{sorted(missing)} is not among the files")
+        return self
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> Self:
+        if MASTER not in self.kinds or len({*self.kinds}) != len(self.kinds):
+            raise ValueError(f"kinds {list(self.kinds)} must hold {MASTER!r}, and each only once")
         return self
 
     @model_validator(mode="after")
@@ -203,7 +212,7 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         # Python's json takes NaN and Infinity, which JSON does not have, and makes infinity of 1e999.
-        tree = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        tree = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_each_key_once)
         _check_version(path, tree)
         manifest = Manifest.model_validate(tree)
     except (ValueError, RecursionError) as err:
@@ -231,10 +240,11 @@ def _finite(literal: str) -> float:
     return value
 
 
-def printable(text: str, n_chars: int = 300) -> str:
-    """Return a stranger's words fit for one line of a terminal."""
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:n_chars])
-    return shown + (".." if len(text) > n_chars else "")
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of two that are alike, readers differ in which one they believe.
+    if len(tree := dict(pairs)) != len(pairs):
+        raise ValueError("a key comes twice in one object")
+    return tree
 
 
 def check_size(path: Path, entry: FileEntry) -> None:

@@ -8,7 +8,7 @@ library's.
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.files import sha256_of
-from training.checkpoint_manifest import FileEntry, Manifest, TensorEntry, check_size, printable, rank_file
+from training.checkpoint_manifest import FileEntry, Manifest, TensorEntry, check_size, rank_file
 from training.disk import Buffer, Disk
-from training.errors import CheckpointError
+from training.errors import CheckpointError, printable
 from training.pieces import Piece, overlaps
 
 CHUNK_BYTES = 16 << 20
@@ -68,10 +68,10 @@ def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
             yield raw[begin : begin + CHUNK_BYTES]
 
 
-def check_file(path: Path, entry: FileEntry) -> None:
+def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | None = None) -> None:
     """Read a file whole and compare it with its entry. Raises CheckpointError."""
     check_size(path, entry)
-    if (found := sha256_of(path)) != entry.sha256:
+    if (found := sha256_of(path, on_read)) != entry.sha256:
         raise CheckpointError(f"{path}: SHA-256 {found[:16]}.. where the manifest says {entry.sha256[:16]}..")
 
 

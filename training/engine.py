@@ -28,15 +28,16 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from moe.sharding import is_expert, split_of
+from training.checkpoint_manifest import MASTER
 from training.config import TrainConfig
 from training.engine_settings import deepspeed_config
+from training.errors import CheckpointError
 from training.optimizer import ParamGroups
 from training.parallel import Groups, Layout
 from training.self_check import FirstStepCheck, ReducedFragment, check_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-MASTER = "master"  # the kind of a fragment that is the fp32 weight itself
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -245,8 +246,16 @@ class Engine:
         return {k: float(getattr(scaler, k)) for k in _SCALER_STATE if getattr(scaler, "dynamic", False)}
 
     def restore_loss_scaler(self, state: Mapping[str, float]) -> None:
-        for key, value in state.items():
-            setattr(self._engine.optimizer.loss_scaler, key, value if key == "cur_scale" else int(value))
+        """Take up fp16's dynamic loss scaling; in other precisions there is none, so the state is left.
+
+        Raises CheckpointError where the state is no loss scaler's.
+        """
+        if unknown := state.keys() - {*_SCALER_STATE}:
+            raise CheckpointError(f"the loss scaler's state holds {sorted(unknown)}, which it does not know")
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if getattr(scaler, "dynamic", False):
+            for key, value in state.items():
+                setattr(scaler, key, value if key == "cur_scale" else int(value))
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:

@@ -1,4 +1,6 @@
-"""The errors of training that a user can cause or must hear of. What raises them is elsewhere."""
+"""The errors of training that a user can cause or must hear of, and the words of others in them. What raises
+them is elsewhere.
+"""
 
 
 class ConfigError(ValueError):
@@ -23,3 +25,9 @@ class TakenOverError(RuntimeError):
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the earlier ones are as they were."""
+
+
+def printable(text: str, n_chars: int = 300) -> str:
+    """Return a stranger's words fit for one line of a terminal."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:n_chars])
+    return shown + (".." if len(text) > n_chars else "")

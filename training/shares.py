@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from moe.balance import RouterState
 from moe.sharding import Split, split_of
-from training.checkpoint_manifest import ROUTER_FILE
+from training.checkpoint_manifest import MASTER, ROUTER_FILE
 from training.checkpoint_tensors import TensorReader, key_of
-from training.engine import MASTER, Engine, Fragment
+from training.engine import Engine, Fragment
 from training.errors import CheckpointError
 from training.parallel import Groups
 from training.pieces import Matrix, Piece

@@ -10,26 +10,24 @@ import re
 import shutil
 import signal
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.checkpoints import saver_of, state_at
+from tests.checkpoints import SMALL_KINDS, SMALL_SHAPE, saver_of, small_numbers, small_share, state_at
 from tests.ranks import RankFailed, RankPool, join_alone
 from tests.runs import run_config
 from training.checkpoint_dir import CHECKPOINTS, POINTER_FILE, list_checkpoints, verify_checkpoint
-from training.checkpoint_tensors import TensorReader, key_of
+from training.checkpoint_tensors import TensorReader
 from training.config import CheckpointConfig
 from training.disk import Disk
 from training.owner import take_over
 from training.parallel import Groups, Layout
-from training.pieces import Matrix, Piece
-from training.shares import Place, Share
+from training.pieces import Piece
 
 CFG = run_config().model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, keep_last=2)})
-KINDS = ("master", "exp_avg")
-N_ROWS, N_COLS = 6, 4
 N_RANKS = 2
 Boundary = tuple[str, str]
 
@@ -57,27 +55,13 @@ class DeadlyDisk(Disk):
         self.passed.append((boundary, path.name))
 
 
-def numbers_at(step: int, kind: str) -> torch.Tensor:
-    return torch.arange(N_ROWS * N_COLS, dtype=torch.float32) + 1000 * step + 100 * KINDS.index(kind)
-
-
-def share_at(step: int, rank: int, n_ranks: int) -> Share:
-    """Return one rank's rows of the only parameter there is."""
-    n = N_ROWS * N_COLS // n_ranks
-    place = Place(
-        (N_ROWS, N_COLS), Matrix(1, N_ROWS * N_COLS), Piece(0, N_ROWS * N_COLS, n * rank, n * rank + n)
-    )
-    rows = {key_of(kind, "w"): numbers_at(step, kind)[n * rank : n * (rank + 1)].clone() for kind in KINDS}
-    return Share(KINDS, {"w": place}, rows, {"bias": torch.full((3,), float(step))})
-
-
 def save(rank: int, run_dir: Path, token: str, steps: list[int], killer: "Killer | None") -> list[Boundary]:
     """Save these steps, unless killed; return what was passed."""
     groups = Groups(Layout(N_RANKS), rank, torch.device("cpu"), timeout_s=30)
     disk = DeadlyDisk(killer if killer is not None and killer.rank == rank else None)
     saver = saver_of(run_dir, groups, CFG, token=token, disk=disk)
     for step in steps:
-        saver.save(share_at(step, rank, N_RANKS), state_at(step))
+        saver.save(small_share(step, rank, N_RANKS), state_at(step))
     saver.close()
     return disk.passed
 
@@ -158,7 +142,7 @@ def resumed_step(run_dir: Path) -> int:
     names = [entry.name for entry in (run_dir / CHECKPOINTS).iterdir()]
     assert all(name == POINTER_FILE or re.fullmatch(r"step-\d{8}", name) for name in names), names
     check_whole(path)
-    saver.save(share_at(4, 0, 1), state_at(4))
+    saver.save(small_share(4, 0, 1), state_at(4))
     saver.close()
     check_whole(list_checkpoints(run_dir)[0])
     groups.close()
@@ -167,7 +151,8 @@ def resumed_step(run_dir: Path) -> int:
 
 def check_whole(path: Path) -> None:
     manifest = verify_checkpoint(path)
-    reader, got = TensorReader(path, manifest), torch.empty(N_ROWS * N_COLS)
-    for kind in KINDS:
-        reader.read_piece("w", kind, Piece(0, N_ROWS * N_COLS, 0, N_ROWS * N_COLS), got)
-        assert torch.equal(got, numbers_at(manifest.state.step, kind))
+    reader, n = TensorReader(path, manifest), prod(SMALL_SHAPE)
+    got = torch.empty(n)
+    for kind in SMALL_KINDS:
+        reader.read_piece("w", kind, Piece(0, n, 0, n), got)
+        assert torch.equal(got, small_numbers(manifest.state.step, kind))
