@@ -1,0 +1,61 @@
+"""What tests of a stranger's checkpoint share: checksums that go with an attack, limits, and the refusal."""
+
+import hashlib
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from training.checkpoint_dir import verify_checkpoint
+from training.checkpoint_manifest import MANIFEST, MANIFEST_SUM
+from training.errors import CheckpointError
+
+ALLOWED_BYTES = 256 << 20  # of address space, more than the process has
+ALLOWED_S = 20
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Let giant allocations fail, and what waits for ever."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not refused within {ALLOWED_S} s")
+
+    n_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (n_pages * resource.getpagesize() + ALLOWED_BYTES, hard))
+    signal.alarm(ALLOWED_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, before)
+
+
+def put_manifest(path: Path, text: str | bytes) -> None:
+    """Write a manifest with its right checksum."""
+    raw = text.encode() if isinstance(text, str) else text
+    (path / MANIFEST).write_bytes(raw)
+    (path / MANIFEST_SUM).write_text(f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n")
+
+
+def put_file(path: Path, name: str, content: bytes) -> None:
+    """Write a file, and let the manifest vouch for it."""
+    (path / name).write_bytes(content)
+    tree = json.loads((path / MANIFEST).read_bytes())
+    tree["files"][name] = {"n_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    put_manifest(path, json.dumps(tree))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        verify_checkpoint(path)
+    said = str(caught.value)
+    assert said.isprintable() and len(said) < 600, "one line, that cannot steer a terminal"
+    return said
