@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from launch.console import LiveBar
-from launch.run_dir import has_run
 from training.checkpoint_dir import (
     CHECKPOINTS,
     list_checkpoints,
@@ -232,7 +231,8 @@ def is_checkpoint(directory: Path) -> bool:
 
 def check_run_dir(path: Path) -> None:
     """Raise ConfigError where the path is no run directory."""
-    if not is_checkpoint(path) and ((path / CHECKPOINTS).is_dir() or has_run(path)):
+    is_run = (path / CHECKPOINTS).is_dir() or (path / CONFIG_FILE).is_file()
+    if is_run and not is_checkpoint(path):
         return
     raise ConfigError(f"{path} is not a run directory; {_way_out(path)}")
 

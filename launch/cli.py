@@ -100,6 +100,10 @@ def train(
 
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc} must be at least 1; use the number of ranks to start")
+    if allow_change and not resume:
+        raise ConfigError(
+            f"--allow-change {allow_change[0]} has no effect without --resume; add it, or drop this"
+        )
     if dry_run:
         plan_run(recipe, overrides, nproc=nproc)
         return

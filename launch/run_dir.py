@@ -33,13 +33,19 @@ def create_run_dir(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) ->
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--run-dir {path} is a file; name a directory")
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and any(path.iterdir()) and not _is_half_made(path):
         raise ConfigError(
             f"--run-dir {path} is not empty; go on with the run in it by --resume, name a new directory, or "
             "remove this one yourself"
         )
-    (path / "logs").mkdir(parents=True)
+    (path / "logs").mkdir(parents=True, exist_ok=True)
     _stamp(path, cfg, corpus, nproc=nproc)
+
+
+def _is_half_made(path: Path) -> bool:
+    """Return whether a start was killed here before it had written its config."""
+    begun = {"logs", PROVENANCE_FILE, f"{PROVENANCE_FILE}.tmp", f"{CONFIG_FILE}.tmp"}
+    return {entry.name for entry in path.iterdir()} <= begun and not any((path / "logs").glob("*"))
 
 
 def has_run(path: Path) -> bool:
@@ -50,6 +56,11 @@ def has_run(path: Path) -> bool:
         raise ConfigError(
             f"--run-dir {path} has {CHECKPOINTS}/, but not both {CONFIG_FILE} and {PROVENANCE_FILE}; "
             "copy the run whole"
+        )
+    if path.is_dir() and any(path.iterdir()) and not _is_half_made(path):
+        raise ConfigError(
+            f"--run-dir {path} holds something, but no run to go on with ({CONFIG_FILE} and "
+            f"{PROVENANCE_FILE}); name the run's directory, or a new one"
         )
     return False
 

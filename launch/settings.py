@@ -130,6 +130,8 @@ def _parse_literal(literal: str) -> Any:
 def _suggest(path: str) -> str:
     """Name the setting that was probably meant: a like name in this section, or the same name in another."""
     paths = list(setting_paths())
+    if within := [p for p in paths if p.startswith(f"{path}.")]:
+        return f"; it is a section, with {', '.join(within)}"
     section, _, name = path.rpartition(".")
     here = {p.rpartition(".")[2]: p for p in paths if p.rpartition(".")[0] == section}
     close = [here[match] for match in difflib.get_close_matches(name, here, n=1)]

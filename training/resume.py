@@ -9,7 +9,7 @@ from typing import Any
 
 from training.checkpoint_manifest import DataIdentity
 from training.config import RunConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, printable
 
 # data.corpus: where the text lies is free, which text it is, is not; check_same_data looks at that.
 FREE = (
@@ -26,13 +26,19 @@ FREE = (
     "guard",
 )
 
+# What follows from a change where its name does not say it.
+CONSEQUENCES = {"train.n_steps": "the learning rate goes on by the schedule of the new number of steps"}
+
 
 def check_same_run(saved: RunConfig, wanted: RunConfig, allowed: Collection[str]) -> list[str]:
-    """Return the changes of meaning, as `optim.lr 0.001 -> 0.002`. Raises ConfigError for one not allowed."""
+    """Return the changes of meaning, as `optim.lr 0.001 -> 0.002`. Raises ConfigError for one not allowed.
+
+    allowed: may name what did not change, because a job that is started again repeats its command.
+    """
     old, new = dict(_settings(saved.model_dump(mode="json"))), dict(_settings(wanted.model_dump(mode="json")))
     paths = sorted(old.keys() | new.keys())
     changes = {
-        path: f"{path} {old.get(path)} -> {new.get(path)}"
+        path: f"{path} {old.get(path)} -> {new.get(path)}{_consequence(path)}"
         for path in paths
         if old.get(path) != new.get(path) and not _is_free(path)
     }
@@ -49,13 +55,17 @@ def check_same_data(saved: DataIdentity, found: DataIdentity, allowed: Collectio
     if saved == found:
         return []
     what = "corpus_hash" if saved.corpus_hash != found.corpus_hash else "tokenizer_sha256"
-    change = f"data.corpus {what} {getattr(saved, what)[:12]} -> {getattr(found, what)[:12]}"
+    change = printable(f"data.corpus {what} {getattr(saved, what)[:12]} -> {getattr(found, what)[:12]}")
     if "data.corpus" not in allowed:
         raise ConfigError(
             f"the run has other text: {change}; name the old corpus, or allow the change: "
             "--allow-change data.corpus"
         )
     return [change]
+
+
+def _consequence(path: str) -> str:
+    return f" ({CONSEQUENCES[path]})" if path in CONSEQUENCES else ""
 
 
 def _is_free(path: str) -> bool:

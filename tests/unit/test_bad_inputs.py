@@ -3,15 +3,20 @@
 import importlib.util
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from data.corpus import open_corpus
 from launch.cli import main
+from launch.run_dir import attachments, create_run_dir
+from launch.settings import load_config
+from tests.checkpoints import save_alone
 from tests.unit.data_fixtures import make_corpus, make_texts, write_jsonl, write_tokenizer
 
 MODEL = """
@@ -112,6 +117,39 @@ def nothing(place: Path) -> None:
     pass
 
 
+def make_run(place: Path) -> None:
+    """Make a run that has not saved anything yet."""
+    cfg = load_config("run.toml")
+    create_run_dir(place / "run", cfg, open_corpus(Path(cfg.data.corpus), verify="size"), nproc=1)
+
+
+def make_run_on_other_text(place: Path) -> None:
+    make_run(place)
+    (place / "elsewhere").mkdir()
+    make_corpus(place / "elsewhere", {"text": make_texts(60, seed=5)}, valid_frac=0.2)
+    shutil.rmtree(place / "corpus")
+    (place / "elsewhere" / "corpus").rename(place / "corpus")
+
+
+def then(make: Callable[[Path], None], spoil: Callable[[Path], object]) -> Callable[[Path], None]:
+    def both(place: Path) -> None:
+        make(place)
+        spoil(place)
+
+    return both
+
+
+def save_step_4(place: Path) -> None:
+    make_run(place)
+    save_alone(Path("run"), [4], attached=attachments(Path("run"), load_config("run.toml")))
+
+
+def resume_with(*overrides: str, allow: Sequence[str] = ()) -> list[str]:
+    return [*train_with(*overrides), "--resume", *(x for path in allow for x in ("--allow-change", path))]
+
+
+CHECKPOINT = "run/checkpoints/step-00000004"
+
 # name: (what is broken first, arguments, exit code, words of the message)
 TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no such recipe": (nothing, ["train", "tinny", "--run-dir", "run"], 2, "did you mean tiny?"),
@@ -140,6 +178,36 @@ TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "another tokenizer": (swap_tokenizer, train_with(), 3, "tokenizer.model"),
     "sequences beyond the corpus": (nothing, train_with("model.seq_len=65536", "train.batch_tokens=65536", "train.microbatch_seqs=1"), 3, "fewer than one window"),
     "a corpus smaller than one batch": (nothing, train_with("train.batch_tokens=65536"), 3, "fewer than the 4096 sequences"),
+    "keeping nothing": (nothing, train_with("checkpoint.keep_last=0"), 2, "checkpoint.keep_last=0: input should be greater than 0"),
+    "saving never": (nothing, train_with("checkpoint.every_steps=0"), 2, "checkpoint.every_steps=0"),
+    "keeping what is not saved": (nothing, train_with("checkpoint.every_steps=2", "checkpoint.keep_every_steps=3"), 2, "keep_every_steps=3 must be a multiple of every_steps=2; use 2 or 4"),
+    "keeping without saving": (nothing, train_with("checkpoint.keep_every_steps=3"), 2, "keep_every_steps=3 has no effect without every_steps"),
+    "a typo in checkpoint": (nothing, train_with("checkpoint.every_step=3"), 2, "did you mean checkpoint.every_steps?"),
+    "a guard that knows no such action": (nothing, train_with("guard.on_spike=panic"), 2, "guard.on_spike='panic'"),
+    "a spike's width without a guard of it": (nothing, train_with("guard.spike_sigma=3.0"), 2, "spike_sigma=3.0 has no effect with on_spike=off; set on_spike"),
+    "a spike's width of nothing": (nothing, train_with("guard.on_spike=stop", "guard.spike_sigma=0"), 2, "guard.spike_sigma=0"),
+    "a spike's window beyond the run": (nothing, train_with("guard.on_spike=stop"), 2, "guard.spike_window_steps=100 must be below train.n_steps=4"),
+    "a collapse without a limit": (nothing, train_with("guard.on_collapse=stop", "guard.collapse_patience_steps=2"), 2, "needs max_load_frac, max_dead_frac or both"),
+    "a collapse that cannot be": (nothing, train_with("guard.on_collapse=stop", "guard.collapse_patience_steps=2", "guard.max_load_frac=0.6"), 2, "guard.max_load_frac=0.6 must be at least 0.25"),
+    "dead experts that cannot be": (nothing, train_with("guard.on_collapse=stop", "guard.collapse_patience_steps=2", "guard.max_dead_frac=0.5"), 2, "guard.max_dead_frac=0.5 must be below 0.5"),
+    "a patience beyond the run": (nothing, train_with("guard.on_collapse=stop", "guard.max_dead_frac=0.1"), 2, "guard.collapse_patience_steps=50 must not be above train.n_steps=4"),
+    "a skipped collapse": (nothing, train_with("guard.on_collapse=skip"), 2, "guard.on_collapse='skip'"),
+    "a rollback to nothing": (nothing, train_with("guard.on_non_finite=rollback"), 2, "guard.on_non_finite=rollback needs a checkpoint before the last step"),
+    "data left out without a rollback": (nothing, train_with("guard.skip_window_steps=2"), 2, "skip_window_steps=2 has no effect without a rollback"),
+    "interventions where there are none": (nothing, train_with("guard.max_interventions=2"), 2, "max_interventions=2 has no effect where nothing is skipped"),
+    "an allowed change without --resume": (nothing, [*train_with(), "--allow-change", "optim.lr"], 2, "--allow-change optim.lr has no effect without --resume"),
+    "an allowed change of nothing": (make_run, resume_with(allow=["optim.lrr"]), 2, "--allow-change optim.lrr: no such setting; did you mean optim.lr?"),
+    "an allowed change of a section": (make_run, resume_with(allow=["optim"]), 2, "--allow-change optim: no such setting; it is a section, with optim.lr, "),
+    "a changed setting": (make_run, resume_with("optim.lr=0.5"), 2, "optim.lr 0.001 -> 0.5; go back to them, or allow the change: --allow-change optim.lr"),
+    "another change than the allowed one": (make_run, resume_with("optim.lr=0.5", "train.seed=7", allow=["optim.lr"]), 2, "other settings: train.seed 0 -> 7; "),
+    "other text": (make_run_on_other_text, resume_with(), 2, "the run has other text: data.corpus corpus_hash "),
+    "resuming what is no run": (use_run_directory, resume_with(), 2, "run holds something, but no run to go on with"),
+    "resuming a file": (put_file_in_the_way, resume_with(), 2, "run is a file"),
+    "resuming without a directory": (nothing, ["train", "run.toml", "--resume"], 2, "--run-dir is required"),
+    "resuming without provenance": (then(save_step_4, lambda place: (place / "run" / "provenance.json").unlink()), resume_with(), 2, "copy the run whole"),
+    "resuming with a broken provenance": (then(make_run, lambda place: (place / "run" / "provenance.json").write_text("{}")), resume_with(), 2, "provenance.json: damaged"),
+    "resuming with a broken config": (then(make_run, lambda place: (place / "run" / "config.toml").write_text("[model")), resume_with(), 2, "config.toml: cannot be read"),
+    "resuming without an intact checkpoint": (then(save_step_4, lambda place: (place / CHECKPOINT / "manifest.json").unlink()), resume_with(), 4, f"no intact checkpoint: {CHECKPOINT}/manifest.json: is missing"),
     "no held-out text": (drop_validation, train_with(), 3, "validation split is empty"),
 }  # fmt: skip
 
@@ -153,10 +221,57 @@ def test_training_refuses(
     place: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    check_nothing_written(damage, arguments, code, words, place, capsys)
+
+
+def check_nothing_written(
+    damage: Callable[[Path], None],
+    arguments: list[str],
+    code: int,
+    words: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     damage(place)
     before = sorted(place.rglob("*"))
     check_refusal(run(*arguments, capsys=capsys), code, words)
     assert sorted(place.rglob("*")) == before, "nothing was written"
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
+    "an unknown command": (nothing, ["remove", "run"], 2, "remove"),
+    "no directory": (nothing, ["list"], 2, "--help"),
+    "an unknown option": (save_step_4, ["show", "run", "--tensor"], 2, "--tensor"),
+    "no such run": (nothing, ["list", "gone"], 2, "gone is not a run directory; name what --run-dir named"),
+    "no run to verify": (nothing, ["verify", "corpus"], 2, "corpus is not a run directory"),
+    "a file": (nothing, ["show", "run.toml"], 2, "run.toml is not a run directory"),
+    "a checkpoint for a run": (save_step_4, ["list", CHECKPOINT], 2, "name the run that has this checkpoint, run"),
+    "all checkpoints for a run": (save_step_4, ["verify", "run/checkpoints"], 2, "name the directory above it, run"),
+    "pruning a checkpoint": (save_step_4, ["prune", CHECKPOINT, "--keep-last", "1"], 2, "name the run that has this checkpoint, run"),
+    "pruning all": (save_step_4, ["prune", "run", "--keep-last", "0"], 2, "--keep-last 0 must be at least 1"),
+    "pruning by no limit": (save_step_4, ["prune", "run"], 2, "--keep-last"),
+    "pruning by no number": (save_step_4, ["prune", "run", "--keep-last", "some"], 2, "--keep-last"),
+    "keeping every zeroth": (save_step_4, ["prune", "run", "--keep-last", "1", "--keep-every-steps", "0"], 2, "--keep-every-steps 0 must be at least 1"),
+    "no such checkpoint": (save_step_4, ["verify", "run/checkpoints/step-00000005"], 4, "step-00000005: no such checkpoint"),
+    "nothing to show": (make_run, ["show", "run"], 4, "run has no checkpoint yet"),
+    "a renamed checkpoint": (then(save_step_4, lambda place: (place / CHECKPOINT).rename(place / "mine")), ["show", "mine"], 4, "mine: not a checkpoint; their directories are named as step-00001000"),
+    "a checkpoint with another's name": (then(save_step_4, lambda place: (place / CHECKPOINT).rename(place / "step-00000009")), ["show", "step-00000009"], 4, "step-00000009: holds step 4; it was renamed"),
+    "a file that is missing": (then(save_step_4, lambda place: (place / CHECKPOINT / "router.safetensors").unlink()), ["verify", CHECKPOINT], 4, f"{CHECKPOINT}/router.safetensors: is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "code", "words"), CHECKPOINTS.values(), ids=CHECKPOINTS.keys()
+)
+def test_checkpoint_commands_refuse(
+    damage: Callable[[Path], None],
+    arguments: list[str],
+    code: int,
+    words: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check_nothing_written(damage, ["checkpoint", *arguments], code, words, place, capsys)
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
@@ -245,9 +360,17 @@ def test_a_wrong_command_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-@pytest.mark.parametrize("command", ["prepare", "train"])
+COMMANDS = [
+    "prepare",
+    "train",
+    "doctor",
+    *(f"checkpoint {name}" for name in ("list", "verify", "show", "prune")),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert not caught.value.code
     assert f"Example: turnout {command} " in capsys.readouterr().out
