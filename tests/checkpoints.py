@@ -20,7 +20,7 @@ from training.checkpoint import Saver
 from training.checkpoint_dir import checkpoint_path
 from training.checkpoint_manifest import Attached, DataIdentity, SavedAt, TrainingState
 from training.checkpoint_tensors import key_of
-from training.config import RunConfig
+from training.config import CheckpointConfig, RunConfig
 from training.disk import Disk
 from training.engine import Engine
 from training.guard import GuardState
@@ -37,6 +37,7 @@ ATTACHED = Attached(DataIdentity(corpus_hash="c", tokenizer_sha256="t"), {"confi
 # The whole of the smallest checkpoint: one parameter, w, by rows.
 SMALL_KINDS = ("master", "exp_avg")
 SMALL_SHAPE = (6, 4)
+ALL_KEPT = CheckpointConfig(every_steps=1, keep_last=100, is_async=False)
 
 
 def unique_state(cfg: RunConfig) -> dict[tuple[str, str], Tensor]:
@@ -158,10 +159,11 @@ def save_small(
     token: str,
     n_ranks: int = 1,
     attached: Attached = ATTACHED,
+    kept: CheckpointConfig = ALL_KEPT,
     **state: object,
 ) -> None:
-    """Save the smallest checkpoint at these steps, all of which are kept. Collective."""
-    cfg = run_config(checkpoint={"keep_last": 100, "is_async": False})
+    """Save the smallest checkpoint at these steps. Collective."""
+    cfg = run_config().model_copy(update={"checkpoint": kept})
     groups = Groups(Layout(n_ranks), rank, torch.device("cpu"), timeout_s=30)
     saver = saver_of(run_dir, groups, cfg, token=token, attached=attached)
     for step in steps:
