@@ -205,7 +205,8 @@ def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is
     for path in removed:
         print(f"{path}: {'would be ' if is_dry else ''}removed, {_size(n_bytes.get(path, 0))}")
     freed = _size(sum(n_bytes.get(path, 0) for path in removed))
-    print(f"{freed} {'would be ' if is_dry else ''}freed by {len(removed)} checkpoints")
+    n_kept = len(n_bytes) - len(removed)
+    print(f"{freed} {'would be ' if is_dry else ''}freed, {n_kept} of {len(n_bytes)} checkpoints kept")
 
 
 def _newest_intact(run_dir: Path) -> Path:

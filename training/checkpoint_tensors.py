@@ -71,7 +71,11 @@ def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
 def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | None = None) -> None:
     """Read a file whole and compare it with its entry. Raises CheckpointError."""
     check_size(path, entry)
-    if (found := sha256_of(path, on_read)) != entry.sha256:
+    try:
+        found = sha256_of(path, on_read)
+    except OSError as err:  # of a failing disk, which does not say which file it was
+        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
+    if found != entry.sha256:
         raise CheckpointError(f"{path}: SHA-256 {found[:16]}.. where the manifest says {entry.sha256[:16]}..")
 
 

@@ -13,6 +13,7 @@ from training.checkpoint_dir import (
     CHECKPOINTS,
     checkpoint_path,
     list_checkpoints,
+    prune,
     set_aside,
     step_of,
     unfinished_path,
@@ -146,13 +147,13 @@ def test_prune_keeps_the_newest_and_the_multiples(run: Path, turnout: Turnout) -
     n_bytes = sum(f.stat().st_size for s in (10, 30) for f in checkpoint_path(run, s).iterdir())
     dry = turnout("prune", run, "--keep-last", 1, "--keep-every-steps", 20, "--dry-run")
     assert dry[0] == 0 and steps_in(run) == [40, 30, 20, 10]
-    assert dry[1][-1] == f"{n_bytes / 2**20:.2f} MiB would be freed by 2 checkpoints"
+    assert dry[1][-1] == f"{n_bytes / 2**20:.2f} MiB would be freed, 2 of 4 checkpoints kept"
     code, lines, _ = turnout("prune", run, "--keep-last", 1, "--keep-every-steps", 20)
     assert code == 0 and steps_in(run) == [40, 20]
     assert [line.partition(":")[0] for line in lines[1:-1]] == [
         str(checkpoint_path(run, s)) for s in (30, 10)
     ]
-    assert lines[-1] == f"{n_bytes / 2**20:.2f} MiB freed by 2 checkpoints"
+    assert lines[-1] == f"{n_bytes / 2**20:.2f} MiB freed, 2 of 4 checkpoints kept"
     assert {path.name for path in (run / CHECKPOINTS).iterdir()} == {
         "step-00000040", "step-00000020", "latest",
     }  # fmt: skip
@@ -191,3 +192,17 @@ def test_a_run_without_checkpoint(tmp_path: Path, turnout: Turnout) -> None:
     for command, purpose in (("verify", "verify"), ("show", "show")):
         code, _, err = turnout(command, run)
         assert (code, err) == (4, f"turnout: {run} has no checkpoint yet, so there is nothing to {purpose}\n")
+
+
+class RacingDisk(Disk):
+    """The run removes the step 20 at the moment at which the command would take its name."""
+
+    def at(self, boundary: str, path: Path) -> None:
+        if boundary == "rename" and path.name.startswith("step-00000020."):
+            shutil.rmtree(checkpoint_path(path.parents[1], 20))
+
+
+def test_prune_goes_on_where_the_run_was_first(run: Path) -> None:
+    removed = prune(run, keep_last=1, keep_every_steps=None, disk=RacingDisk())
+    assert [step_of(path) for path in removed] == [30, 10]
+    assert steps_in(run) == [40]

@@ -3,6 +3,7 @@
 Random damage, from fixed seeds, to a checkpoint that three ranks saved.
 """
 
+import errno
 import os
 import random
 import shutil
@@ -136,3 +137,18 @@ def test_damage_is_refused_by_file(damage: Damage, saved: Path, tmp_path: Path) 
             shutil.copyfile(saved / name, damaged / name)
     verify_checkpoint(damaged)
     assert hit == (set(map(rank_file, range(N_RANKS))) if damage is swap_rank_files else FILES)
+
+
+def test_a_disk_that_fails_is_told_by_file(saved: Path) -> None:
+    failing = str(saved / rank_file(1))
+    n_left = sum((saved / name).stat().st_size for name in FILES if name < rank_file(1) and name[0] != "m")
+
+    def on_read(n_bytes: int) -> None:
+        nonlocal n_left
+        n_left -= n_bytes
+        if n_left < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(CheckpointError) as caught:
+        verify_checkpoint(saved, on_read)
+    assert str(caught.value) == f"{failing}: cannot be read: Input/output error"

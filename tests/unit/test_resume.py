@@ -9,13 +9,16 @@ from data.corpus import Corpus
 from launch.run_dir import attachments, create_run_dir, has_run, read_config
 from launch.settings import check_setting_paths, setting_paths
 from launch.train import take_up
-from tests.checkpoints import save_alone
+from tests.checkpoints import build_engine, save_alone
+from tests.layouts import groups_of
+from tests.ranks import run_ranks
 from tests.runs import run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.checkpoint_dir import checkpoint_path
 from training.checkpoint_manifest import DataIdentity, rank_file
 from training.config import RunConfig
 from training.errors import CheckpointError, ConfigError
+from training.parallel import Layout
 from training.resume import check_same_data, check_same_run
 
 FREE = {
@@ -148,6 +151,27 @@ def test_other_text_is_refused_unless_allowed(field: str) -> None:
         "--allow-change data.corpus"
     )
     assert check_same_data(TEXT, found, ["data.corpus"]) == [change]
+
+
+def take_up_scaling(rank: int) -> tuple[dict[str, float], dict[str, float], str]:
+    """Give an fp32 run the loss scale of an fp16 one; return the scaler's state before and after."""
+    engine = build_engine(SAVED, groups_of(Layout(1), rank))
+    before = dict(vars(engine._engine.optimizer.loss_scaler))
+    engine.restore_loss_scaler({"cur_scale": 65536.0, "cur_iter": 3.0})
+    after = dict(vars(engine._engine.optimizer.loss_scaler))
+    try:
+        engine.restore_loss_scaler({"__class__": 1.0})
+    except CheckpointError as err:
+        return before, after, str(err)
+    finally:
+        engine.close()
+    return before, after, ""
+
+
+def test_a_loss_scale_is_left_where_none_is_needed() -> None:
+    ((before, after, said),) = run_ranks(take_up_scaling, 1)
+    assert before == after and before["cur_scale"] == 1
+    assert said == "the loss scaler's state holds ['__class__'], which it does not know"
 
 
 @pytest.fixture(scope="module")
