@@ -89,4 +89,7 @@ def take_up(
     take_up_run_dir(run_dir, cfg, corpus, nproc=nproc)
     for change in changes:
         print(f"changed, as allowed: {change}")
-    return newest[1].state.step if newest is not None else 0
+    if newest is None:
+        print(f"{run_dir} has no checkpoint yet: starting again from the first step")
+        return 0
+    return newest[1].state.step

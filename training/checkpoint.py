@@ -13,6 +13,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -156,13 +157,15 @@ class Saver:
         self.wait()
         self._messages.close()
 
-    def find_intact(self) -> tuple[Path, Manifest] | None:
+    def find_intact(self, tell: Callable[[str], None] = log.warning) -> tuple[Path, Manifest] | None:
         """Return the newest checkpoint whose every byte is as it was written; None where there is none.
 
-        The ranks read it together, each its share of the files. Damaged ones are told of and lose their name.
-        Collective. Raises CheckpointError, on every rank, where there are some and none is intact.
+        The ranks read it together, each its share of the files. Damaged ones lose their name, and tell hears
+        of them. Collective. Raises, on every rank, CheckpointError where there are some and none is intact,
+        TakenOverError where a later start owns the run: names are no longer this one's to change.
         """
         self.wait()
+        self._check_owner()
         self._disk.at("find", self._run_dir)
         names = self._messages.tell("\n".join(path.name for path in list_checkpoints(self._run_dir)))
         faults = []
@@ -171,12 +174,21 @@ class Saver:
             if not (fault := self._fault_of(path)):
                 return path, read_checkpoint(path)
             faults.append(fault)
-            log.warning("not used: %s", fault)
-            if self._groups.is_first:
-                log.warning("renamed to %s", set_aside(path, self._disk))
+            aside = str(set_aside(path, self._disk)) if self._groups.is_first else ""
+            tell(f"not used: {fault}; renamed to {self._messages.tell(aside)}")
         if faults:
             raise CheckpointError(none_intact(self._run_dir, faults))
         return None
+
+    def _check_owner(self) -> None:
+        words = ""
+        if self._groups.is_first:
+            try:
+                self._owner.check()
+            except TakenOverError as err:
+                words = str(err)
+        if words := self._messages.tell(words):
+            raise TakenOverError(words)
 
     def _fault_of(self, path: Path) -> str:
         """Say what is wrong with a checkpoint, the same on every rank; nothing where it is intact."""

@@ -24,15 +24,21 @@ class Disk:
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, chunks: Iterable[Buffer]) -> None:
-        """Write a new file and flush it to the disk. Raises OSError; what was written then stays."""
+        """Write a new file and flush it to the disk. Raises OSError, which names the file; what was written
+        then stays.
+        """
         self.at("create", path)
-        with path.open("xb") as file:
-            for chunk in chunks:
-                self.at("write", path)
-                file.write(chunk)
-            self.at("fsync", path)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with path.open("xb") as file:
+                for chunk in chunks:
+                    self.at("write", path)
+                    file.write(chunk)
+                self.at("fsync", path)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as err:
+            err.filename = err.filename or str(path)  # a write that fails knows only a number
+            raise
 
     def flush_directory(self, path: Path) -> None:
         """Flush the names in a directory."""

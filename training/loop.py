@@ -104,7 +104,7 @@ class Run:
     def go_on(self) -> None:
         """Go on from the newest intact checkpoint, where there is one. Collective. Raises CheckpointError."""
         skipped = read_skips(self.run_dir / SKIPPED_FILE)
-        found = self._saver.find_intact()
+        found = self._saver.find_intact(self._tell)
         if found is None:
             self.progress = replace(self.progress, skipped=skipped, n_interventions=len(skipped))
             self._open_metrics()
@@ -172,7 +172,7 @@ class Run:
         here, step = self.progress, self.progress.step
         last = data_step_at(step - 1, here.skipped)
         self._saver.wait()
-        found = self._saver.find_intact()
+        found = self._saver.find_intact(self._tell)
         if found is None:
             raise DivergedError(
                 f"step {step}: {trouble.finding.text}, but there is no checkpoint to go back to yet; lower "

@@ -60,9 +60,8 @@ def _rows_until(path: Path, step: int) -> bytes:
 
 def _start_tracker(name: str, run_dir: Path, config: Mapping[str, Any], after_step: int) -> GeneralTracker:
     if name == "tensorboard":
-        # Without purge_step the points of an earlier start would stay beside those of this one.
-        purge_step = after_step + 1 if after_step else None
-        tracker = TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=purge_step)
+        # Without it the points of an earlier start would stay beside those of this one.
+        tracker = TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=after_step + 1)
         tracker.start()
         tracker.writer.add_text("config", "```json\n" + json.dumps(config, indent=2) + "\n```")
         return tracker
