@@ -14,8 +14,10 @@ from launch.plan import data_line, plan_lines
 from launch.preflight import check_corpus, check_machine
 from launch.run_dir import create_run_dir, data_identity, has_run, identity_of, read_config, take_up_run_dir
 from launch.settings import check_setting_paths, load_config
-from training.checkpoint_dir import newest_readable
+from training.checkpoint_dir import newest_readable, verify_checkpoint
+from training.checkpoint_manifest import Manifest
 from training.config import RunConfig
+from training.errors import CheckpointError
 from training.owner import take_over
 from training.parallel import plan_layout
 from training.resume import check_same_data, check_same_run
@@ -51,8 +53,8 @@ def start_run(
     check_machine(cfg, nproc)
     corpus = check_corpus(cfg)
     if is_resumed and has_run(run_dir):
-        n_done = take_up(run_dir, cfg, corpus, nproc=nproc, allowed_changes=allowed_changes)
-        if n_done >= cfg.train.n_steps:
+        newest = take_up(run_dir, cfg, corpus, nproc=nproc, allowed_changes=allowed_changes)
+        if newest is not None and is_finished(*newest, cfg):
             print(f"nothing left to do: {run_dir} has all {cfg.train.n_steps} steps of train.n_steps")
             return DONE
     else:
@@ -74,8 +76,8 @@ def start_run(
 
 def take_up(
     run_dir: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int, allowed_changes: Sequence[str]
-) -> int:
-    """Prepare a run directory for going on, and return how many steps it has done.
+) -> tuple[Path, Manifest] | None:
+    """Prepare a run directory for going on, and return its newest readable checkpoint, if it has one.
 
     Raises ConfigError where the settings or the text are not the run's, CheckpointError where it has
     checkpoints and none can be read. Each byte of the one that is used is verified by the ranks.
@@ -91,5 +93,15 @@ def take_up(
         print(f"changed, as allowed: {change}")
     if newest is None:
         print(f"{run_dir} has no checkpoint yet: starting again from the first step")
-        return 0
-    return newest[1].state.step
+    return newest
+
+
+def is_finished(path: Path, manifest: Manifest, cfg: RunConfig) -> bool:
+    """Return whether a checkpoint is the run's last, and intact; the ranks go back behind a damaged one."""
+    if manifest.state.step < cfg.train.n_steps:
+        return False
+    try:
+        verify_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True

@@ -174,11 +174,20 @@ class Saver:
             if not (fault := self._fault_of(path)):
                 return path, read_checkpoint(path)
             faults.append(fault)
-            aside = str(set_aside(path, self._disk)) if self._groups.is_first else ""
-            tell(f"not used: {fault}; renamed to {self._messages.tell(aside)}")
+            tell(f"not used: {fault}; {self._set_aside(path)}")
         if faults:
             raise CheckpointError(none_intact(self._run_dir, faults))
         return None
+
+    def _set_aside(self, path: Path) -> str:
+        """Take the name from a damaged checkpoint; say so, the same on every rank. It may not be possible."""
+        words = ""
+        if self._groups.is_first:
+            try:
+                words = f"renamed to {set_aside(path, self._disk)}"
+            except OSError as err:
+                words = f"it could not be renamed: {err}"
+        return self._messages.tell(words)
 
     def _check_owner(self) -> None:
         words = ""

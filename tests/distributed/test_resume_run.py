@@ -39,6 +39,7 @@ from training.checkpoint_dir import (
     read_checkpoint,
     verify_checkpoint,
 )
+from training.disk import Disk
 from training.errors import TakenOverError
 from training.owner import take_over
 from training.parallel import Groups, Layout
@@ -101,6 +102,10 @@ def test_a_run_killed_whole_goes_on_bit_for_bit(straight: Ended, killed: Path) -
     assert (resumed.run_dir / "logs" / "start-00001").is_dir(), "the first start's logs are still there"
     again = Started(resumed.run_dir, is_resumed=True).wait()
     assert again.stdout == f"nothing left to do: resumed has all {N_STEPS} steps of train.n_steps\n"
+    flip_a_byte(resumed.checkpoint(N_STEPS) / "rank-00000.safetensors")
+    redone = Started(resumed.run_dir, is_resumed=True).wait()
+    assert "step-00000020.damaged" in redone.stdout and "step-00000015\n" in redone.stdout
+    check_as_if_nothing_happened(redone, straight)
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,23 @@ def test_a_start_that_was_overtaken_renames_nothing(killed: Path) -> None:
         saver_of(run_dir, groups, read_config(run_dir), token=old_token).find_intact()
     groups.close()
     assert kept(run_dir) == [10, 5]
+
+
+class RefusingDisk(Disk):
+    def rename(self, source: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(source))
+
+
+def test_a_damaged_checkpoint_that_cannot_be_renamed_is_passed_over(killed: Path) -> None:
+    run_dir = copy_run(killed, "not-renamed")
+    flip_a_byte(checkpoint_path(run_dir, NEWEST) / "router.safetensors")
+    join_alone()
+    groups, told = Groups(Layout(1), 0, torch.device("cpu"), timeout_s=30), list[str]()
+    cfg, token = read_config(run_dir), take_over(run_dir)
+    found = saver_of(run_dir, groups, cfg, token=token, disk=RefusingDisk()).find_intact(told.append)
+    groups.close()
+    assert found is not None and found[0] == checkpoint_path(run_dir, 5)
+    assert len(told) == 1 and "it could not be renamed: [Errno 13] Permission denied" in told[0]
 
 
 def no_large_files() -> None:

@@ -206,7 +206,8 @@ class Run:
     def take_up(self, *allowed: str, corpus: Corpus | None = None, **optim: float) -> int:
         corpus = corpus or self.corpus
         cfg = config_on(corpus, **optim)
-        return take_up(self.path, cfg, corpus, nproc=1, allowed_changes=allowed)
+        newest = take_up(self.path, cfg, corpus, nproc=1, allowed_changes=allowed)
+        return newest[1].state.step if newest is not None else 0
 
 
 @pytest.fixture
