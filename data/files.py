@@ -112,8 +112,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as err:
         tmp.unlink(missing_ok=True)
+        if isinstance(err, OSError):
+            err.filename = err.filename or str(path)  # a write that fails knows only a number
         raise
     commit(tmp, path)
 

@@ -83,9 +83,10 @@ def make_start_dir(logs: Path) -> Path:
 def describe_failure(err: BaseException, rank: int) -> Failure:
     """Put an exception and its notes (such as the step) in one line."""
     kind = ERROR
-    if isinstance(err, dist.DistError | ConnectionError) or (
-        isinstance(err, RuntimeError) and any(words in str(err) for words in LOST_CONTACT)
-    ):
+    is_lost = isinstance(err, RuntimeError) and any(words in str(err) for words in LOST_CONTACT)
+    if "EADDRINUSE" in str(err):
+        kind = ERROR  # another process took the port of the first rank; starting again takes another
+    elif is_lost or isinstance(err, dist.DistError | ConnectionError):
         kind = ECHO
     elif isinstance(err, PLAIN):
         kind = CAUSE

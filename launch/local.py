@@ -4,11 +4,13 @@ import base64
 import ctypes
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -193,7 +195,13 @@ def rank_environment(nproc: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on. Another process may take it first; then the ranks say so."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that is free now, and that no connection is given meanwhile.
+
+    The first rank takes it seconds later, so it is not one of those that the system hands to any connection
+    (net.ipv4.ip_local_port_range, which begins at 32768).
+    """
+    while True:
+        port = secrets.choice(range(20_000, 32_768))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port

@@ -44,13 +44,14 @@ from training.checkpoint_manifest import (
     SavedAt,
     TensorEntry,
     TrainingState,
+    check_size,
     rank_file,
     to_bytes,
 )
 from training.checkpoint_tensors import write_bytes, write_tensors
 from training.config import CheckpointConfig
 from training.disk import Disk
-from training.errors import CheckpointError, SaveError, TakenOverError
+from training.errors import CheckpointError, SaveError, TakenOverError, UnreadableError
 from training.owner import Owner
 from training.parallel import Groups
 from training.shares import Share
@@ -119,6 +120,7 @@ class Saver:
         self._run_dir, self._groups, self._cfg, self._owner = run_dir, groups, cfg, owner
         self._attached, self._saved_at, self._disk = attached, saved_at, disk or Disk()
         if groups.is_first:  # before the others can get past the next line, and begin to write
+            owner.check()
             sweep_unfinished(run_dir)
         self._messages = Messages(groups)
         self._host: dict[str, Tensor] = {}
@@ -130,8 +132,8 @@ class Saver:
 
         Raises SaveError or TakenOverError of the earlier save; of this one where cfg.is_async is off.
         """
-        self.wait()
         start_s = time.perf_counter()
+        self.wait()
         share = share.copied_to(self._host)
         stall_ms = 1000 * (time.perf_counter() - start_s)
         self._thread = threading.Thread(target=self._work, args=(share, state, stall_ms), name="checkpoint")
@@ -140,8 +142,15 @@ class Saver:
             self.wait()
 
     def poll(self) -> None:
-        """Raise, on every rank at the same step, what went wrong with a save that has ended. Collective."""
-        if self._thread is not None and self._groups.all_agree(not self._thread.is_alive()):
+        """Raise, on every rank at the same step, what went wrong with a save that has ended. Collective.
+
+        What no save should raise is raised at once: the other ranks' threads wait for this one's.
+        """
+        if self._thread is None:
+            return
+        is_over = self._groups.all_agree(not self._thread.is_alive())
+        is_stray = self._failure is not None and not isinstance(self._failure, SaveError | TakenOverError)
+        if is_over or is_stray:
             self.wait()
 
     def wait(self) -> None:
@@ -157,26 +166,32 @@ class Saver:
         self.wait()
         self._messages.close()
 
-    def find_intact(self, tell: Callable[[str], None] = log.warning) -> tuple[Path, Manifest] | None:
+    def find_intact(self, on_event: Callable[[str], None] = log.warning) -> tuple[Path, Manifest] | None:
         """Return the newest checkpoint whose every byte is as it was written; None where there is none.
 
-        The ranks read it together, each its share of the files. Damaged ones lose their name, and tell hears
-        of them. Collective. Raises, on every rank, CheckpointError where there are some and none is intact,
-        TakenOverError where a later start owns the run: names are no longer this one's to change.
+        The ranks read it together, each its share of the files. Damaged ones lose their name once an intact
+        one is found, and on_event hears of them. Collective. Raises, on every rank, CheckpointError where
+        there are some and none is intact, and then all keep their names; TakenOverError where a later start
+        owns the run: names are no longer this one's to change.
         """
         self.wait()
         self._check_owner()
         self._disk.at("find", self._run_dir)
         names = self._messages.tell("\n".join(path.name for path in list_checkpoints(self._run_dir)))
-        faults = []
+        faults: list[tuple[Path, str, str]] = []
         for name in names.split():
             path = checkpoint_path(self._run_dir, 0).with_name(name)
-            if not (fault := self._fault_of(path)):
-                return path, read_checkpoint(path)
-            faults.append(fault)
-            tell(f"not used: {fault}; {self._set_aside(path)}")
+            kind, _, words = self._fault_of(path).partition(":")
+            if kind:
+                faults.append((path, kind, words))
+                continue
+            for damaged, kind, words in faults:
+                is_kept = kind == "unreadable"
+                outcome = "it keeps its name, as it may be intact" if is_kept else self._set_aside(damaged)
+                on_event(f"not used: {words}; {outcome}")
+            return path, read_checkpoint(path)
         if faults:
-            raise CheckpointError(none_intact(self._run_dir, faults))
+            raise CheckpointError(none_intact(self._run_dir, [words for _, _, words in faults]))
         return None
 
     def _set_aside(self, path: Path) -> str:
@@ -200,12 +215,14 @@ class Saver:
             raise TakenOverError(words)
 
     def _fault_of(self, path: Path) -> str:
-        """Say what is wrong with a checkpoint, the same on every rank; nothing where it is intact."""
+        """Return `damaged:` or `unreadable:` and why, the same on every rank; nothing where it is intact."""
         fault = ""
         try:
             verify_share(path, read_checkpoint(path), self._groups.rank, self._groups.layout.world_size)
-        except (CheckpointError, OSError) as err:
-            fault = str(err)
+        except (UnreadableError, OSError) as err:
+            fault = f"unreadable:{err}"
+        except CheckpointError as err:
+            fault = f"damaged:{err}"
         return self._messages.tell(next(filter(None, self._messages.gather(fault)), ""))
 
     def _work(self, share: Share, state: TrainingState, stall_ms: float) -> None:
@@ -230,10 +247,10 @@ class Saver:
             raise SaveError(self._not_saved(state.step, words))
         elapsed_s = time.perf_counter() - start_s
         log.info(
-            "saved step %d: %s, held up training for %.0f ms, written in %.2f s",
+            "saved step %d: %s, training waited %.0f ms, written in %.2f s",
             state.step,
             words,
-            stall_ms,
+            stall_ms if self._cfg.is_async else stall_ms + 1000 * elapsed_s,
             elapsed_s,
         )
 
@@ -251,6 +268,7 @@ class Saver:
         shares = [json.loads(report) for report in reports]
         errors = [share["error"] for share in shares if "error" in share]
         try:
+            self._owner.check()  # first: what a later start swept away cannot be written to
             if errors:
                 raise OSError("; ".join(errors))
             router = write_tensors(self._disk, directory / ROUTER_FILE, share.router)
@@ -259,8 +277,10 @@ class Saver:
             write_bytes(self._disk, directory / MANIFEST, text)
             write_bytes(self._disk, directory / MANIFEST_SUM, check_sum)
             self._owner.check()
+            for name, entry in manifest.files.items():
+                check_size(directory / name, entry)
             final = publish(directory, self._run_dir, state.step, self._disk)
-        except (OSError, TakenOverError) as err:
+        except (OSError, CheckpointError, TakenOverError) as err:
             self._disk.discard(directory)
             return f"{'taken over' if isinstance(err, TakenOverError) else 'failed'}:{err}"
         cfg, removed = self._cfg, list[Path]()

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from data.files import write_atomically
@@ -123,6 +124,8 @@ def newest_readable(run_dir: Path) -> tuple[Path, Manifest] | None:
             return path, read_checkpoint(path)
         except CheckpointError as err:
             faults.append(str(err))
+    # Where all that is left was set aside, the run has not just begun.
+    faults += [f"{path}: set aside as damaged" for path in list_set_aside(run_dir)]
     if faults:
         raise CheckpointError(none_intact(run_dir, faults))
     return None
@@ -155,11 +158,14 @@ def publish(unfinished: Path, run_dir: Path, step: int, disk: Disk) -> Path:
     """Give a flushed checkpoint its name, and point to it; return its path."""
     final = checkpoint_path(run_dir, step)
     disk.flush_directory(unfinished)
-    if final.exists():  # the same step of the same run, saved before a return to an earlier one
-        _retire(final, disk)
+    # The same step of the same run may have been saved before a return to an earlier one.
+    replaced = _unname(final, disk) if final.exists() else None
     disk.rename(unfinished, final)
-    disk.at("pointer", final.parent / POINTER_FILE)
-    write_atomically(final.parent / POINTER_FILE, f"{final.name}\n".encode())
+    with suppress(OSError):  # the checkpoint is safe; what stays is swept by the next start
+        disk.at("pointer", final.parent / POINTER_FILE)
+        write_atomically(final.parent / POINTER_FILE, f"{final.name}\n".encode())
+        if replaced is not None:
+            disk.remove(replaced)
     return final
 
 
@@ -192,6 +198,10 @@ def prune(
 
 def _retire(directory: Path, disk: Disk) -> None:
     """Remove a checkpoint; it loses its name first, so that no half of it is ever taken for a checkpoint."""
+    disk.remove(_unname(directory, disk))
+
+
+def _unname(directory: Path, disk: Disk) -> Path:
     nameless = directory.with_name(f"{directory.name}.{os.getpid()}.old{_TMP}")
     disk.rename(directory, nameless)
-    disk.remove(nameless)
+    return nameless

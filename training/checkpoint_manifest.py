@@ -14,7 +14,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -23,7 +24,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_valid
 
 from data.skips import SkippedWindow
 from moe.config import STRICT
-from training.errors import CheckpointError, printable
+from training.errors import CheckpointError, UnreadableError, printable
 from training.guard import GuardState
 from training.pieces import Matrix, Piece, tiling_fault
 
@@ -256,13 +257,24 @@ def check_size(path: Path, entry: FileEntry) -> None:
 def _read_small(path: Path) -> bytes:
     if _size_of(path) > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is")
-    return path.read_bytes()
+    with naming_unreadable(path):
+        return path.read_bytes()
 
 
 def _size_of(path: Path) -> int:
-    if path.is_symlink() or not path.is_file():
-        raise CheckpointError(f"{path}: {'is not a plain file' if path.exists() else 'is missing'}")
-    return path.stat().st_size
+    with naming_unreadable(path):
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path}: {'is not a plain file' if path.exists() else 'is missing'}")
+        return path.stat().st_size
+
+
+@contextmanager
+def naming_unreadable(path: Path) -> Iterator[None]:
+    """Say which file it is that a failing disk, or a missing permission, does not give."""
+    try:
+        yield
+    except OSError as err:
+        raise UnreadableError(f"{path}: cannot be read: {err.strerror}") from err
 
 
 def _first_line(err: Exception) -> str:

@@ -18,7 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.files import sha256_of
-from training.checkpoint_manifest import FileEntry, Manifest, TensorEntry, check_size, rank_file
+from training.checkpoint_manifest import (
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    check_size,
+    naming_unreadable,
+    rank_file,
+)
 from training.disk import Buffer, Disk
 from training.errors import CheckpointError, printable
 from training.pieces import Piece, overlaps
@@ -71,10 +78,8 @@ def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
 def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | None = None) -> None:
     """Read a file whole and compare it with its entry. Raises CheckpointError."""
     check_size(path, entry)
-    try:
+    with naming_unreadable(path):
         found = sha256_of(path, on_read)
-    except OSError as err:  # of a failing disk, which does not say which file it was
-        raise CheckpointError(f"{path}: cannot be read: {err.strerror}") from err
     if found != entry.sha256:
         raise CheckpointError(f"{path}: SHA-256 {found[:16]}.. where the manifest says {entry.sha256[:16]}..")
 

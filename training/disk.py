@@ -1,7 +1,7 @@
 """What a checkpoint asks of the file system, one call for each boundary at which a process may die.
 
-Every call goes through `at`, which does nothing here. The tests put a rank to death in it, at each boundary
-in turn, so a boundary that is added here is tested without another word.
+Every call of a save goes through `at`, which does nothing here. The tests put a rank to death in it, at each
+boundary in turn, so a boundary that is added here is tested without another word.
 """
 
 import os

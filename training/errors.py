@@ -19,6 +19,10 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another run; the message says which file, and why."""
 
 
+class UnreadableError(CheckpointError):
+    """A file of a checkpoint could not be read. What is in it may be intact."""
+
+
 class TakenOverError(RuntimeError):
     """A later start of the run owns its directory; this one must not write there any more."""
 

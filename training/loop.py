@@ -22,7 +22,7 @@ from training.checkpoint_manifest import Attached, Manifest, SavedAt
 from training.checkpoint_tensors import TensorReader
 from training.config import RunConfig
 from training.engine import DTYPES
-from training.errors import DivergedError
+from training.errors import DivergedError, SaveError, TakenOverError
 from training.evaluate import evaluate
 from training.generate import continue_prompts
 from training.hardware import PeakFlops, peak_flops, peak_memory_gib
@@ -66,10 +66,14 @@ def train(
     """
     run = Run(cfg, run_dir, groups, observer, owner, attached)
     run.go_on()
-    while run.progress.step < cfg.train.n_steps:
-        trouble = run.train_on()
-        if trouble is not None:
-            run.roll_back(trouble)
+    try:
+        while run.progress.step < cfg.train.n_steps:
+            trouble = run.train_on()
+            if trouble is not None:
+                run.roll_back(trouble)
+    except DivergedError:  # on every rank at the same step, so what is being saved can still be
+        run.see_saved()
+        raise
     run.finish()
 
 
@@ -171,7 +175,6 @@ class Run:
         """Go back to the newest intact checkpoint, and leave out the data that led here. Collective."""
         here, step = self.progress, self.progress.step
         last = data_step_at(step - 1, here.skipped)
-        self._saver.wait()
         found = self._saver.find_intact(self._tell)
         if found is None:
             raise DivergedError(
@@ -190,6 +193,13 @@ class Run:
         self._tell(f"step {step}: {trouble.finding.text}; going back, without data steps {first} to {last}")
         self._take_up(*found, skipped)
         self.progress.n_interventions = here.n_interventions + 1
+
+    def see_saved(self) -> None:
+        """Wait for the save under way, in a run that ends for another reason."""
+        try:
+            self._saver.wait()
+        except (SaveError, TakenOverError) as err:
+            self._tell(str(err))
 
     def finish(self) -> None:
         """Sample from the trained model, and see the last checkpoint written."""

@@ -171,7 +171,15 @@ def test_a_damaged_newest_checkpoint_is_told_set_aside_and_passed_over(
 
 
 def test_where_all_checkpoints_are_damaged_the_run_says_why_of_each(damaged: dict[str, Started]) -> None:
-    reason = damaged["both-damaged"].wait(code=4).reason
+    ended = damaged["both-damaged"].wait(code=4)
+    check_told_of_both(ended.reason)
+    assert kept(ended.run_dir) == [10, 5], "they keep their names, or the next start would begin anew"
+    rows = read_rows(ended.run_dir)
+    check_told_of_both(Started(ended.run_dir, is_resumed=True).wait(code=4).reason)
+    assert read_rows(ended.run_dir) == rows
+
+
+def check_told_of_both(reason: str) -> None:
     assert "no intact checkpoint" in reason and reason.endswith("to start from the first step")
     for file in ("step-00000010/rank-00000.safetensors", "step-00000005/router.safetensors"):
         assert re.search(rf"{file}: SHA-256 \S+ where the manifest says", reason), reason

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from data.errors import DataError
 from launch.failures import explain_failures, make_start_dir, record_failure
@@ -78,6 +79,12 @@ def test_without_ledgers_the_echoes_are_told_rather_than_nothing(start: Path) ->
     for rank in range(2):
         record_failure(ConnectionResetError("by peer"), rank, start)
     assert explain_failures(start, TWO) == (1, ["ranks 0, 1: ConnectionResetError: by peer"])
+
+
+def test_a_port_that_was_taken_is_told_as_such(start: Path) -> None:
+    record_failure(DistNetworkError("port: 29999, name: EADDRINUSE"), 0, start)
+    code, (said, *_) = explain_failures(start, TWO)
+    assert code == 1 and said == "rank 0: DistNetworkError: port: 29999, name: EADDRINUSE"
 
 
 def test_a_crash_is_told_with_its_name(start: Path) -> None:
