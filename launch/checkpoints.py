@@ -76,7 +76,7 @@ def verify_all(directory: Path) -> None:
     faults, intact = [], []
     for path in paths:
         try:
-            print(_verified(path), flush=True)
+            print(verified(path), flush=True)
             intact.append(path)
         except CheckpointError as err:
             faults.append(str(err))
@@ -87,7 +87,7 @@ def verify_all(directory: Path) -> None:
     raise CheckpointError(count + "; ".join(faults) + newest)
 
 
-def _verified(path: Path) -> str:
+def verified(path: Path) -> str:
     """Read every byte of a checkpoint and say so. Raises CheckpointError."""
     start_s, n_read = time.monotonic(), 0
     manifest = read_checkpoint(path)
@@ -195,13 +195,7 @@ def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is
         print(f"{spared}: kept, because it is the newest that is intact")
     removed = [path for path in old if path != spared]
     if not is_dry:
-        removed = prune(
-            run_dir,
-            keep_last=keep_last,
-            keep_every_steps=keep_every_steps,
-            disk=Disk(),
-            spared=[spared],
-        )
+        removed = prune(removed, Disk())
     for path in removed:
         print(f"{path}: {'would be ' if is_dry else ''}removed, {_size(n_bytes.get(path, 0))}")
     freed = _size(sum(n_bytes.get(path, 0) for path in removed))
@@ -214,7 +208,7 @@ def _newest_intact(run_dir: Path) -> Path:
     faults: list[str] = []
     for path in list_checkpoints(run_dir):
         try:
-            print(_verified(path), flush=True)
+            print(verified(path), flush=True)
             return path
         except CheckpointError as err:
             faults.append(str(err))

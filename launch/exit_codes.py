@@ -8,7 +8,6 @@ OTHER = 1
 BAD_CONFIG = 2
 BAD_DATA = 3
 BAD_CHECKPOINT = 4
-CAN_BE_RESUMED = 75
 
 
 def exit_code(err: BaseException) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.corpus import Corpus
+from launch.checkpoints import verified
 from launch.duration import format_duration
 from launch.exit_codes import DONE
 from launch.failures import explain_failures
@@ -14,7 +15,7 @@ from launch.plan import data_line, plan_lines
 from launch.preflight import check_corpus, check_machine
 from launch.run_dir import create_run_dir, data_identity, has_run, identity_of, read_config, take_up_run_dir
 from launch.settings import check_setting_paths, load_config
-from training.checkpoint_dir import newest_readable, verify_checkpoint
+from training.checkpoint_dir import newest_readable
 from training.checkpoint_manifest import Manifest
 from training.config import RunConfig
 from training.errors import CheckpointError
@@ -101,7 +102,7 @@ def is_finished(path: Path, manifest: Manifest, cfg: RunConfig) -> bool:
     if manifest.state.step < cfg.train.n_steps:
         return False
     try:
-        verify_checkpoint(path)
+        verified(path)
     except CheckpointError:
         return False
     return True

@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from training.checkpoint_dir import (
     checkpoint_path,
     list_checkpoints,
+    list_old,
     none_intact,
     prune,
     publish,
@@ -104,6 +106,14 @@ def _to_text(data: Tensor) -> str:
     return data.numpy().tobytes()[1:].decode()
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Why a checkpoint is not used. is_damage: not if it cannot be read, for then it may be intact."""
+
+    words: str
+    is_damage: bool
+
+
 class Saver:
     """Writes the checkpoints of one start of a run; every rank has one and calls it at the same steps."""
 
@@ -178,24 +188,23 @@ class Saver:
         self._check_owner()
         self._disk.at("find", self._run_dir)
         names = self._messages.tell("\n".join(path.name for path in list_checkpoints(self._run_dir)))
-        faults: list[tuple[Path, str, str]] = []
+        faults: dict[Path, Fault] = {}
         for name in names.split():
             path = checkpoint_path(self._run_dir, 0).with_name(name)
-            kind, _, words = self._fault_of(path).partition(":")
-            if kind:
-                faults.append((path, kind, words))
+            found = self._verify(path)
+            if isinstance(found, Fault):
+                faults[path] = found
                 continue
-            for damaged, kind, words in faults:
-                is_kept = kind == "unreadable"
-                outcome = "it keeps its name, as it may be intact" if is_kept else self._set_aside(damaged)
-                on_event(f"not used: {words}; {outcome}")
-            return path, read_checkpoint(path)
+            for other, fault in faults.items():
+                kept = "it keeps its name, as it may be intact"
+                on_event(f"not used: {fault.words}; {self._set_aside(other) if fault.is_damage else kept}")
+            return path, found
         if faults:
-            raise CheckpointError(none_intact(self._run_dir, [words for _, _, words in faults]))
+            raise CheckpointError(none_intact(self._run_dir, [fault.words for fault in faults.values()]))
         return None
 
     def _set_aside(self, path: Path) -> str:
-        """Take the name from a damaged checkpoint; say so, the same on every rank. It may not be possible."""
+        """Take the name from a damaged checkpoint, where that is possible; say so, the same on every rank."""
         words = ""
         if self._groups.is_first:
             try:
@@ -214,16 +223,16 @@ class Saver:
         if words := self._messages.tell(words):
             raise TakenOverError(words)
 
-    def _fault_of(self, path: Path) -> str:
-        """Return `damaged:` or `unreadable:` and why, the same on every rank; nothing where it is intact."""
-        fault = ""
+    def _verify(self, path: Path) -> Manifest | Fault:
+        """Read a checkpoint, each rank its share of the files; the same on every rank. Collective."""
+        told = ""
         try:
-            verify_share(path, read_checkpoint(path), self._groups.rank, self._groups.layout.world_size)
-        except (UnreadableError, OSError) as err:
-            fault = f"unreadable:{err}"
-        except CheckpointError as err:
-            fault = f"damaged:{err}"
-        return self._messages.tell(next(filter(None, self._messages.gather(fault)), ""))
+            manifest = read_checkpoint(path)
+            verify_share(path, manifest, self._groups.rank, self._groups.layout.world_size)
+        except (CheckpointError, OSError) as err:
+            told = json.dumps([str(err), not isinstance(err, UnreadableError | OSError)])
+        told = self._messages.tell(next(filter(None, self._messages.gather(told)), ""))
+        return Fault(*json.loads(told)) if told else manifest
 
     def _work(self, share: Share, state: TrainingState, stall_ms: float) -> None:
         try:
@@ -285,9 +294,8 @@ class Saver:
             return f"{'taken over' if isinstance(err, TakenOverError) else 'failed'}:{err}"
         cfg, removed = self._cfg, list[Path]()
         try:
-            removed = prune(
-                self._run_dir, keep_last=cfg.keep_last, keep_every_steps=cfg.keep_every_steps, disk=self._disk
-            )
+            old = list_old(self._run_dir, keep_last=cfg.keep_last, keep_every_steps=cfg.keep_every_steps)
+            removed = prune(old, self._disk)
         except OSError as err:  # this checkpoint is safe; an old one that stays harms nobody
             log.warning("old checkpoints could not be removed: %s", err)
         gone = f", removed {', '.join(path.name for path in removed)}" if removed else ""

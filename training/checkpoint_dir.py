@@ -7,7 +7,7 @@ renamed. So only names are trusted before a checkpoint has been verified, and a 
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -175,17 +175,8 @@ def list_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None) -> 
     return [p for p in too_many if keep_every_steps is None or step_of(p) % keep_every_steps]
 
 
-def prune(
-    run_dir: Path,
-    *,
-    keep_last: int,
-    keep_every_steps: int | None,
-    disk: Disk,
-    spared: Collection[Path] = (),
-) -> list[Path]:
-    """Remove the old checkpoints of list_old but those spared; return what was removed."""
-    old = list_old(run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
-    old = [path for path in old if path not in spared]
+def prune(old: Iterable[Path], disk: Disk) -> list[Path]:
+    """Remove these checkpoints; return those that were still there."""
     removed = []
     for path in old:
         try:

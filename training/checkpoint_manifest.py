@@ -274,7 +274,7 @@ def naming_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        raise UnreadableError(f"{path}: cannot be read: {err.strerror}") from err
+        raise UnreadableError(f"{path}: cannot be read: {err.strerror or err}") from err
 
 
 def _first_line(err: Exception) -> str:

@@ -158,7 +158,8 @@ class TensorReader:
         path = self.directory / file
         try:
             if file not in self._files:
-                self._files[file] = safe_open(path, framework="pt", device="cpu")
+                with naming_unreadable(path):
+                    self._files[file] = safe_open(path, framework="pt", device="cpu")
             return self._files[file]
-        except (SafetensorError, OSError) as err:
+        except SafetensorError as err:
             raise CheckpointError(f"{path}: {printable(str(err))}") from err

@@ -28,6 +28,10 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     ]
 
 
+# What AdamW keeps of each element, and once for all of them.
+ADAMW_KINDS, ADAMW_SCALARS = ("exp_avg", "exp_avg_sq"), ("step",)
+
+
 def build_adamw(groups: ParamGroups, cfg: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 

@@ -12,6 +12,7 @@ from training.checkpoint_manifest import MASTER, ROUTER_FILE
 from training.checkpoint_tensors import TensorReader, key_of
 from training.engine import Engine, Fragment
 from training.errors import CheckpointError
+from training.optimizer import ADAMW_KINDS, ADAMW_SCALARS
 from training.parallel import Groups
 from training.pieces import Matrix, Piece
 
@@ -48,7 +49,7 @@ class Share:
             if key not in buffers or buffers[key].shape != live.shape:
                 buffers[key] = torch.empty(live.shape, dtype=torch.float32, pin_memory=live.is_cuda)
             buffers[key].copy_(live, non_blocking=True)
-        router = {name: tensor.flatten().cpu() for name, tensor in self.router.items()}
+        router = {name: live.flatten().to("cpu", copy=True) for name, live in self.router.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return replace(self, tensors={key: buffers[key] for key in self.tensors}, router=router)
@@ -115,6 +116,7 @@ def restore(reader: TensorReader, engine: Engine, router_state: RouterState, gro
     manifest = reader.manifest
     state = manifest.state
     check_parameters(reader, engine.module, groups)
+    check_optimizer_state(reader)
     engine.make_optimizer_state(manifest.kinds, state.optimizer)
     for fragment in engine.fragments():
         name, place = fragment.name.removeprefix(MODULE_PREFIX), place_of(fragment, groups)
@@ -143,6 +145,16 @@ def check_parameters(reader: TensorReader, module: nn.Module, groups: Groups) ->
             raise CheckpointError(
                 f"{reader.directory}: parameter {name} is {there} where this model's is {here}"
             )
+
+
+def check_optimizer_state(reader: TensorReader) -> None:
+    """Raise CheckpointError where the state is not AdamW's: all of it, or none before the first update."""
+    kinds, scalars = {*reader.manifest.kinds} - {MASTER}, {*reader.manifest.state.optimizer}
+    if (kinds, scalars) not in ((set(), set()), ({*ADAMW_KINDS}, {*ADAMW_SCALARS})):
+        raise CheckpointError(
+            f"{reader.directory}: holds {sorted(kinds | scalars)} where AdamW keeps "
+            f"{sorted({*ADAMW_KINDS, *ADAMW_SCALARS})}"
+        )
 
 
 def _whole_matrices(

@@ -40,8 +40,7 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         self._process, self._stop = psutil.Process(), threading.Event()
-        self._before = self.extra = 0
-        self._before = self._process.memory_info().rss
+        self.extra, self._before = 0, self._process.memory_info().rss
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
         return self
@@ -62,8 +61,8 @@ def measure(rank: int, cfg: RunConfig, place: Path, token: str) -> dict[str, lis
     engine.make_optimizer_state(KINDS, {"step": 1.0})
     router_state = RouterState.initial(cfg.model)
     run_dir = place / "run"
-    is_sync = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"is_async": False})})
-    waiting = saver_of(run_dir, groups, is_sync, token=token)
+    sync_cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"is_async": False})})
+    waiting = saver_of(run_dir, groups, sync_cfg, token=token)
     saver = saver_of(run_dir, groups, cfg, token=token)
     found: dict[str, list[float]] = {
         name: [] for name in ("copy", "stall", "written", "sync", "bare", "first")

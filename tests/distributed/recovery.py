@@ -66,6 +66,7 @@ class Started:
         is_resumed: bool = False,
         faults: tuple[Fault, ...] = (),
         seen: Path | None = None,
+        slower_s: float = 0,
         preexec: Callable[[], None] | None = None,
     ) -> None:
         module = "tests.distributed.sabotaged_train" if faults or seen else "launch.cli"
@@ -73,7 +74,11 @@ class Started:
         command += ["--nproc", str(nproc)] + ["--resume"] * is_resumed
         command += [word for setting in settings for word in ("--set", setting)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        sabotage = {"faults": [asdict(fault) for fault in faults], "seen": str(seen or run_dir.parent)}
+        sabotage = {
+            "faults": [asdict(fault) for fault in faults],
+            "seen": str(seen or run_dir.parent),
+            "slower_s": slower_s,
+        }
         self.run_dir = run_dir
         self._process = subprocess.Popen(
             command,

@@ -1,7 +1,7 @@
 """One rank of `turnout train` whose loss goes wrong, or which stands still, when certain samples come.
 
-SABOTAGE, in the environment, is JSON: the faults, and a directory in which each rank notes the samples of
-each micro-batch that it trains on.
+SABOTAGE, in the environment, is JSON: the faults, a directory in which each rank notes the samples of each
+micro-batch that it trains on, and how much longer each rank's part of a save takes.
 """
 
 import json
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import training.build
+import training.checkpoint
 from data.loader import Batch
 from launch.worker import main
 from moe.balance import RouterState
+from training.disk import Disk
 from training.objective import Objective, ObjectiveSums
 
 SABOTAGE = "TURNOUT_TEST_SABOTAGE"
@@ -54,6 +56,13 @@ class SabotagedObjective(Objective):
         return sums
 
 
+class SlowDisk(Disk):
+    def at(self, boundary: str, path: Path) -> None:
+        if boundary == "report":
+            time.sleep(json.loads(os.environ[SABOTAGE])["slower_s"])
+
+
 if __name__ == "__main__":
+    training.checkpoint.Disk = SlowDisk  # type: ignore[misc]
     training.build.Objective = SabotagedObjective  # type: ignore[misc]
     main()

@@ -173,11 +173,19 @@ def test_a_checkpoint_of_another_model_is_refused_by_parameter(saved: tuple[Path
     assert "parameter blocks.1.moe.experts.down is (8, 16, 8) where this model's is (8, 16, 16)" in said
 
 
-def refusal(rank: int, cfg: RunConfig, path: Path) -> str:
+def test_a_state_that_is_not_adamws_is_refused(saved: tuple[Path, dict[str, str]]) -> None:
+    place, _ = saved
+    (path,) = list_checkpoints(place / name_of(LAYOUTS[0], 1))
+    (said,) = run_ranks(refusal, 1, CFG, path, kinds=("master", "exp_avg"))
+    assert "holds ['exp_avg', 'step'] where AdamW keeps ['exp_avg', 'exp_avg_sq', 'step']" in said
+
+
+def refusal(rank: int, cfg: RunConfig, path: Path, **lies: object) -> str:
     groups = groups_of(plan_layout(cfg, 1), rank)
     engine = build_engine(cfg, groups)
     try:
-        restore(TensorReader(path, read_checkpoint(path)), engine, unique_router_state(cfg), groups)
+        manifest = read_checkpoint(path).model_copy(update=lies)
+        restore(TensorReader(path, manifest), engine, unique_router_state(cfg), groups)
     except ValueError as err:
         return str(err)
     finally:

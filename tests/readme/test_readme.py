@@ -81,7 +81,7 @@ def test_one_training_is_run_and_resumed_as_it_stands() -> None:
 
 def test_runs_left_what_readme_lists(place: Path) -> None:
     listed = re.findall(r"^(?:RUN/)?\s+([a-z.]+/?)  ", README, re.MULTILINE)
-    assert len(listed) == 6
+    assert len(listed) == 7
     for name in listed:
         assert (place / "runs" / "first" / name).exists(), name
     assert read_rows(place / "runs" / "first")[-1]["eval/bits_per_byte"] < 4

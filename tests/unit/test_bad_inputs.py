@@ -212,32 +212,6 @@ TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "arguments", "code", "words"), TRAINING.values(), ids=TRAINING.keys())
-def test_training_refuses(
-    damage: Callable[[Path], None],
-    arguments: list[str],
-    code: int,
-    words: str,
-    place: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    check_nothing_written(damage, arguments, code, words, place, capsys)
-
-
-def check_nothing_written(
-    damage: Callable[[Path], None],
-    arguments: list[str],
-    code: int,
-    words: str,
-    place: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    damage(place)
-    before = sorted(place.rglob("*"))
-    check_refusal(run(*arguments, capsys=capsys), code, words)
-    assert sorted(place.rglob("*")) == before, "nothing was written"
-
-
 CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "an unknown command": (nothing, ["remove", "run"], 2, "remove"),
     "no directory": (nothing, ["list"], 2, "--help"),
@@ -260,10 +234,14 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("damage", "arguments", "code", "words"), CHECKPOINTS.values(), ids=CHECKPOINTS.keys()
-)
-def test_checkpoint_commands_refuse(
+COMMANDS = TRAINING | {
+    f"checkpoint: {name}": (damage, ["checkpoint", *arguments], code, words)
+    for name, (damage, arguments, code, words) in CHECKPOINTS.items()
+}
+
+
+@pytest.mark.parametrize(("damage", "arguments", "code", "words"), COMMANDS.values(), ids=COMMANDS.keys())
+def test_command_refuses_and_writes_nothing(
     damage: Callable[[Path], None],
     arguments: list[str],
     code: int,
@@ -271,7 +249,10 @@ def test_checkpoint_commands_refuse(
     place: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    check_nothing_written(damage, ["checkpoint", *arguments], code, words, place, capsys)
+    damage(place)
+    before = sorted(place.rglob("*"))
+    check_refusal(run(*arguments, capsys=capsys), code, words)
+    assert sorted(place.rglob("*")) == before
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:

@@ -13,6 +13,7 @@ from training.checkpoint_dir import (
     CHECKPOINTS,
     checkpoint_path,
     list_checkpoints,
+    list_old,
     prune,
     set_aside,
     step_of,
@@ -203,6 +204,6 @@ class RacingDisk(Disk):
 
 
 def test_prune_goes_on_where_the_run_was_first(run: Path) -> None:
-    removed = prune(run, keep_last=1, keep_every_steps=None, disk=RacingDisk())
+    removed = prune(list_old(run, keep_last=1, keep_every_steps=None), RacingDisk())
     assert [step_of(path) for path in removed] == [30, 10]
     assert steps_in(run) == [40]
