@@ -11,6 +11,7 @@ from rich.console import Console
 
 from data.errors import DataError
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
+from launch.slurm import SlurmError
 from training.errors import CheckpointError, ConfigError, printable
 
 app = App(
@@ -70,7 +71,13 @@ def train(
     /,
     *,
     run_dir: Annotated[Path | None, Parameter(help="Directory of everything the run writes.")] = None,
-    nproc: Annotated[int, Parameter(help="Ranks on this machine: one per GPU, or CPU processes.")] = 1,
+    nproc: Annotated[
+        int | None, Parameter(help="Ranks on this machine: one per GPU, or CPU processes; default: 1.")
+    ] = None,
+    hostfile: Annotated[
+        Path | None,
+        Parameter(help="Machines to train on, as lines NAME slots=RANKS; reached by pdsh and ssh."),
+    ] = None,
     overrides: Annotated[
         tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
     ] = (),
@@ -91,13 +98,18 @@ def train(
         bool, Parameter(negative=(), help="Print what the run needs and start nothing.")
     ] = False,
 ) -> None:
-    """Train a model by a recipe, on the ranks of this machine.
+    """Train a model by a recipe, on the ranks of this machine, or of those of a hostfile.
 
     Example: turnout train tiny --run-dir runs/first --nproc 2 --set train.n_steps=200 --resume
     """
     # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
+    from launch.hostfile import read_hosts
     from launch.train import plan_run, start_run
 
+    if nproc is not None and hostfile is not None:
+        raise ConfigError(f"--nproc {nproc} has no effect with --hostfile, whose slots are ranks; drop it")
+    hosts = None if hostfile is None else read_hosts(hostfile)
+    nproc = hosts.slots if hosts is not None else 1 if nproc is None else nproc
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc} must be at least 1; use the number of ranks to start")
     if allow_change and not resume:
@@ -105,14 +117,103 @@ def train(
             f"--allow-change {allow_change[0]} has no effect without --resume; add it, or drop this"
         )
     if dry_run:
-        plan_run(recipe, overrides, nproc=nproc)
+        plan_run(recipe, overrides, nproc=nproc * (len(hosts.names) if hosts else 1))
         return
     if run_dir is None:
         raise ConfigError("--run-dir is required; name a new directory, for example --run-dir runs/first")
     code = start_run(
-        recipe, overrides, run_dir=run_dir, nproc=nproc, is_resumed=resume, allowed_changes=allow_change
+        recipe,
+        overrides,
+        run_dir=run_dir,
+        nproc=nproc,
+        is_resumed=resume,
+        allowed_changes=allow_change,
+        hosts=hosts,
     )
     sys.exit(code)
+
+
+@app.command
+def submit(
+    recipe: Annotated[str, Parameter(help="Name of a packaged recipe, or a TOML file.")],
+    /,
+    *,
+    run_dir: Annotated[Path, Parameter(help="Directory of everything the run writes, seen by all nodes.")],
+    nodes: Annotated[str, Parameter(help="How many nodes, as 8, or 4-8 to go on with what there is.")],
+    time: Annotated[str, Parameter(help="Time limit of each life of the job, as 24:00:00.")] = "24:00:00",
+    gpus_per_node: Annotated[int | None, Parameter(help="GPUs of each node, with one rank each.")] = None,
+    ranks_per_node: Annotated[int | None, Parameter(help="CPU ranks of each node without GPUs.")] = None,
+    overrides: Annotated[
+        tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
+    ] = (),
+    allow_change: Annotated[
+        tuple[str, ...],
+        Parameter(help="A setting that may differ from the run's, as optim.lr; repeat at will."),
+    ] = (),
+    sbatch: Annotated[
+        tuple[str, ...], Parameter(help="An option for sbatch, as partition=gpu; repeat at will.")
+    ] = (),
+    srun: Annotated[
+        tuple[str, ...],
+        Parameter(help="An option for the ranks' srun, as container-image=turnout.sqsh; repeat at will."),
+    ] = (),
+    env_file: Annotated[Path | None, Parameter(help="Shell file of the site's own NCCL variables.")] = None,
+    warn_s: Annotated[
+        int, Parameter(help="Seconds before the time limit at which SLURM warns the job, at the latest.")
+    ] = 300,
+    max_failures: Annotated[int, Parameter(help="Failures without progress, after which the run stops.")] = 3,
+    chain: Annotated[
+        int | None, Parameter(help="Submit so many jobs, one after the other, where none may be requeued.")
+    ] = None,
+    shared: Annotated[bool, Parameter(negative=(), help="Leave other jobs room on the nodes.")] = False,
+    preflight: Annotated[
+        bool, Parameter(negative=(), help="Only check the nodes, and that their ranks reach one another.")
+    ] = False,
+    dry_run: Annotated[bool, Parameter(negative=(), help="Print the batch script, submit nothing.")] = False,
+) -> None:
+    """Submit a run to SLURM; it saves before its limit, is requeued, and goes on until it is finished.
+
+    Example: turnout submit small --run-dir runs/small --nodes 8 --gpus-per-node 8 --time 24:00:00
+    """
+    # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
+    from launch.submit import Wanted, submit_run
+
+    wanted = Wanted(
+        run_dir=run_dir,
+        nodes=nodes,
+        time=time,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        allowed_changes=allow_change,
+        sbatch_options=sbatch,
+        srun_options=srun,
+        env_file=env_file,
+        warn_s=warn_s,
+        max_failures=max_failures,
+        chain=chain,
+        is_shared=shared,
+        is_preflight=preflight,
+        is_dry=dry_run,
+    )
+    sys.exit(submit_run(recipe, overrides, wanted))
+
+
+@app.command
+def status(
+    run_dir: Annotated[
+        Path | None, Parameter(help="What --run-dir named; default: all in the queue.")
+    ] = None,
+    /,
+    *,
+    verify: Annotated[bool, Parameter(negative=(), help="Read every byte of the newest checkpoint.")] = False,
+) -> None:
+    """Show where a run stands: queue, step, loss, speed, time to the end, checkpoint and last failure.
+
+    Example: turnout status runs/small --verify
+    """
+    from launch.status import show_status
+
+    show_status(run_dir, is_verified=verify)
 
 
 @app.command
@@ -216,6 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{' '.join(str(err).split())} (`turnout --help` shows the usage)", BAD_CONFIG)
     except (CheckpointError, ConfigError, DataError) as err:
         _fail(str(err), exit_code(err))
+    except SlurmError as err:
+        _fail(str(err), OTHER)
     except OSError as err:
         where = f"{err.filename}: " if err.filename else ""
         _fail(f"{where}{err.strerror or err}", OTHER)

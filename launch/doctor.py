@@ -21,8 +21,9 @@ from rich.table import Table
 from data.corpus import open_corpus
 from launch.exit_codes import DONE, OTHER
 from launch.failures import explain_failures
-from launch.local import launch_ranks
+from launch.local import launch_ranks, this_machine
 from launch.settings import load_config, to_toml
+from launch.start_dir import make_start_dir
 from training.batches import build_loader
 from training.compare import CHECKS, HALF_LIMITS, LIMITS
 from training.config import RunConfig
@@ -61,12 +62,13 @@ def examine(
     (directory / PLAN).write_text(json.dumps(plan), encoding="utf-8")
     # The ranks are CPU processes even where there are GPUs: fp32 is exact there, and no GPU is taken.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    ended = launch_ranks(directory, nproc, worker)
+    start_dir = make_start_dir(directory / "logs")
+    ended = launch_ranks(directory, start_dir, this_machine(nproc), worker)
     results, reasons = read_results(directory), []
     if ended.is_done:
         shutil.rmtree(directory)
     else:
-        reasons = explain_failures(ended.start_dir, Layout(nproc), ended.stuck)[1]
+        reasons = explain_failures(start_dir, Layout(nproc), ended.stuck)[1]
         reasons.append(f"the ranks ended early; their logs are in {directory / 'logs'}")
     print_table(results, console)
     return conclude(results, reasons, n_wanted=len(list_variants(small, chosen)))

@@ -1,4 +1,4 @@
-"""One rank of `turnout doctor`: `python -m launch.doctor_worker DIR`, started like a rank of a run.
+"""One rank of `turnout doctor`: `python -m launch.doctor_worker DIR START_DIR`, started like a rank of a run.
 
 The ranks stay up and go through all variants, because starting processes is what costs time. Each compares
 what it sees with one process; the first writes what all of them found.
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launch.console import LiveBar
 from launch.doctor import PLAN, RESULTS
 from launch.failures import record_failure
-from launch.local import START_DIR, die_with_parent
+from launch.local import die_with_parent
 from launch.run_dir import read_config
 from training.compare import Comparison, compare
 from training.ledger import NoLedger
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         compare_all(directory)
     except BaseException as err:  # the peers wait in a collective until this process is gone
-        os._exit(record_failure(err, rank, Path(os.environ[START_DIR])))
+        os._exit(record_failure(err, rank, Path(sys.argv[2])))
 
 
 def compare_all(directory: Path) -> None:

@@ -8,6 +8,7 @@ OTHER = 1
 BAD_CONFIG = 2
 BAD_DATA = 3
 BAD_CHECKPOINT = 4
+STOPPED_EARLY = 75  # saved as asked; --resume goes on
 
 
 def exit_code(err: BaseException) -> int:

@@ -10,7 +10,6 @@ cause travels by file: peers that merely lost contact must not hide the rank tha
 
 import faulthandler
 import json
-import signal
 import traceback
 from collections.abc import Set
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch.distributed as dist
 
 from data.errors import DataError
 from launch.exit_codes import OTHER, exit_code
+from launch.start_dir import FAILURE_FILES, TOLD_TO_END, read_ledgers
 from training.errors import (
     CheckpointError,
     ConfigError,
@@ -29,11 +29,9 @@ from training.errors import (
     SaveError,
     TakenOverError,
 )
-from training.ledger import LedgerView, read_ledger
+from training.ledger import LedgerView
 from training.missing import Ending, explain
 from training.parallel import Layout, name_ranks
-
-FAILURE_FILES = "rank-*.failure.json"
 
 # Errors whose own words say it all; others get their type and a pointer to the log.
 PLAIN = (
@@ -46,6 +44,7 @@ PLAIN = (
     SaveError,
     TakenOverError,
 )
+FINAL = {error.__name__ for error in (CheckpointError, ConfigError, DataError, DivergedError, EngineError)}
 # What gloo and NCCL say when another rank is gone, hangs or disagrees. gloo raises bare RuntimeErrors.
 LOST_CONTACT = ("/gloo/", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
 
@@ -64,20 +63,7 @@ class Failure:
     code: int
     message: str
     kind: str
-
-
-def make_start_dir(logs: Path) -> Path:
-    """Make the directory in which the ranks of one start of a run tell what becomes of them.
-
-    Each start has its own: ranks of an earlier one may still run, on a node that was cut off.
-    """
-    n = 1 + len(list(logs.glob("start-*")))
-    while True:
-        try:
-            (start := logs / f"start-{n:05d}").mkdir(parents=True)
-            return start
-        except FileExistsError:
-            n += 1
+    error: str = ""  # type of the exception
 
 
 def describe_failure(err: BaseException, rank: int) -> Failure:
@@ -92,7 +78,7 @@ def describe_failure(err: BaseException, rank: int) -> Failure:
         kind = CAUSE
     said = str(err) if kind == CAUSE else ": ".join(filter(None, [type(err).__name__, str(err)]))
     words = [*getattr(err, "__notes__", []), said]
-    return Failure(rank, exit_code(err), " ".join(": ".join(words).split()), kind)
+    return Failure(rank, exit_code(err), " ".join(": ".join(words).split()), kind, type(err).__name__)
 
 
 def record_failure(err: BaseException, rank: int, start: Path) -> int:
@@ -114,25 +100,12 @@ def leave_stack_behind(file: TextIO) -> None:
     open.
     """
     faulthandler.enable(file)
-    faulthandler.register(signal.SIGTERM, file, chain=True)
-
-
-def read_ledgers(start_dir: Path) -> dict[int, LedgerView]:
-    """Return the ledgers by rank; one that was not finished, as its rank was starting, is left out."""
-    views = {}
-    for path in sorted(start_dir.glob("rank-*.ledger")):
-        try:
-            view = read_ledger(path)
-        except ValueError:
-            continue
-        views[view.rank] = view
-    return views
+    faulthandler.register(TOLD_TO_END, file, chain=True)
 
 
 def explain_failures(start_dir: Path, layout: Layout, stuck: Set[int] = frozenset()) -> tuple[int, list[str]]:
     """Return the exit code of a failed run and a few lines that say why; stuck ranks had to be killed."""
-    told = [path.read_text(encoding="utf-8") for path in sorted(start_dir.glob(FAILURE_FILES))]
-    failures = [Failure(**json.loads(text)) for text in told]
+    failures = _read_failures(start_dir)
     stacks = {rank: _read_if_there(start_dir / f"rank-{rank:05d}.stack") for rank in range(layout.world_size)}
     failures += _crashes(stacks, {f.rank for f in failures})
     causes = [f for f in failures if f.kind == CAUSE]
@@ -147,6 +120,16 @@ def explain_failures(start_dir: Path, layout: Layout, stuck: Set[int] = frozense
     if blamed and any("timed out" in f.message.lower() for f in failures):
         blamed.append(TIMED_OUT)
     return OTHER, blamed + _by_message(errors) or _by_message(failures)
+
+
+def is_final(start_dir: Path) -> bool:
+    """Return whether another start would fail in the same way: a user must mend it, or a guard stops."""
+    return any(f.kind == CAUSE and f.error in FINAL for f in _read_failures(start_dir))
+
+
+def _read_failures(start_dir: Path) -> list[Failure]:
+    told = [path.read_text(encoding="utf-8") for path in sorted(start_dir.glob(FAILURE_FILES))]
+    return [Failure(**json.loads(text)) for text in told]
 
 
 def _by_message(failures: list[Failure]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine through DeepSpeed's per-node launcher, and wait for them."""
+"""Start the ranks of this node through DeepSpeed's per-node launcher, and watch over them."""
 
 import base64
 import ctypes
@@ -10,16 +10,19 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
-import torch
 from rich.console import Console
 
 from launch.exit_codes import DONE
-from launch.failures import FAILURE_FILES, make_start_dir, read_ledgers
+from launch.start_dir import FAILURE_FILES, TOLD_TO_END, read_ledgers
+from training.owner import Owner
+from training.stop import ask_to_stop
 
 # glibc gives blocks above 128 KiB back to the system at once, so each activation of each layer is
 # page-faulted anew. Keeping them makes a CPU step 1.7 times as fast (LOG.md).
@@ -30,87 +33,155 @@ CPU_ALLOCATOR = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
-# The launcher gives each of its ranks 30 s to end before it kills it.
-SHUTDOWN_S = 40
 POLL_S = 0.5
 # After the first failure: the others may find out by themselves, then are told to end, then are killed. The
 # launcher does so too, but rank after rank, so that two ranks which hang would take a minute.
 TELL_S, KILL_S = 2, 10
-# Of the ranks' environment.
-OWNER_TOKEN, START_DIR = "TURNOUT_OWNER", "TURNOUT_START_DIR"
+# How often it is seen whether the run directory is still this start's own.
+OWNER_CHECK_S = 2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
+class NodePlan:
+    """One node's part of a start: nproc ranks on each node, numbered node after node.
+
+    master_addr, master_port: where the first rank listens. has_gpus: each rank has one.
+    """
+
+    nodes: tuple[str, ...]
+    node_rank: int
+    nproc: int
+    master_addr: str
+    master_port: int
+    has_gpus: bool
+
+    @property
+    def ranks(self) -> range:
+        return range(self.node_rank * self.nproc, (self.node_rank + 1) * self.nproc)
+
+
+def this_machine(nproc: int) -> NodePlan:
+    """Return the plan of a start on this machine alone."""
+    # Imported here because a node of a job, which has its plan from elsewhere, need not wait for it.
+    from torch.cuda import is_available
+
+    return NodePlan(("localhost",), 0, nproc, "127.0.0.1", free_port(), is_available())
+
+
+@dataclass(frozen=True)
 class Ended:
-    """How ranks ended: whether all went well, which had to be killed, and where they told what happened."""
+    """How the ranks of a node ended: whether all went well, and which had to be killed."""
 
     is_done: bool
     stuck: set[int]
-    start_dir: Path
 
 
-def launch_ranks(run_dir: Path, nproc: int, module: str = "launch.worker", *, token: str = "") -> Ended:
-    """Run `python -m module RUN_DIR` in nproc ranks until all have ended.
+def launch_ranks(
+    run_dir: Path,
+    start_dir: Path,
+    node: NodePlan,
+    module: str = "launch.worker",
+    *,
+    owner: Owner | None = None,
+) -> Ended:
+    """Run `python -m module RUN_DIR START_DIR` in this node's ranks until all have ended.
 
-    The first rank that fails ends the others. So does a signal to this process, or its death.
-    token: what this start has written to RUN/owner, where the ranks write there too.
+    The first rank of any node that fails ends those of this one. So does an interrupt of this process, or its
+    death. owner: of a run that can be stopped; SIGTERM then asks its ranks to save and end. Where a later
+    start has taken over the run, these ranks are killed, and TakenOverError raised.
     """
-    start_dir = make_start_dir(run_dir / "logs")
-    ranks = subprocess.Popen(
-        launcher_command(run_dir, nproc, module),
-        env={**rank_environment(nproc), OWNER_TOKEN: token, START_DIR: str(start_dir)},
-        # A session of its own: a terminal's Ctrl-C reaches the ranks through this process, and only once.
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        # Under nohup the hang-up is ignored, and stays so.
-        if signal.getsignal(signum) != signal.SIG_IGN:
-            signal.signal(signum, _interrupt)
+    with interruptible(start_dir, owner):
+        launcher = subprocess.Popen(
+            launcher_command(run_dir, start_dir, node, module),
+            env={**os.environ, **rank_environment(node.nproc, has_gpus=node.has_gpus)},
+            # A session of its own: a terminal's Ctrl-C reaches the ranks through this process, and only once.
+            start_new_session=True,
+            preexec_fn=_begin_launcher,
+        )
+        return watch(launcher, start_dir, node.ranks, owner, kill_session)
+
+
+@contextmanager
+def interruptible(start_dir: Path, owner: Owner | None) -> Iterator[None]:
+    """Have SIGTERM ask a run to stop, where it has an owner, and else interrupt, as a hang-up does."""
+    on_term = partial(_stop, start_dir) if owner is not None else _interrupt
+    wanted = {signal.SIGTERM: on_term, signal.SIGHUP: _interrupt}
+    # Under nohup the hang-up is ignored, and stays so.
+    wanted = {n: action for n, action in wanted.items() if signal.getsignal(n) != signal.SIG_IGN}
+    before = {n: signal.signal(n, action) for n, action in wanted.items()}
     try:
-        stuck = _wait(ranks, start_dir)
-        is_done = ranks.returncode == DONE
-        if not is_done:
-            kill_session(ranks.pid)
-            _restore_terminal()
-        return Ended(is_done, stuck, start_dir)
-    except KeyboardInterrupt:
-        ranks.terminate()
-        try:
-            ranks.wait(SHUTDOWN_S)
-        finally:
-            kill_session(ranks.pid)
-            _restore_terminal()
-        raise
+        yield
+    finally:
+        for n, action in before.items():
+            signal.signal(n, action)
 
 
-def _wait(ranks: subprocess.Popen[bytes], start_dir: Path) -> set[int]:
-    """Wait until all ranks have ended, soon after a first failure; return those that had to be killed."""
+def watch(
+    launcher: subprocess.Popen[bytes],
+    start_dir: Path,
+    ranks: range,
+    owner: Owner | None,
+    kill: Callable[[int], None],
+) -> Ended:
+    """Wait until a launcher and its ranks have ended, soon after a first failure anywhere.
+
+    ranks: those on this node. kill: ends all that is below a launcher, by its process id. Raises
+    TakenOverError, with the ranks gone, where a later start has taken over.
+    """
+    try:
+        stuck = _wait(launcher, start_dir, ranks, owner, kill)
+        return Ended(launcher.returncode == DONE, stuck)
+    finally:
+        if launcher.returncode != DONE:
+            kill(launcher.pid)
+            launcher.wait()
+            _restore_terminal()
+
+
+def _begin_launcher() -> None:
+    die_with_parent()
+    # A cluster tells a job to end by SIGTERM to each of its processes. Only the command acts on it; the
+    # launcher would kill its ranks, and ranks that died by it could not save.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _wait(
+    launcher: subprocess.Popen[bytes],
+    start_dir: Path,
+    ranks: range,
+    owner: Owner | None,
+    kill: Callable[[int], None],
+) -> set[int]:
+    """Return the ranks that had to be killed."""
     failed_s: float | None = None
+    checked_s = time.monotonic()
     while True:
         try:
-            ranks.wait(POLL_S)
+            launcher.wait(POLL_S)
             return set()
         except subprocess.TimeoutExpired:
-            pids, has_failed = _look(start_dir)
+            pids, has_failed = _look(start_dir, ranks)
+        if owner is not None and time.monotonic() - checked_s > OWNER_CHECK_S:
+            owner.check()
+            checked_s = time.monotonic()
         if failed_s is None:
             if not has_failed:
                 continue
             failed_s = time.monotonic()
         waited_s = time.monotonic() - failed_s
         if waited_s > KILL_S:
-            kill_session(ranks.pid)
-            ranks.wait()
+            kill(launcher.pid)
+            launcher.wait()
             return set(pids)
         if waited_s > TELL_S:
             for pid in pids.values():
                 _tell_to_end(pid)
 
 
-def _look(start_dir: Path) -> tuple[dict[int, int], bool]:
-    """Return the process ids of the ranks that run, and whether a rank has failed."""
-    views = read_ledgers(start_dir)
+def _look(start_dir: Path, ranks: range) -> tuple[dict[int, int], bool]:
+    """Return the process ids of those of these ranks that run, and whether any rank has failed."""
+    views = {rank: view for rank, view in read_ledgers(start_dir).items() if rank in ranks}
     pids = {rank: view.pid for rank, view in views.items() if _is_running(view.pid)}
     # Read again: the rank may have ended well between the two looks.
     gone = [view for rank, view in read_ledgers(start_dir).items() if rank in views and rank not in pids]
@@ -127,13 +198,17 @@ def _is_running(pid: int) -> bool:
 
 def _tell_to_end(pid: int) -> None:
     try:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, TOLD_TO_END)
     except ProcessLookupError:
         return
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _stop(start_dir: Path, signum: int, frame: FrameType | None) -> None:
+    ask_to_stop(start_dir)
 
 
 def _restore_terminal() -> None:
@@ -152,46 +227,48 @@ def kill_session(leader: int) -> None:
         return
 
 
-def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
-    """Have the kernel send this process a signal when its parent dies, so that no rank outlives its run."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, so that no rank outlives its run."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def launcher_command(run_dir: Path, nproc: int, module: str) -> list[str]:
-    world = json.dumps({"localhost": local_devices(nproc)}).encode()
+def launcher_command(run_dir: Path, start_dir: Path, node: NodePlan, module: str) -> list[str]:
+    # The names tell nodes apart and nothing more; each node's launcher reads only its own devices.
+    world = json.dumps({name: local_devices(node) for name in node.nodes}).encode()
     return [
         sys.executable,
         "-m",
         "deepspeed.launcher.launch",
         f"--world_info={base64.urlsafe_b64encode(world).decode()}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={free_port()}",
+        f"--node_rank={node.node_rank}",
+        f"--master_addr={node.master_addr}",
+        f"--master_port={node.master_port}",
         "--log_level=critical",
         "--no_local_rank",
         "--module",
         module,
         str(run_dir),
+        str(start_dir),
     ]
 
 
-def local_devices(nproc: int) -> list[str]:
+def local_devices(node: NodePlan) -> list[str]:
     """Return the devices of the ranks. The launcher sets CUDA_VISIBLE_DEVICES from them, so it must be heeded
     here.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(i) for i in range(nproc)]
-    return devices[:nproc] if torch.cuda.is_available() else [str(i) for i in range(nproc)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if node.has_gpus else None
+    return visible.split(",")[: node.nproc] if visible else [str(i) for i in range(node.nproc)]
 
 
-def rank_environment(nproc: int) -> dict[str, str]:
-    """Return the environment of the ranks; what the user has set stays."""
+def rank_environment(nproc: int, *, has_gpus: bool) -> dict[str, str]:
+    """Return what the ranks need in their environment, where the user has not set it."""
     # Ranks are started as modules, which would put the user's directory, and any random.py in it, first on
     # the path.
     settings = {"PYTHONSAFEPATH": "1"}
-    if not torch.cuda.is_available():
+    if not has_gpus:
         n_threads = max(1, len(os.sched_getaffinity(0)) // nproc)
         settings |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(n_threads), **CPU_ALLOCATOR}
-    return {**settings, **os.environ}
+    return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
 def free_port() -> int:

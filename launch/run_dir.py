@@ -10,7 +10,6 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from data.corpus import Corpus
 from data.files import write_atomically
 from data.manifest import read_manifest
 from launch.settings import check_config, to_toml
+from launch.submission import SUBMISSIONS
+from launch.versions import package_versions
 from training.checkpoint_dir import CHECKPOINTS
 from training.checkpoint_manifest import CONFIG_FILE, PROVENANCE_FILE, Attached, DataIdentity
 from training.config import RunConfig
 from training.errors import ConfigError
-
-PACKAGES = ("turnout", "torch", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 
 
 def create_run_dir(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) -> None:
@@ -44,7 +43,7 @@ def create_run_dir(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) ->
 
 def _is_half_made(path: Path) -> bool:
     """Return whether a start was killed here before it had written its config."""
-    begun = {"logs", PROVENANCE_FILE, f"{PROVENANCE_FILE}.tmp", f"{CONFIG_FILE}.tmp"}
+    begun = {"logs", SUBMISSIONS, PROVENANCE_FILE, f"{PROVENANCE_FILE}.tmp", f"{CONFIG_FILE}.tmp"}
     return {entry.name for entry in path.iterdir()} <= begun and not any((path / "logs").glob("*"))
 
 
@@ -134,7 +133,7 @@ def provenance(corpus: Corpus, *, nproc: int, argv: Sequence[str]) -> dict[str, 
         "cpu": platform.processor() or platform.machine(),
         "n_cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": package_versions(),
         "corpus": str(corpus.path.resolve()),
         "corpus_hash": corpus.manifest.corpus_hash,
         "tokenizer_sha256": corpus.manifest.tokenizer_sha256,

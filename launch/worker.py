@@ -1,33 +1,32 @@
-"""One rank of a run: `python -m launch.worker RUN_DIR`, started by DeepSpeed's launcher with RANK and
-WORLD_SIZE set.
+"""One rank of a run: `python -m launch.worker RUN_DIR START_DIR`, started by DeepSpeed's launcher with RANK
+and WORLD_SIZE set.
 """
 
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 from launch.console import TrainConsole
 from launch.exit_codes import OTHER
 from launch.failures import leave_stack_behind, record_failure
-from launch.local import OWNER_TOKEN, START_DIR, die_with_parent
+from launch.local import die_with_parent
 from launch.run_dir import attachments, read_config
 from training.ledger import ENDED, Ledger
 from training.loop import Observer, train
 from training.owner import Owner
 from training.parallel import join_groups, leave_groups, local_device, plan_layout
+from training.status import write_status
 
 
 def main() -> None:
-    # Not SIGTERM, for which a rank that is stopped would wait.
-    die_with_parent(signal.SIGKILL)
-    run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    die_with_parent()
+    run_dir, start_dir, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
     log_file = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
-    start_dir = Path(os.environ[START_DIR])
     stack_file = (start_dir / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
     leave_stack_behind(stack_file)
     logging.basicConfig(stream=log_file, format="%(asctime)s %(levelname)s %(message)s")
@@ -59,16 +58,17 @@ def run_rank(run_dir: Path, start_dir: Path, rank: int) -> None:
     layout = plan_layout(cfg, int(os.environ["WORLD_SIZE"]))
     ledger = Ledger(start_dir / f"rank-{rank:05d}.ledger", layout, rank)
     groups = join_groups(layout, local_device(), timeout_s=cfg.parallel.timeout_s, ledger=ledger)
-    owner, attached = Owner(run_dir, os.environ[OWNER_TOKEN]), attachments(run_dir, cfg)
+    owner, attached = Owner.of_start(run_dir, start_dir), attachments(run_dir, cfg)
     if groups.is_first:
         console = TrainConsole(cfg.train.n_steps)
         try:
-            observer = Observer(console.on_row, console.on_text, console.on_event)
-            train(cfg, run_dir, groups, observer, owner=owner, attached=attached)
+            on_status = partial(write_status, start_dir)
+            observer = Observer(console.on_row, console.on_text, console.on_event, on_status)
+            train(cfg, run_dir, groups, observer, owner=owner, attached=attached, start_dir=start_dir)
         finally:
             console.close()
     else:
-        train(cfg, run_dir, groups, None, owner=owner, attached=attached)
+        train(cfg, run_dir, groups, None, owner=owner, attached=attached, start_dir=start_dir)
     groups.barrier()
     leave_groups()
     ledger.at(cfg.train.n_steps, ENDED)

@@ -136,6 +136,8 @@ class Saver:
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self.newest_step: int | None = None  # of this start's saves, under way or done
+        self.longest_s: float | None = None  # that a save took, until it had its name
 
     def save(self, share: Share, state: TrainingState) -> None:
         """Copy what this rank holds and write it in the background. Waits for an earlier save. Collective.
@@ -144,6 +146,7 @@ class Saver:
         """
         start_s = time.perf_counter()
         self.wait()
+        self.newest_step = state.step
         share = share.copied_to(self._host)
         stall_ms = 1000 * (time.perf_counter() - start_s)
         self._thread = threading.Thread(target=self._work, args=(share, state, stall_ms), name="checkpoint")
@@ -255,6 +258,7 @@ class Saver:
         if kind == "failed":
             raise SaveError(self._not_saved(state.step, words))
         elapsed_s = time.perf_counter() - start_s
+        self.longest_s = max(self.longest_s or 0, elapsed_s + stall_ms / 1000)
         log.info(
             "saved step %d: %s, training waited %.0f ms, written in %.2f s",
             state.step,

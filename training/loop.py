@@ -1,38 +1,36 @@
 """The run as a story: build, go on from the newest checkpoint, train step by step, evaluate, save, sample."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from data.corpus import open_corpus
 from data.loader import Batch
 from data.skips import SkippedWindow, data_step_at, merged, read_skips, write_skips
 from moe.balance import RouterState, load_fractions
-from moe.config import ModelConfig
-from moe.counts import flops_per_token
 from training.batches import build_loader, prefetch
 from training.build import build_engine
 from training.checkpoint import Saver
 from training.checkpoint_manifest import Attached, Manifest, SavedAt
 from training.checkpoint_tensors import TensorReader
+from training.clock import Clock, Longest
 from training.config import RunConfig
 from training.engine import DTYPES
 from training.errors import DivergedError, SaveError, TakenOverError
 from training.evaluate import evaluate
 from training.generate import continue_prompts
-from training.hardware import PeakFlops, peak_flops, peak_memory_gib
+from training.hardware import PeakFlops, peak_flops
 from training.metrics import MetricsLog, Row
 from training.optimizer import lr_at
 from training.owner import Owner
 from training.parallel import Groups
 from training.progress import Progress
 from training.shares import restore, share_of
+from training.status import State, Status
 from training.step import StepResult, advance_router_state, train_step
+from training.stop import StopFile
 from training.watch import Trouble, Watch
 
 log = logging.getLogger("turnout")
@@ -42,11 +40,14 @@ SKIPPED_FILE = "skipped.json"  # in the run directory: data left out, known befo
 
 @dataclass(frozen=True)
 class Observer:
-    """Who is told of the run on the first rank: rows of metrics, texts under a name, and events in words."""
+    """Who is told of the run on the first rank: rows of metrics, texts under a name, events in words, and
+    where it stands.
+    """
 
     on_row: Callable[[Row], None]
     on_text: Callable[[str, str], None]
     on_event: Callable[[str], None]
+    on_status: Callable[[Status], None]
 
 
 def train(
@@ -57,20 +58,26 @@ def train(
     *,
     owner: Owner,
     attached: Attached,
+    start_dir: Path,
 ) -> None:
-    """Run the whole of cfg on this rank, from the run's newest checkpoint on; every rank calls it, and the
-    first brings an observer.
+    """Run the whole of cfg on this rank, from the run's newest checkpoint on, or until it is asked to stop;
+    every rank calls it, and the first brings an observer.
+
+    start_dir: where the stop file of this start appears.
 
     Raises ConfigError, DataError, CheckpointError, DivergedError, SaveError or TakenOverError, each the same
     on every rank where the cause is shared.
     """
-    run = Run(cfg, run_dir, groups, observer, owner, attached)
+    run = Run(cfg, run_dir, groups, observer, owner, attached, StopFile(start_dir, groups))
     run.go_on()
     try:
         while run.progress.step < cfg.train.n_steps:
             trouble = run.train_on()
             if trouble is not None:
                 run.roll_back(trouble)
+            elif run.progress.step < cfg.train.n_steps:
+                run.leave_early()
+                return
     except DivergedError:  # on every rank at the same step, so what is being saved can still be
         run.see_saved()
         raise
@@ -88,6 +95,7 @@ class Run:
         observer: Observer | None,
         owner: Owner,
         attached: Attached,
+        stop_file: StopFile,
     ) -> None:
         self.cfg, self.run_dir, self.groups, self._observer = cfg, run_dir, groups, observer
         # Checksums were verified before the ranks started.
@@ -102,7 +110,8 @@ class Run:
         self._saver = Saver(run_dir, groups, cfg.checkpoint, owner, attached, self._saved_at)
         self._metrics: MetricsLog | None = None
         peak = peak_flops(groups.device, DTYPES[cfg.train.precision])
-        self._clock = _Clock(cfg.model, groups, peak)
+        self._clock = Clock(cfg.model, groups, peak)
+        self._stop_file, self._gap = stop_file, Longest()
         _log_choices(cfg, groups, peak)
 
     def go_on(self) -> None:
@@ -124,10 +133,13 @@ class Run:
         self._open_metrics()
 
     def train_on(self) -> Trouble | None:
-        """Train to the last step, or to a step after which the run must go back; return why."""
+        """Train to the last step, to a step after which the run must go back, and return why, or to where it
+        is asked to stop.
+        """
         cfg, progress = self.cfg, self.progress
         watch = Watch(cfg, self.groups, progress)
         self._clock.restart()
+        self._gap.begin()
         with prefetch(
             self._loader,
             cfg,
@@ -143,6 +155,10 @@ class Run:
                         return trouble
                     self._record(result)
                     self._save_if_due()
+                    self._gap.end()
+                    if self._stop_file.is_there():
+                        return None
+                    self._gap.begin()
                     self.groups.ledger.at(progress.step, "data")
         return None
 
@@ -201,6 +217,16 @@ class Run:
         except (SaveError, TakenOverError) as err:
             self._tell(str(err))
 
+    def leave_early(self) -> None:
+        """Save where the run is, and end; whoever asked for it lets it go on later."""
+        if self._saver.newest_step != self.progress.step:
+            self._save()
+        self.groups.ledger.at(self.progress.step, "last checkpoint")
+        self._saver.close()
+        self._tell(f"stopped after step {self.progress.step}, as asked; saved, and can be gone on with")
+        self._tell_status("saved")
+        self._close()
+
     def finish(self) -> None:
         """Sample from the trained model, and see the last checkpoint written."""
         self.groups.ledger.at(self.progress.step, "sampling")
@@ -210,6 +236,10 @@ class Run:
                 self._observer.on_text(prompt, text)
         self.groups.ledger.at(self.progress.step, "last checkpoint")
         self._saver.close()
+        self._tell_status("done")
+        self._close()
+
+    def _close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
         self._engine.close()
@@ -229,13 +259,17 @@ class Run:
         if len(row) > 1 and self._metrics is not None and self._observer is not None:
             self._metrics.write(row)
             self._observer.on_row(row)
+            self._tell_status("training")
 
     def _save_if_due(self) -> None:
         step = self.progress.step
         if step == self.cfg.train.n_steps or _is_due(step, self.cfg.checkpoint.every_steps):
-            self.groups.ledger.at(step, "checkpoint")
-            share = share_of(self._engine, self.progress.router_state, self.groups)
-            self._saver.save(share, self.progress.to_state(self._engine))
+            self._save()
+
+    def _save(self) -> None:
+        self.groups.ledger.at(self.progress.step, "checkpoint")
+        share = share_of(self._engine, self.progress.router_state, self.groups)
+        self._saver.save(share, self.progress.to_state(self._engine))
 
     def _open_metrics(self) -> None:
         if self._metrics is not None:
@@ -250,6 +284,11 @@ class Run:
         log.info(event)
         if self._observer is not None:
             self._observer.on_event(event)
+
+    def _tell_status(self, state: State) -> None:
+        if self._observer is not None:
+            longest = (self._gap.longest_s, self._saver.longest_s)
+            self._observer.on_status(Status(state, self.progress.step, *longest))
 
     def _lr_at(self, step: int) -> float:
         cfg = self.cfg
@@ -326,32 +365,3 @@ def _log_choices(cfg: RunConfig, groups: Groups, peak: PeakFlops) -> None:
         peak.flops_per_s,
         peak.source,
     )
-
-
-class _Clock:
-    """Speed since the last row, over all ranks."""
-
-    def __init__(self, model: ModelConfig, groups: Groups, peak: PeakFlops) -> None:
-        self._flops_per_token, self._groups, self._peak = flops_per_token(model), groups, peak
-        self.restart()
-
-    def restart(self) -> None:
-        self._start, self._n_tokens, self._n_steps = time.perf_counter(), 0, 0
-
-    def count(self, batch_tokens: int) -> None:
-        self._n_tokens += batch_tokens
-        self._n_steps += 1
-
-    def row(self) -> Row:
-        elapsed_s = time.perf_counter() - self._start
-        tokens_per_s = self._n_tokens / elapsed_s
-        peak_flops_per_s = self._peak.flops_per_s * self._groups.layout.world_size
-        memory = torch.tensor(peak_memory_gib(self._groups.device), device=self._groups.device)
-        row: Row = {
-            "perf/tokens_per_s": tokens_per_s,
-            "perf/step_ms": 1000 * elapsed_s / self._n_steps,
-            "perf/mfu_frac": tokens_per_s * self._flops_per_token / peak_flops_per_s,
-            "mem/peak_gib": float(self._groups.max_over_ranks(memory)),
-        }
-        self.restart()
-        return row

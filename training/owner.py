@@ -7,11 +7,12 @@ another's token, and stops; its unfinished directory is gone by then, too (train
 
 import secrets
 from pathlib import Path
+from typing import Self
 
 from data.files import write_atomically
 from training.errors import TakenOverError
 
-OWNER_FILE = "owner"
+OWNER_FILE = "owner"  # in the run directory; each start keeps its own token under the same name
 
 
 def take_over(run_dir: Path) -> str:
@@ -26,6 +27,15 @@ class Owner:
 
     def __init__(self, run_dir: Path, token: str) -> None:
         self._path, self.token = run_dir / OWNER_FILE, token
+
+    @classmethod
+    def of_start(cls, run_dir: Path, start_dir: Path) -> Self:
+        """Return a start that has taken over before, perhaps in another process or on another node."""
+        return cls(run_dir, (start_dir / OWNER_FILE).read_text(encoding="utf-8").strip())
+
+    def hand_to(self, start_dir: Path) -> None:
+        """Leave the token where all processes of this start, and only they, look for it."""
+        write_atomically(start_dir / OWNER_FILE, f"{self.token}\n".encode())
 
     def check(self) -> None:
         """Raise TakenOverError where a later start owns the run directory."""

@@ -105,6 +105,20 @@ class Started:
                 raise AssertionError(f"{paths} did not come: {self._process.communicate()}")
             time.sleep(0.02)
 
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def stand_still(self) -> None:
+        """Stop the command, but not its ranks."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on_when_ranks_are_gone(self) -> None:
+        _, alive = psutil.wait_procs(
+            psutil.Process(self._process.pid).children(recursive=True)[1:], timeout=60
+        )
+        assert not alive
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """Kill the command and all its processes, as the end of a machine would, and see them gone."""
         processes = [psutil.Process(self._process.pid)]
@@ -119,7 +133,7 @@ class Started:
 
 def _begin(preexec: Callable[[], None] | None) -> None:
     # A run that stands still, for a test that failed before it, would do so for ever.
-    die_with_parent(signal.SIGKILL)
+    die_with_parent()
     if preexec is not None:
         preexec()
 

@@ -16,6 +16,7 @@ from launch.run_dir import read_config
 from tests.checkpoints import saver_of
 from tests.distributed.recovery import (
     N_STEPS,
+    SAVED_EVERY,
     Ended,
     Started,
     check_same_tensors,
@@ -54,10 +55,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def begun(place: Path) -> dict[str, Started]:
-    """Three starts side by side: a run that nothing befalls, one to be killed, and one that stands still."""
+    """Starts side by side: of a run that nothing befalls, and of some that stand still until it does."""
     kept = ("checkpoint.keep_last=1", "checkpoint.keep_every_steps=10")
     begun = {"straight": Started(place / "straight", *kept)}
-    for name in ("killed", "overtaken"):
+    for name in ("killed", "overtaken", "told"):
         begun[name] = Started(place / name, faults=(hold_in(place, name),))
     return begun
 
@@ -106,6 +107,22 @@ def test_a_run_killed_whole_goes_on_bit_for_bit(straight: Ended, killed: Path) -
     redone = Started(resumed.run_dir, is_resumed=True).wait()
     assert "step-00000020.damaged" in redone.stdout and "step-00000015\n" in redone.stdout
     check_as_if_nothing_happened(redone, straight)
+
+
+def test_a_run_told_to_end_saves_where_it_is_and_goes_on_bit_for_bit(
+    straight: Ended, begun: dict[str, Started], place: Path
+) -> None:
+    told, hold = begun["told"], hold_in(place, "told")
+    told.wait_for(Path(hold.mark), checkpoint_path(told.run_dir, NEWEST))
+    told.terminate()
+    told.terminate()  # a cluster may send it more than once
+    Path(f"{hold.mark}.release").touch()
+    ended = told.wait(code=75)
+    saved = kept(ended.run_dir)[0]
+    assert saved % SAVED_EVERY and saved in (HELD_STEP, HELD_STEP + 1), saved
+    assert f"stopped after step {saved}, as asked" in ended.stdout
+    assert read_rows(ended.run_dir)[-1]["step"] == saved
+    check_as_if_nothing_happened(Started(ended.run_dir, is_resumed=True).wait(), straight)
 
 
 @dataclass(frozen=True)
@@ -188,15 +205,22 @@ def check_told_of_both(reason: str) -> None:
 def test_a_start_that_was_overtaken_never_commits(
     straight: Ended, begun: dict[str, Started], place: Path
 ) -> None:
-    """The first start stands still in a rank, as on a node that was cut off, and comes back too late."""
+    """The first start stands still in a rank, as on a node that was cut off, and comes back too late.
+
+    So does its command, which would have ended the ranks.
+    """
     stale, hold = begun["overtaken"], hold_in(place, "overtaken")
     run_dir = stale.run_dir
     stale.wait_for(Path(hold.mark), checkpoint_path(run_dir, NEWEST))
+    stale.stand_still()
     old_token = (run_dir / "owner").read_text().strip()
     later = Started(run_dir, "checkpoint.is_async=false", is_resumed=True).wait()
     new_token = (run_dir / "owner").read_text().strip()
     lasting = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and is_lasting(path)}
     Path(f"{hold.mark}.release").touch()
+    failures = [run_dir / "logs" / "start-00001" / f"rank-0000{rank}.failure.json" for rank in range(2)]
+    stale.wait_for(*failures)
+    stale.go_on_when_ranks_are_gone()
     reason = stale.wait(code=1).reason
     # Step 15 was to be committed, in the background; it is heard of soon after.
     assert re.fullmatch(

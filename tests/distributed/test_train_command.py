@@ -219,7 +219,7 @@ def test_an_error_in_one_rank_ends_the_run_and_blames_no_other(place: Path) -> N
     assert "KeyboardInterrupt" in (place / "error" / "logs" / "rank-00001.log").read_text()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_no_rank_outlives_the_command(signum: signal.Signals, place: Path) -> None:
     run, below = start_long_run(place, f"signal-{signum.name}")
     assert len(below) >= 3, "the launcher and two ranks"

@@ -1,7 +1,6 @@
 """What a failed run says: causes before echoes, one line for each, and the right exit code."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +10,8 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from data.errors import DataError
-from launch.failures import explain_failures, make_start_dir, record_failure
+from launch.failures import explain_failures, record_failure
+from launch.start_dir import TOLD_TO_END, make_start_dir
 from training.errors import DivergedError
 from training.ledger import Ledger
 from training.metrics import MetricsLog
@@ -109,8 +109,8 @@ stuck()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"there\n"
         time.sleep(0.2)
-        process.terminate()
-        assert process.wait(20) == -signal.SIGTERM
+        process.send_signal(TOLD_TO_END)
+        assert process.wait(20) == -TOLD_TO_END
     assert "in stuck" in (start / "stack").read_text()
 
 

@@ -1,0 +1,286 @@
+"""What a batch job runs: `python -m launch.job RUN_DIR SUBMISSION` sees one start of a run through, and then
+requeues the job, ends it, or stops with the reason.
+
+SLURM's warning and its end of a job arrive here, and become the stop file that the ranks look at.
+"""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from data.errors import DataError
+from launch.elastic import fit_to_nodes
+from launch.exit_codes import DONE, OTHER, exit_code
+from launch.local import Ended, free_port
+from launch.margin import measured_margin_s
+from launch.node import JobPlan, plan_nodes, read_stuck, write_plan
+from launch.node_report import check_nodes
+from launch.preflight import check_corpus
+from launch.requeue import Decision, decide
+from launch.settings import load_config
+from launch.slurm import SlurmError, end_time_s, hostnames, requeue, unreachable_nodes
+from launch.srun import srun_command
+from launch.start_dir import make_start_dir
+from launch.starts import (
+    Ending,
+    StartRecord,
+    begin_here,
+    ending,
+    newest_step,
+    read_starts,
+    write_begin,
+    write_ending,
+)
+from launch.submission import PASSED, RECIPE_FILE, read_submission
+from launch.train import Start, claim, is_finished, nothing_left, see_through, take_up
+from training.errors import CheckpointError, ConfigError, TakenOverError
+from training.parallel import Layout, name_ranks, plan_layout
+from training.status import read_status
+from training.stop import ask_to_stop
+
+POLL_S = 1
+# A limit may be changed while the job runs, and a later save take longer.
+LIMIT_EVERY_S = 60
+
+
+class Job:
+    """One start of a run inside a SLURM job."""
+
+    def __init__(self, run_dir: Path, directory: Path) -> None:
+        self._run_dir, self._directory = run_dir, directory
+        self._submission = read_submission(directory)
+        self._job_id = os.environ["SLURM_JOB_ID"]
+        self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self._start_dir: Path | None = None
+        self._is_told = False
+
+    def run(self) -> int:
+        """See one start through, and return the exit code of the batch script."""
+        signal.signal(signal.SIGUSR1, self._on_warning)
+        signal.signal(signal.SIGTERM, self._on_end)
+        records = self._records()
+        if records and records[-1].ending is not None and records[-1].ending.action == "stop":
+            say(f"an earlier start of this submission stopped: {records[-1].ending.decision}")
+            return records[-1].ending.code
+        nodes = hostnames(os.environ["SLURM_JOB_NODELIST"])
+        n_ranks = len(nodes) * self._submission.ranks_per_node
+        job = {"job_id": self._job_id, "restart": self._restart, "submission": self._directory.name}
+        begin = begin_here(n_ranks, newest_step(self._run_dir), nodes, **job)
+        self._start_dir = make_start_dir(self._run_dir / "logs")
+        write_begin(self._start_dir, begin)
+        say(f"{self._start_dir.name}: job {self._job_id}, restart {self._restart}, on {', '.join(nodes)}")
+        end = self._see_through(nodes)
+        decision = self._decide(StartRecord(self._start_dir, begin, end))
+        write_ending(self._start_dir, replace(end, action=decision.action, decision=decision.words))
+        for reason in end.reasons:
+            say(reason)
+        say(decision.words)
+        return self._act(decision, end)
+
+    def _see_through(self, nodes: Sequence[str]) -> Ending:
+        """Check the nodes, take up the run and start its ranks; return how that ended."""
+        try:
+            return self._start(nodes)
+        except (CheckpointError, ConfigError, DataError) as err:
+            return ending("failed", self._run_dir, [str(err)], code=exit_code(err), is_final=True)
+        except (OSError, SlurmError) as err:
+            return ending("failed", self._run_dir, [str(err)], failed_step=0)
+
+    def _start(self, nodes: Sequence[str]) -> Ending:
+        assert self._start_dir is not None
+        port = free_port()
+        # First: ranks of an earlier start may still run on a node that was cut off.
+        start = claim(self._run_dir, self._start_dir, Layout(1))
+        blamed, reasons = check_nodes(
+            self._run_dir, self._directory, self._start_dir, nodes, port, self._submission
+        )
+        if reasons:
+            return ending("unfit", self._run_dir, reasons, nodes=tuple(blamed))
+        if self._is_told:
+            return ending("told", self._run_dir)
+        cfg = load_config(str(self._directory / RECIPE_FILE))
+        n_nodes, cfg = fit_to_nodes(cfg, len(nodes), self._submission.ranks_per_node)
+        used, n_ranks = nodes[:n_nodes], n_nodes * self._submission.ranks_per_node
+        if n_nodes < len(nodes):
+            say(f"{n_nodes} of {len(nodes)} nodes are used: the batch and the layout fit no more")
+        corpus = check_corpus(cfg)
+        newest = take_up(
+            self._run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=self._submission.allowed_changes
+        )
+        if newest is not None and is_finished(*newest, cfg):
+            say(nothing_left(self._run_dir, cfg))
+            return ending("done", self._run_dir)
+        start = replace(start, layout=plan_layout(cfg, n_ranks))
+        plan = plan_nodes(used, self._submission, port, "launch.worker")
+        return self._told_apart(see_through(start, lambda: self._launch(start, plan)), plan)
+
+    def _launch(self, start: Start, plan: JobPlan) -> Ended:
+        """Run the ranks under srun until they have ended, and have them stop before the time limit."""
+        write_plan(start.start_dir, plan)
+        say(f"{len(plan.nodes) * plan.nproc} ranks on {', '.join(plan.nodes)}")
+        command = srun_command(
+            plan.nodes,
+            "launch.node",
+            [str(start.run_dir), str(start.start_dir)],
+            log="node",
+            options=self._submission.srun_options,
+        )
+        step = subprocess.Popen(command, cwd=start.start_dir)
+        limit = Limit(partial(end_time_s, self._job_id), self._margin_s, self._submission.warn_s)
+        is_stopping = False
+        # Once told to end there is no time to wait for the processes of a start that is over.
+        while step.poll() is None and not (self._is_told and is_over(start.start_dir)):
+            time.sleep(POLL_S)
+            if not is_stopping and limit.is_near():
+                say(f"stopping: {limit.left_s():.0f} s are left, and {limit.margin_s:.0f} are needed to save")
+                ask_to_stop(start.start_dir)
+                is_stopping = True
+            try:
+                start.owner.check()
+            except TakenOverError:
+                step.kill()
+                step.wait()
+                raise
+        # What the ranks left tells how it went, not srun's code, which is that of the last task killed.
+        return Ended(is_done=True, stuck=read_stuck(start.start_dir))
+
+    def _margin_s(self) -> float | None:
+        return measured_margin_s([record.directory for record in read_starts(self._run_dir)])
+
+    def _told_apart(self, end: Ending, plan: JobPlan) -> Ending:
+        """Tell an end from outside, or a node that went away, from a failure of the run."""
+        if end.kind != "failed" or end.is_final:
+            return end
+        if self._is_told:
+            return replace(end, kind="told", reasons=())
+        reasons = (*end.reasons, *named_nodes(end.reasons, plan))
+        lost = unreachable_nodes(plan.nodes)
+        if not lost:
+            return replace(end, reasons=reasons)
+        words = f"node {', '.join(lost)} does not answer"
+        return replace(end, kind="lost", nodes=tuple(lost), reasons=(words, *reasons))
+
+    def _decide(self, this: StartRecord) -> Decision:
+        records = [r for r in self._records() if r.directory != this.directory]
+        return decide([*records, this], max_failures=self._submission.max_failures, is_told=self._is_told)
+
+    def _records(self) -> list[StartRecord]:
+        name = self._directory.name
+        return [record for record in read_starts(self._run_dir) if record.begin.submission == name]
+
+    def _act(self, decision: Decision, end: Ending) -> int:
+        """Do as was decided; return the exit code."""
+        if decision.action == "finish":
+            return DONE
+        if decision.action == "requeue" and not self._submission.is_chain:
+            # SLURM ends this process and its children by it while the job is being requeued.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            try:
+                requeue(self._job_id, decision.excluded)
+            except SlurmError as err:
+                say(f"not requeued: {err}; submit again, with --chain where the site requeues nothing")
+        return end.code
+
+    def _on_warning(self, signum: int, frame: FrameType | None) -> None:
+        say("SLURM warns of the time limit: stopping")
+        if self._start_dir is not None:
+            ask_to_stop(self._start_dir)
+
+    def _on_end(self, signum: int, frame: FrameType | None) -> None:
+        self._is_told = True
+        if self._start_dir is not None:
+            ask_to_stop(self._start_dir)
+
+
+def is_over(start_dir: Path) -> bool:
+    status = read_status(start_dir)
+    return status is not None and status.state != "training"
+
+
+def named_nodes(reasons: Sequence[str], plan: JobPlan) -> list[str]:
+    """Say on which nodes the ranks were that the first reason names."""
+    match = re.match(r"ranks? ([\d, ]+)", next(iter(reasons), ""))
+    if match is None:
+        return []
+    ranks_of: dict[str, list[int]] = {}
+    for rank in map(int, re.findall(r"\d+", match[1])):
+        ranks_of.setdefault(plan.nodes[rank // plan.nproc], []).append(rank)
+    return ["; ".join(f"{name_ranks(ranks)} ran on {node}" for node, ranks in ranks_of.items())]
+
+
+class Limit:
+    """When a job must begin to save: before its time limit, by what its run's own steps and saves took.
+
+    end_s: asks when the limit is reached, Unix time, None without one. margin_s: asks for the seconds
+    measured so far, None before there are any; warn_s then stands for them.
+    """
+
+    def __init__(
+        self, end_s: Callable[[], float | None], margin_s: Callable[[], float | None], warn_s: float
+    ) -> None:
+        self._ask_end_s, self._ask_margin_s, self._warn_s = end_s, margin_s, warn_s
+        self._asked_s = -math.inf
+        self._end_s, self.margin_s = math.inf, warn_s
+
+    def left_s(self) -> float:
+        return self._end_s - time.time()
+
+    def is_near(self) -> bool:
+        if time.monotonic() - self._asked_s > LIMIT_EVERY_S:
+            self._asked_s = time.monotonic()
+            end_s, margin_s = self._ask_end_s(), self._ask_margin_s()
+            self._end_s = math.inf if end_s is None else end_s
+            self.margin_s = self._warn_s if margin_s is None else margin_s
+        return self.left_s() < self.margin_s
+
+
+def preflight(run_dir: Path, directory: Path) -> int:
+    """Check the nodes, and that all ranks reach one another; say what is wrong."""
+    submission, nodes = read_submission(directory), hostnames(os.environ["SLURM_JOB_NODELIST"])
+    start_dir, port = make_start_dir(directory / "logs"), free_port()
+    _, reasons = check_nodes(run_dir, directory, start_dir, nodes, port, submission)
+    layout = Layout(len(nodes) * submission.ranks_per_node)
+    if not reasons:
+        start = claim(directory, start_dir, layout)
+        write_plan(start_dir, plan_nodes(nodes, submission, port, "launch.collective_check"))
+        command = srun_command(
+            nodes, "launch.node", [str(directory), str(start_dir)], log=None, options=submission.srun_options
+        )
+
+        def launch() -> Ended:
+            subprocess.run(command, cwd=start_dir, check=False)
+            return Ended(is_done=True, stuck=read_stuck(start_dir))
+
+        reasons = list(see_through(start, launch).reasons)
+    for reason in reasons:
+        say(reason)
+    if reasons:
+        return OTHER
+    say(f"{', '.join(nodes)}: all is well")
+    (directory / PASSED).touch()
+    return DONE
+
+
+def say(words: str) -> None:
+    # Not print, which a signal handler must not enter while it is at work.
+    os.write(1, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {words}\n".encode())
+
+
+def main() -> None:
+    run_dir, directory = Path(sys.argv[1]), Path(sys.argv[2])
+    if read_submission(directory).is_preflight:
+        sys.exit(preflight(run_dir, directory))
+    sys.exit(Job(run_dir, directory).run())
+
+
+if __name__ == "__main__":
+    main()

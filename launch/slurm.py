@@ -1,0 +1,133 @@
+"""What is asked of SLURM's own commands, each bounded in time; nothing here decides anything."""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from training.errors import ConfigError, printable
+
+COMMAND_S = 60
+REACH_S = 3
+
+
+class SlurmError(RuntimeError):
+    """A command of SLURM is missing, failed or did not answer."""
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job as squeue shows it. directory: in which it was submitted."""
+
+    job_id: str
+    state: str
+    reason: str
+    time_left: str
+    nodes: str
+    directory: str
+
+
+def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+    """Return what a command prints. Raises SlurmError."""
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=COMMAND_S, check=False
+        )
+    except FileNotFoundError as err:
+        raise SlurmError(
+            f"{command[0]} is not installed here; use a machine from which jobs are submitted"
+        ) from err
+    except subprocess.TimeoutExpired as err:
+        raise SlurmError(f"{command[0]} did not answer within {COMMAND_S} s; ask the site") from err
+    if done.returncode:
+        raise SlurmError(printable(f"{' '.join(command[:2])}: {' '.join(done.stderr.split())}"))
+    return done.stdout
+
+
+def sbatch(script: Path, run_dir: Path, *options: str) -> str:
+    """Submit a script from a run's directory, and return the job's id. Raises ConfigError if refused.
+
+    What the script sets is not changed by the submitter's SBATCH_ variables.
+    """
+    ours = {f"SBATCH_{name.replace('-', '_').upper()}" for name in directives(script)} | _OTHER_NAMES
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    try:
+        answer = ask("sbatch", "--parsable", *options, str(script), cwd=run_dir, env=env)
+    except SlurmError as err:
+        raise ConfigError(f"SLURM does not take the job: {err}") from err
+    return answer.strip().partition(";")[0]
+
+
+# Variables that are not named after their option.
+_OTHER_NAMES = {"SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU"}
+
+
+def directives(script: Path) -> list[str]:
+    return re.findall(r"^#SBATCH --([a-z-]+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def hostnames(node_list: str) -> tuple[str, ...]:
+    """Return the nodes that n[1-2] means."""
+    return tuple(ask("scontrol", "show", "hostnames", node_list).split())
+
+
+def queued_jobs(*options: str) -> list[QueuedJob]:
+    """Return the jobs that wait or run, of those that squeue's options choose."""
+    shown = ask("squeue", "--noheader", *options, "--format=%i %T|%r|%L|%N|%Z")
+    # A stranger's directory may hold line breaks; what is left of such a name matches no run.
+    found = re.findall(r"(?m)^(\S+) (\w+)\|([^|\n]*)\|([^|\n]*)\|([^|\n]*)\|(.*)$", shown)
+    return [QueuedJob(*fields) for fields in found]
+
+
+def find_job(job_id: str) -> QueuedJob | None:
+    """Return a job, or None where it has ended or was never there."""
+    return next((job for job in queued_jobs("--me") if job.job_id == job_id), None)
+
+
+def end_time_s(job_id: str) -> float | None:
+    """Return when a job's time limit is reached, in Unix time; None where it has none."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(
+            ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%e").strip()
+        ).timestamp()
+    return None
+
+
+def requeue(job_id: str, excluded: Sequence[str] = ()) -> None:
+    """Put this job back into the queue, away from some nodes. Its processes are then ended from outside."""
+    names = ",".join([*_excluded_nodes(job_id), *excluded]) if excluded else ""
+    ask("scontrol", "requeue", job_id)
+    if excluded:
+        # Nodes can be excluded only while a job waits. It does so for two minutes (cred_expire); not held, or
+        # it would stay so if this process were ended in between.
+        ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}")
+
+
+def _excluded_nodes(job_id: str) -> tuple[str, ...]:
+    """Return the nodes that a job already keeps away from."""
+    match = re.search(r"\bExcNodeList=(\S+)", ask("scontrol", "--oneliner", "show", "job", job_id))
+    return () if match is None or match[1] == "(null)" else hostnames(match[1])
+
+
+def unreachable_nodes(nodes: Sequence[str]) -> list[str]:
+    """Return the nodes whose SLURM daemon does not answer. SLURM itself finds out minutes later."""
+    return [node for node in nodes if not _is_reachable(node)]
+
+
+def _is_reachable(node: str) -> bool:
+    shown = ask("scontrol", "--oneliner", "show", "node", node)
+    address, port = re.search(r"\bNodeAddr=(\S+)", shown), re.search(r"\bPort=(\d+)", shown)
+    default = re.search(r"SlurmdPort\s*=\s*(\d+)", ask("scontrol", "show", "config"))
+    number = port or default
+    if address is None or number is None:
+        return True  # nothing is known against it
+    try:
+        socket.create_connection((address[1], int(number[1])), timeout=REACH_S).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,13 @@
+# Above is what `turnout submit` was told; from here on every job is the same.
+set -euo pipefail
+
+source "$submission/fabric.env"
+
+# The code as it was when the job was submitted: an edit since then changes nothing in a job that is requeued.
+export PYTHONPATH="$submission/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+
+# Since SLURM 22.05 srun does not take this over from sbatch.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+
+# The shell becomes the supervisor, so that SLURM's warning (--signal=B:) reaches it and not the ranks.
+exec "$python" -m launch.job "$run_dir" "$submission"

@@ -1,0 +1,168 @@
+"""Random faults in one run, by hand: `python -m tests.slurm.chaos --seed 1 --faults 20` (LOG.md has results).
+
+They come at random moments, also while nodes are checked, ranks start or a checkpoint is written. In the end
+every number of the last checkpoint must be that of a run to which nothing happened.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from tests.distributed.recovery import stored_tensors
+from tests.slurm.lab import JobRun, Lab, wait_for, why_not
+
+N_STEPS = 900
+SETTINGS = ["--set", f"train.n_steps={N_STEPS}", "--set", "guard.on_non_finite=stop"]
+# Above what 20 faults can be without progress: chaos is no reason to give up.
+PATIENT = ["--max-failures", "50"]
+START_S = 20
+
+
+class Chaos:
+    """The faults, each a method; after each the cluster is whole again and the run goes on."""
+
+    def __init__(self, lab: Lab, run: JobRun, seed: int) -> None:
+        self._lab, self._run, self._random = lab, run, random.Random(seed)
+        self._faults: list[Callable[[], str]] = [
+            self.kill_a_rank,
+            self.stop_a_rank,
+            self.kill_a_launcher,
+            self.kill_the_supervisor,
+            self.requeue,
+            self.warn,
+            self.preempt,
+            self.power_off_a_node,
+            self.cut_off_a_node,
+        ]
+
+    def strike(self) -> str:
+        """Wait for a moment, do one thing, and see a later start begin; return what was done."""
+        n = len(self._run.starts)
+        time.sleep(self._random.uniform(0, START_S))
+        done = self._random.choice(self._faults)()
+        self._run.wait_for_start(n + 1)
+        return done
+
+    def kill_a_rank(self) -> str:
+        process = self._random.choice(self._ranks())
+        process.kill()
+        return "rank killed"
+
+    def stop_a_rank(self) -> str:
+        process = self._random.choice(self._ranks())
+        process.suspend()
+        return "rank stopped"
+
+    def kill_a_launcher(self) -> str:
+        self._random.choice(self._found("launch.node")).kill()
+        return "launcher of a node killed"
+
+    def kill_the_supervisor(self) -> str:
+        """The job fails, without a word; a person puts it back."""
+        (process,) = self._found("launch.job")
+        process.kill()
+        wait_for(lambda: self._run.state() in ("FAILED", "CANCELLED", "NODE_FAIL"), "the job's end")
+        self._lab.run("scontrol", "requeue", self._run.job_id)
+        return "supervisor killed"
+
+    def requeue(self) -> str:
+        self._lab.run("scontrol", "requeue", self._run.job_id)
+        return "requeued by hand"
+
+    def warn(self) -> str:
+        self._found("launch.job")
+        self._lab.run("scancel", "--batch", "--signal=USR1", self._run.job_id)
+        return "warned"
+
+    def preempt(self) -> str:
+        wish = ["-p", "high", "-N", "3", "--exclusive", "--output=/dev/null"]
+        self._lab.run("sbatch", *wish, "--wrap", "sleep 2")
+        return "preempted"
+
+    def power_off_a_node(self) -> str:
+        node = self._random.choice(self._nodes())
+        self._lab.script("node", node, "crash")
+        wait_for(lambda: self._state_of(node).startswith("down"), f"{node} down")
+        self._lab.script("node", node, "start")
+        self._lab.wait_until_back(node)
+        return f"{node} powered off"
+
+    def cut_off_a_node(self) -> str:
+        node = self._random.choice(self._nodes())
+        self._lab.script("node", node, "unplug")
+        wait_for(lambda: self._state_of(node).startswith("down"), f"{node} down")
+        self._lab.script("node", node, "plug")
+        self._lab.wait_until_back(node)
+        return f"{node} cut off"
+
+    def _state_of(self, node: str) -> str:
+        return self._lab.run("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip()
+
+    def _nodes(self) -> tuple[str, ...]:
+        return self._run.starts[-1].begin.nodes
+
+    def _ranks(self) -> list[psutil.Process]:
+        wait_for(lambda: bool(self._run.processes(len(self._run.starts))), "ranks")
+        return self._run.processes(len(self._run.starts))
+
+    def _found(self, module: str) -> list[psutil.Process]:
+        """Return the live processes of this run that run a module of turnout's."""
+
+        def look() -> list[psutil.Process]:
+            return [
+                p
+                for p in psutil.process_iter(["cmdline"])
+                if module in (p.info["cmdline"] or ()) and str(self._run.run_dir) in p.info["cmdline"]
+            ]
+
+        wait_for(lambda: bool(look()), module)
+        return look()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults", type=int, default=20)
+    wanted = parser.parse_args()
+    if (reason := why_not()) is not None:
+        sys.exit(reason)
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as name:
+        lab = Lab(Path(name) / "lab", Path(name) / "place")
+        lab.place.mkdir()
+        lab.make_place()
+        lab.turnout("train", "run.toml", "--run-dir", "undisturbed", "--nproc", "2", *SETTINGS)
+        lab.script("up")
+        try:
+            strike_and_compare(lab, wanted.seed, wanted.faults)
+        finally:
+            lab.script("down")
+
+
+def strike_and_compare(lab: Lab, seed: int, n_faults: int) -> None:
+    run = lab.submit("chaos", *SETTINGS, *PATIENT)
+    run.wait_for_start(1)
+    chaos = Chaos(lab, run, seed)
+    for n in range(1, n_faults + 1):
+        step, done = run.newest_step(), chaos.strike()
+        print(f"{n:2} {done:26} step {step} was saved before, {run.newest_step()} after", flush=True)
+    run.wait_for(lambda: run.state() in ("COMPLETED", "FAILED", "CANCELLED"), "the end")
+    kinds = [start.ending.kind if start.ending else "cut off" for start in run.starts]
+    print(f"{len(kinds)} starts: {', '.join(f'{kinds.count(kind)} {kind}' for kind in dict.fromkeys(kinds))}")
+    got, want = (
+        stored_tensors(lab.place / name / "checkpoints" / f"step-{N_STEPS:08d}")
+        for name in ("chaos", "undisturbed")
+    )
+    differing = [key for key in want if not torch.equal(got[key], want[key])]
+    print(f"{len(want)} tensors of the last checkpoint, {len(differing)} differ")
+    sys.exit(bool(differing) or got.keys() != want.keys())
+
+
+if __name__ == "__main__":
+    main()

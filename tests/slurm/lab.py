@@ -1,0 +1,187 @@
+"""A real SLURM cluster of nodes on this one machine (cluster.sh), and what tests do to it and its jobs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from launch.starts import StartRecord, read_starts
+from tests.distributed.test_train_command import RECIPE
+from tests.unit.data_fixtures import make_corpus, make_texts
+from training.checkpoint_dir import list_checkpoints, step_of
+
+SCRIPT = Path(__file__).with_name("cluster.sh")
+PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "ip", "unshare")
+N_NODES, GPUS = 3, 2
+WAIT_S = 180
+
+# Steps fast enough for a test, and all that carries state: experts shared by all ranks, bias, batch scope.
+CHANGES = {
+    "n_steps = 12": "n_steps = 400",
+    "every_steps = 3": "every_steps = 1\n\n[checkpoint]\nevery_steps = 10\nkeep_last = 100",
+    "every_steps = 6": "max_documents = 2",
+    "warmup_steps = 2": "warmup_steps = 20",
+    'prompts = ["the train"]\n': "",
+    "[train]": "[parallel]\nep = 2\ntimeout_s = 10\n\n[train]",
+}
+
+
+def why_not() -> str | None:
+    """Return why no cluster can be started here, or None."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    if missing:
+        return f"{', '.join(missing)} missing: apt-get install slurm-wlm munge iproute2 openssh-server pdsh"
+    return None if os.geteuid() == 0 else "a SLURM cluster in network namespaces needs root"
+
+
+class Lab:
+    """A cluster of nodes n1, n2, ... with a place on it for runs."""
+
+    def __init__(self, directory: Path, place: Path) -> None:
+        self.directory, self.place = directory, place
+        self.env = {
+            **os.environ,
+            "SLURMLAB_DIR": str(directory),
+            "SLURMLAB_NODES": str(N_NODES),
+            "SLURMLAB_GPUS": str(GPUS),
+            "SLURM_CONF": str(directory / "etc" / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+
+    def make_place(self) -> None:
+        make_corpus(self.place, {"text": make_texts(300)}, valid_frac=0.05, shard_tokens=5000)
+        text = RECIPE
+        for old, new in CHANGES.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (self.place / "run.toml").write_text(text)
+
+    def script(self, *arguments: str) -> None:
+        subprocess.run([str(SCRIPT), *arguments], env=self.env, check=True, timeout=WAIT_S)
+
+    def run(self, *command: str, code: int = 0) -> str:
+        """Run a command from where a user would, and return what it prints on both streams."""
+        done = subprocess.run(
+            command, cwd=self.place, env=self.env, capture_output=True, text=True, timeout=WAIT_S, check=False
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == code, said
+        assert "Traceback" not in said, said
+        return said
+
+    def turnout(self, *arguments: str, code: int = 0) -> str:
+        return self.run("turnout", *arguments, code=code)
+
+    def submit(self, name: str, *arguments: str, nodes: str = "2", ranks: int = 1) -> "JobRun":
+        """Submit the recipe of the place."""
+        size = ["--nodes", nodes, "--ranks-per-node", str(ranks), "--shared"]
+        limits = [] if "--time" in arguments else ["--time", "30", "--warn-s", "60"]
+        said = self.turnout("submit", "run.toml", "--run-dir", name, *size, *limits, *arguments)
+        return JobRun(self, self.place / name, said.split("submitted job ")[1].split(":")[0].split(", "))
+
+    def in_node(self, node: str, *command: str) -> None:
+        """Run a command in a node's namespaces."""
+        pid = (self.directory / "pid" / f"init.{node}").read_text().strip()
+        subprocess.run(["nsenter", "-t", pid, "-m", "-n", "-u", "-p", *command], check=True, timeout=WAIT_S)
+
+    def wait_until_back(self, node: str) -> None:
+        """Wait until a node takes jobs again."""
+        said = set()
+
+        def is_idle() -> bool:
+            said.add(state := self.run("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip())
+            return state == "idle"
+
+        wait_for(is_idle, f"{node}, which was {said},")
+
+    def wait_until_usable(self) -> None:
+        wait_for(lambda: self.run("sinfo", "-h", "-p", "main", "-o", "%T").split() == ["idle"], "idle nodes")
+
+
+class JobRun:
+    """A run under SLURM."""
+
+    def __init__(self, lab: Lab, run_dir: Path, job_ids: list[str]) -> None:
+        self._lab, self.run_dir, self.job_ids = lab, run_dir, job_ids
+
+    @property
+    def job_id(self) -> str:
+        return self.job_ids[0]
+
+    @property
+    def log(self) -> str:
+        """Return all that the batch jobs of this submission said."""
+        paths = [self.run_dir / "logs" / f"slurm-{job_id}.out" for job_id in self.job_ids]
+        return "".join(path.read_text() for path in paths if path.exists())
+
+    @property
+    def starts(self) -> list[StartRecord]:
+        return read_starts(self.run_dir)
+
+    def newest_step(self) -> int:
+        return max(map(step_of, list_checkpoints(self.run_dir)), default=0)
+
+    def wait_for_start(self, n: int) -> StartRecord:
+        """Wait until the n-th start of the run has begun."""
+        self.wait_for(lambda: len(self.starts) >= n, f"start {n}")
+        return self.starts[n - 1]
+
+    def wait_for_progress(self, n: int, step: int = 1) -> None:
+        """Wait until the n-th start has saved a step of its own, and at least this one."""
+        start = self.wait_for_start(n)
+        wanted = max(step, start.begin.from_step + 1)
+        self.wait_for(lambda: self.newest_step() >= wanted, f"a checkpoint of start {n}")
+
+    def wait_for_ending(self, n: int) -> StartRecord:
+        self.wait_for(lambda: self.starts[n - 1].ending is not None, f"the ending of start {n}")
+        return self.starts[n - 1]
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        try:
+            wait_for(condition, what)
+        except AssertionError as err:
+            logs = "".join(f"\n== {p}\n{p.read_text()}" for p in self.run_dir.glob("logs/start-*/*.log"))
+            raise AssertionError(f"{err}\n{self.log}{logs}") from err
+
+    def wait_until_gone(self) -> str:
+        """Wait until no job of this submission is in the queue, and return what they said."""
+        ids = ",".join(self.job_ids)
+        self.wait_for(
+            lambda: not self._lab.run("squeue", "-h", "-a", "-o", "%i", f"--jobs={ids}").split(), "its end"
+        )
+        return self.log
+
+    def state(self) -> str:
+        shown = self._lab.run("scontrol", "-o", "show", "job", self.job_id)
+        return shown.split("JobState=")[1].split()[0]
+
+    def rank_process(self, n: int, rank: int) -> psutil.Process:
+        """Return a rank of the n-th start, on whichever node it runs."""
+        (found,) = [p for p in self.processes(n) if p.environ().get("RANK") == str(rank)]
+        return found
+
+    def processes(self, n: int) -> list[psutil.Process]:
+        """Return the ranks of the n-th start."""
+        start = f"start-{n:05d}"
+        return [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if p.info["cmdline"]
+            and "launch.worker" in p.info["cmdline"]
+            and "deepspeed.launcher.launch" not in p.info["cmdline"]
+            and p.info["cmdline"][-1] == str(self.run_dir / "logs" / start)
+        ]
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what} did not come"
+        time.sleep(0.2)
