@@ -162,6 +162,8 @@ def _wait(
             return set()
         except subprocess.TimeoutExpired:
             pids, has_failed = _look(start_dir, ranks)
+        if launcher.poll() is not None:
+            return set()  # what the ranks have said themselves says more
         if owner is not None and time.monotonic() - checked_s > OWNER_CHECK_S:
             owner.check()
             checked_s = time.monotonic()

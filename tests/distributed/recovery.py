@@ -113,10 +113,11 @@ class Started:
         self._process.send_signal(signal.SIGSTOP)
 
     def go_on_when_ranks_are_gone(self) -> None:
-        _, alive = psutil.wait_procs(
-            psutil.Process(self._process.pid).children(recursive=True)[1:], timeout=60
-        )
-        assert not alive
+        (launcher,) = psutil.Process(self._process.pid).children()
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while launcher.status() != psutil.STATUS_ZOMBIE:  # its parent stands still
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
         self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
