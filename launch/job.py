@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from launch.local import Ended, free_port
 from launch.margin import measured_margin_s
 from launch.node import JobPlan, plan_nodes, read_stuck, write_plan
 from launch.node_report import check_nodes
-from launch.preflight import check_corpus
+from launch.preflight import check_corpus, check_machine
 from launch.requeue import Decision, decide
 from launch.settings import load_config
 from launch.slurm import SlurmError, end_time_s, hostnames, requeue, unreachable_nodes
@@ -69,7 +70,7 @@ class Job:
         signal.signal(signal.SIGTERM, self._on_end)
         records = self._records()
         if records and records[-1].ending is not None and records[-1].ending.action == "stop":
-            say(f"an earlier start of this submission stopped: {records[-1].ending.decision}")
+            say(f"not started: {records[-1].ending.decision}. Mend the cause, and submit the run again")
             return records[-1].ending.code
         nodes = hostnames(os.environ["SLURM_JOB_NODELIST"])
         n_ranks = len(nodes) * self._submission.ranks_per_node
@@ -103,15 +104,16 @@ class Job:
         blamed, reasons = check_nodes(
             self._run_dir, self._directory, self._start_dir, nodes, port, self._submission
         )
-        if reasons:
-            return ending("unfit", self._run_dir, reasons, nodes=tuple(blamed))
         if self._is_told:
             return ending("told", self._run_dir)
+        if reasons:
+            return ending("unfit", self._run_dir, reasons, nodes=tuple(blamed))
         cfg = load_config(str(self._directory / RECIPE_FILE))
         n_nodes, cfg = fit_to_nodes(cfg, len(nodes), self._submission.ranks_per_node)
         used, n_ranks = nodes[:n_nodes], n_nodes * self._submission.ranks_per_node
         if n_nodes < len(nodes):
             say(f"{n_nodes} of {len(nodes)} nodes are used: the batch and the layout fit no more")
+        check_machine(cfg, self._submission.ranks_per_node)
         corpus = check_corpus(cfg)
         newest = take_up(
             self._run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=self._submission.allowed_changes
@@ -163,7 +165,9 @@ class Job:
         if self._is_told:
             return replace(end, kind="told", reasons=())
         reasons = (*end.reasons, *named_nodes(end.reasons, plan))
-        lost = unreachable_nodes(plan.nodes)
+        lost: list[str] = []
+        with suppress(SlurmError):  # it does not answer, so that nothing is known against a node
+            lost = unreachable_nodes(plan.nodes)
         if not lost:
             return replace(end, reasons=reasons)
         words = f"node {', '.join(lost)} does not answer"
@@ -220,7 +224,8 @@ def named_nodes(reasons: Sequence[str], plan: JobPlan) -> list[str]:
 class Limit:
     """When a job must begin to save: before its time limit, by what its run's own steps and saves took.
 
-    end_s: asks when the limit is reached, Unix time, None without one. margin_s: asks for the seconds
+    end_s: asks when the limit is reached, Unix time, None without one; where SLURM does not answer, what it
+    said before stands. margin_s: asks for the seconds
     measured so far, None before there are any; warn_s then stands for them.
     """
 
@@ -237,8 +242,10 @@ class Limit:
     def is_near(self) -> bool:
         if time.monotonic() - self._asked_s > LIMIT_EVERY_S:
             self._asked_s = time.monotonic()
-            end_s, margin_s = self._ask_end_s(), self._ask_margin_s()
-            self._end_s = math.inf if end_s is None else end_s
+            with suppress(SlurmError):
+                end_s = self._ask_end_s()
+                self._end_s = math.inf if end_s is None else end_s
+            margin_s = self._ask_margin_s()
             self.margin_s = self._warn_s if margin_s is None else margin_s
         return self.left_s() < self.margin_s
 
@@ -277,9 +284,14 @@ def say(words: str) -> None:
 
 def main() -> None:
     run_dir, directory = Path(sys.argv[1]), Path(sys.argv[2])
-    if read_submission(directory).is_preflight:
-        sys.exit(preflight(run_dir, directory))
-    sys.exit(Job(run_dir, directory).run())
+    try:
+        is_preflight = read_submission(directory).is_preflight
+        code = preflight(run_dir, directory) if is_preflight else Job(run_dir, directory).run()
+    except (OSError, SlurmError) as err:
+        # Without its record a job cannot tell how often it has failed, so it is not requeued.
+        say(f"stopped: {err}")
+        code = OTHER
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from training.errors import ConfigError, printable
 
 COMMAND_S = 60
+N_TRIES, BETWEEN_TRIES_S = 10, 30  # a controller that is being restarted is back in minutes
 REACH_S = 3
 
 
@@ -84,6 +86,13 @@ def queued_jobs(*options: str) -> list[QueuedJob]:
     return [QueuedJob(*fields) for fields in found]
 
 
+def jobs_of(run_dir: Path) -> list[QueuedJob]:
+    """Return this user's jobs that train in a run directory, or wait to."""
+    return [
+        job for job in queued_jobs("--me") if os.path.realpath(job.directory) == os.path.realpath(run_dir)
+    ]
+
+
 def find_job(job_id: str) -> QueuedJob | None:
     """Return a job, or None where it has ended or was never there."""
     return next((job for job in queued_jobs("--me") if job.job_id == job_id), None)
@@ -101,11 +110,24 @@ def end_time_s(job_id: str) -> float | None:
 def requeue(job_id: str, excluded: Sequence[str] = ()) -> None:
     """Put this job back into the queue, away from some nodes. Its processes are then ended from outside."""
     names = ",".join([*_excluded_nodes(job_id), *excluded]) if excluded else ""
-    ask("scontrol", "requeue", job_id)
+    _insist("scontrol", "requeue", job_id)
     if excluded:
         # Nodes can be excluded only while a job waits. It does so for two minutes (cred_expire); not held, or
         # it would stay so if this process were ended in between.
         ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}")
+
+
+def _insist(*command: str) -> None:
+    """Ask again for a while where SLURM does not answer; not where it refuses. Raises SlurmError."""
+    for _ in range(N_TRIES - 1):
+        try:
+            ask(*command)
+            return
+        except SlurmError as err:
+            if "disabled" in str(err) or "Invalid" in str(err):
+                raise
+        time.sleep(BETWEEN_TRIES_S)
+    ask(*command)
 
 
 def _excluded_nodes(job_id: str) -> tuple[str, ...]:

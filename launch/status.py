@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.checkpoints import verified
 from launch.duration import format_duration
 from launch.run_dir import has_run, read_config
-from launch.slurm import QueuedJob, queued_jobs
+from launch.slurm import QueuedJob, jobs_of, queued_jobs
 from launch.starts import StartRecord, read_starts
 from launch.submission import SUBMISSIONS
 from training.checkpoint_dir import newest_readable, step_of
@@ -66,7 +66,7 @@ def queue_lines(run_dir: Path) -> Iterator[tuple[str, str]]:
     if shutil.which("squeue") is None:
         yield "job", "unknown here: squeue is not installed"
         return
-    jobs = [job for job in queued_jobs("--me") if job.directory == str(run_dir.absolute())]
+    jobs = jobs_of(run_dir)
     for job in jobs:
         yield "job", f"{job.job_id} {job_words(job)}"
     if not jobs:

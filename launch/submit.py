@@ -24,7 +24,7 @@ from launch.plan import checkpoint_bytes
 from launch.preflight import check_corpus
 from launch.run_dir import create_run_dir, has_run
 from launch.settings import check_setting_paths, load_config, to_toml
-from launch.slurm import QueuedJob, ask, find_job, queued_jobs, sbatch
+from launch.slurm import ask, find_job, jobs_of, sbatch
 from launch.starts import read_starts
 from launch.submission import PASSED, SUBMISSIONS, Submission, next_directory, snapshot, write_submission
 from launch.train import is_finished, nothing_left, take_up
@@ -84,15 +84,15 @@ def submit_run(recipe: str, overrides: Sequence[str], wanted: Wanted) -> int:
         print(script, end="")
         return DONE
     corpus = check_corpus(cfg)
+    check_margin(run_dir, wanted.warn_s)
     check_script(script)
-    if (going_on := find_jobs(run_dir)) and not wanted.is_preflight:
+    if (going_on := jobs_of(run_dir)) and not wanted.is_preflight:
         raise ConfigError(
             f"--run-dir {run_dir}: job {going_on[0].job_id} of this run is {going_on[0].state.lower()}; wait "
             f"for it, or end it: scancel {going_on[0].job_id}"
         )
     if not wanted.is_preflight:
         if has_run(run_dir):
-            check_margin(run_dir, wanted.warn_s)
             newest = take_up(
                 run_dir,
                 fitted,
@@ -134,6 +134,9 @@ def check_wanted(wanted: Wanted) -> int:
             raise ConfigError(f"{name} {value} must be at least 1")
     if wanted.chain is not None and wanted.is_preflight:
         raise ConfigError("--chain has no effect with --preflight; drop one")
+    if wanted.env_file is not None and not wanted.env_file.is_file():
+        raise ConfigError(f"--env-file {wanted.env_file}: there is no such file; check the path")
+    parse_options("--srun", wanted.srun_options)
     if bad := re.search(r"[%\\\x00-\x1f]", str(wanted.run_dir.absolute())):
         raise ConfigError(
             f"--run-dir {printable(str(wanted.run_dir))}: SLURM cannot run a job in a path with {bad[0]!r}; "
@@ -151,11 +154,6 @@ def check_script(script: str) -> None:
         path.write_text(script, encoding="utf-8")
         ask("bash", "-n", str(path))
         sbatch(path, Path(name), "--test-only")
-
-
-def find_jobs(run_dir: Path) -> list[QueuedJob]:
-    """Return this user's jobs that train in this run directory, or wait to."""
-    return [job for job in queued_jobs("--me") if job.directory == str(run_dir)]
 
 
 def check_margin(run_dir: Path, warn_s: int) -> None:
