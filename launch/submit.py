@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.corpus import Corpus
 from launch.batch_script import (
     ENV_FILE,
     SCRIPT_FILE,
@@ -91,23 +92,24 @@ def submit_run(recipe: str, overrides: Sequence[str], wanted: Wanted) -> int:
             f"--run-dir {run_dir}: job {going_on[0].job_id} of this run is {going_on[0].state.lower()}; wait "
             f"for it, or end it: scancel {going_on[0].job_id}"
         )
-    if not wanted.is_preflight:
-        if has_run(run_dir):
-            newest = take_up(
-                run_dir,
-                fitted,
-                corpus,
-                nproc=n_fit * ranks_per_node,
-                allowed_changes=wanted.allowed_changes,
-            )
-            if newest is not None and is_finished(*newest, cfg):
-                print(nothing_left(run_dir, cfg))
-                return DONE
-        else:
-            create_run_dir(run_dir, fitted, corpus, nproc=n_fit * ranks_per_node)
+    if not wanted.is_preflight and not begin_or_take_up(wanted, fitted, corpus, n_fit * ranks_per_node):
+        return DONE
     request = replace(request, submission=next_directory(run_dir))
     write_down(request, cfg, wanted, ranks_per_node)
     return hand_over(request, wanted)
+
+
+def begin_or_take_up(wanted: Wanted, cfg: RunConfig, corpus: Corpus, n_ranks: int) -> bool:
+    """Make the run's directory, or take up the run in it; return whether anything is left to do."""
+    run_dir = wanted.run_dir.absolute()
+    if not has_run(run_dir):
+        create_run_dir(run_dir, cfg, corpus, nproc=n_ranks)
+        return True
+    newest = take_up(run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=wanted.allowed_changes)
+    if newest is None or not is_finished(*newest, cfg):
+        return True
+    print(nothing_left(run_dir, cfg))
+    return False
 
 
 def with_absolute_corpus(cfg: RunConfig) -> RunConfig:
