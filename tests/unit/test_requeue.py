@@ -88,6 +88,7 @@ def test_lost_nodes_are_no_failures_but_do_not_requeue_for_ever() -> None:
     assert action(*[lost] * (MAX_IDLE_STARTS - 1)) == "requeue"
     assert action(*[lost] * MAX_IDLE_STARTS) == "stop"
     assert action(*[lost] * 5, failed(3)) == "requeue", "the first failure"
+    assert action(*[start("told")] * MAX_IDLE_STARTS, lost) == "requeue", "preempted often, lost once"
     cut_off = [start(None)] * (MAX_IDLE_STARTS - 1)  # its node died with it
     assert action(*cut_off, lost) == "stop"
     assert action(*cut_off, start("lost", saved=(0, 1), nodes=("n2",))) == "requeue", "it saved a step"
