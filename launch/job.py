@@ -147,7 +147,8 @@ class Job:
                 ask_to_stop(start.start_dir)
                 is_stopping = True
             try:
-                start.owner.check()
+                with suppress(OSError):
+                    start.owner.check()
             except TakenOverError:
                 step.kill()
                 step.wait()

@@ -165,7 +165,8 @@ def _wait(
         if launcher.poll() is not None:
             return set()  # what the ranks have said themselves says more
         if owner is not None and time.monotonic() - checked_s > OWNER_CHECK_S:
-            owner.check()
+            with suppress(OSError):  # the file system will answer again; the ranks look before they commit
+                owner.check()
             checked_s = time.monotonic()
         if failed_s is None:
             if not has_failed:
