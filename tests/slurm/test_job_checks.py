@@ -1,6 +1,5 @@
 """What stops a job before its ranks start, and what must not get through to a shell; on a real cluster."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -128,18 +127,3 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(lab: Lab) -> None:
     again.wait_until_gone()
     assert again.starts[-1].begin.from_step == saved
     assert ending(again, len(again.starts)).kind == "done"
-
-
-def test_a_job_runs_the_code_that_was_submitted(lab: Lab) -> None:
-    """An edit of what it was given is found before the ranks start, and nobody is asked to try again."""
-    run = lab.submit("edited", "--set", "train.n_steps=400")
-    run.wait_for_progress(1)
-    submission = run.run_dir / "slurm" / "submit-00001"
-    told = json.loads((submission / "submission.json").read_text())
-    assert told["code_sha256"] and (submission / "code" / "training" / "loop.py").exists()
-    with (submission / "code" / "training" / "loop.py").open("a") as file:
-        file.write("# edited\n")
-    lab.run("scontrol", "requeue", run.job_id)
-    log = run.wait_until_gone()
-    assert (ending(run, 2).kind, ending(run, 2).action) == ("unfit", "stop"), log
-    assert "code is not as it was when the job was submitted" in log
