@@ -11,6 +11,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from launch.collective_check import check_collective
 from launch.console import TrainConsole
 from launch.exit_codes import OTHER
 from launch.failures import leave_stack_behind, record_failure
@@ -58,6 +59,7 @@ def run_rank(run_dir: Path, start_dir: Path, rank: int) -> None:
     layout = plan_layout(cfg, int(os.environ["WORLD_SIZE"]))
     ledger = Ledger(start_dir / f"rank-{rank:05d}.ledger", layout, rank)
     groups = join_groups(layout, local_device(), timeout_s=cfg.parallel.timeout_s, ledger=ledger)
+    check_collective(groups)
     owner, attached = Owner.of_start(run_dir, start_dir), attachments(run_dir, cfg)
     if groups.is_first:
         console = TrainConsole(cfg.train.n_steps)
