@@ -107,6 +107,8 @@ _OURS = {
     "chdir": "jobs run in their run directory",
     "array": "a run is one job",
     "wrap": "the script is turnout's own",
+    "test-only": "use --dry-run",
+    "wait": "use turnout status",
 }
 
 
@@ -132,6 +134,29 @@ def parse_options(flag: str, texts: Sequence[str]) -> dict[str, str]:
         if name in options:
             raise ConfigError(f"{flag} names {name} twice; leave one out")
         options[name] = value
+    return options
+
+
+# Of srun: how a node's one task is started and where it writes.
+SRUN_OURS = {
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "nodelist",
+    "output",
+    "error",
+    "chdir",
+    "kill-on-bad-exit",
+    "wait",
+    "mpi",
+}
+
+
+def parse_srun_options(texts: Sequence[str]) -> dict[str, str]:
+    """Return the options of the ranks' srun. Raises ConfigError for one that turnout sets itself."""
+    options = parse_options("--srun", texts)
+    if taken := sorted(SRUN_OURS & options.keys()):
+        raise ConfigError(f"--srun {taken[0]}: turnout sets {taken[0]} itself; leave it out")
     return options
 
 

@@ -62,7 +62,7 @@ class Job:
         self._job_id = os.environ["SLURM_JOB_ID"]
         self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._start_dir: Path | None = None
-        self._is_told = False
+        self._is_told = self._must_stop = False
 
     def run(self) -> int:
         """See one start through, and return the exit code of the batch script."""
@@ -81,10 +81,10 @@ class Job:
         say(f"{self._start_dir.name}: job {self._job_id}, restart {self._restart}, on {', '.join(nodes)}")
         end = self._see_through(nodes)
         decision = self._decide(StartRecord(self._start_dir, begin, end))
-        write_ending(self._start_dir, replace(end, action=decision.action, decision=decision.words))
         for reason in end.reasons:
             say(reason)
         say(decision.words)
+        write_ending(self._start_dir, replace(end, action=decision.action, decision=decision.words))
         return self._act(decision, end)
 
     def _see_through(self, nodes: Sequence[str]) -> Ending:
@@ -93,6 +93,8 @@ class Job:
             return self._start(nodes)
         except (CheckpointError, ConfigError, DataError) as err:
             return ending("failed", self._run_dir, [str(err)], code=exit_code(err), is_final=True)
+        except TakenOverError as err:
+            return ending("overtaken", self._run_dir, [str(err)])
         except (OSError, SlurmError) as err:
             return ending("failed", self._run_dir, [str(err)], failed_step=0)
 
@@ -113,6 +115,7 @@ class Job:
         used, n_ranks = nodes[:n_nodes], n_nodes * self._submission.ranks_per_node
         if n_nodes < len(nodes):
             say(f"{n_nodes} of {len(nodes)} nodes are used: the batch and the layout fit no more")
+        start.owner.check()  # checking took a while, and what follows writes to the run's directory
         check_machine(cfg, self._submission.ranks_per_node)
         corpus = check_corpus(cfg)
         newest = take_up(
@@ -144,8 +147,11 @@ class Job:
             time.sleep(POLL_S)
             if not is_stopping and limit.is_near():
                 say(f"stopping: {limit.left_s():.0f} s are left, and {limit.margin_s:.0f} are needed to save")
-                ask_to_stop(start.start_dir)
-                is_stopping = True
+                self._must_stop = is_stopping = True
+            # Here and not in a signal handler: a disk that refuses now may take it at the next look.
+            if self._must_stop:
+                with suppress(OSError):
+                    ask_to_stop(start.start_dir)
             try:
                 with suppress(OSError):
                     start.owner.check()
@@ -197,13 +203,10 @@ class Job:
 
     def _on_warning(self, signum: int, frame: FrameType | None) -> None:
         say("SLURM warns of the time limit: stopping")
-        if self._start_dir is not None:
-            ask_to_stop(self._start_dir)
+        self._must_stop = True
 
     def _on_end(self, signum: int, frame: FrameType | None) -> None:
-        self._is_told = True
-        if self._start_dir is not None:
-            ask_to_stop(self._start_dir)
+        self._is_told = self._must_stop = True
 
 
 def is_over(start_dir: Path) -> bool:
@@ -243,11 +246,11 @@ class Limit:
     def is_near(self) -> bool:
         if time.monotonic() - self._asked_s > LIMIT_EVERY_S:
             self._asked_s = time.monotonic()
-            with suppress(SlurmError):
+            with suppress(OSError, SlurmError):
                 end_s = self._ask_end_s()
                 self._end_s = math.inf if end_s is None else end_s
-            margin_s = self._ask_margin_s()
-            self.margin_s = self._warn_s if margin_s is None else margin_s
+                margin_s = self._ask_margin_s()
+                self.margin_s = self._warn_s if margin_s is None else margin_s
         return self.left_s() < self.margin_s
 
 

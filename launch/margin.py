@@ -18,4 +18,5 @@ def measured_margin_s(start_dirs: Sequence[Path]) -> float | None:
     saves = [status.longest_save_s for status in found if status.longest_save_s is not None]
     if not saves:
         return None
-    return SAFETY * (max(status.longest_gap_s for status in found) + max(saves)) + REQUEUE_S
+    # Two saves: one may be under way when the last one is asked for.
+    return SAFETY * (max(status.longest_gap_s for status in found) + 2 * max(saves)) + REQUEUE_S

@@ -5,6 +5,7 @@
 No torch is imported, so that it answers in a second.
 """
 
+import errno
 import json
 import os
 import platform
@@ -54,7 +55,8 @@ def disk_problems(run_dir: Path, wanted: Submission) -> Iterator[Problem]:
         probe.write_bytes(b"probe")
         probe.unlink()
     except OSError as err:
-        yield Problem("node", f"cannot write to {run_dir}: {err.strerror}")
+        is_full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+        yield Problem("all" if is_full else "node", f"cannot write to {run_dir}: {err.strerror}")
     free = shutil.disk_usage(run_dir).free
     if free < wanted.n_bytes:
         gib = 2**30
@@ -74,9 +76,9 @@ def code_problems(directory: Path, wanted: Submission) -> Iterator[Problem]:
         if found.get(name) != version:
             yield Problem("node", f"has {name} {found.get(name)}, not {version}")
     if code_sha256(directory) != wanted.code_sha256:
-        yield Problem("node", f"{directory / 'code'} is not as it was when the job was submitted")
+        yield Problem("all", f"{directory / 'code'} is not as it was when the job was submitted")
     if sha256_of(directory / RECIPE_FILE) != wanted.recipe_sha256:
-        yield Problem("node", f"{directory / RECIPE_FILE} is not as it was when the job was submitted")
+        yield Problem("all", f"{directory / RECIPE_FILE} is not as it was when the job was submitted")
 
 
 def connection_problems(head: str, port: int) -> Iterator[Problem]:

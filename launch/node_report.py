@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.node_check import CHECKS, Problem
+from launch.slurm import SlurmError
 from launch.srun import srun_command
 from launch.submission import Submission
 
@@ -25,7 +26,10 @@ def check_nodes(
     port: int,
     submission: Submission,
 ) -> tuple[list[str], list[str]]:
-    """Have every node checked; return those to blame, and what is wrong in words, none if nothing is."""
+    """Have every node checked; return those to blame, and what is wrong in words, none if nothing is.
+
+    Raises SlurmError where none answers: that is srun's doing.
+    """
     (start_dir / CHECKS).mkdir()
     arguments = [str(run_dir), str(directory), str(start_dir), nodes[0], str(port)]
     command = srun_command(
@@ -43,6 +47,8 @@ def check_nodes(
         suppress(subprocess.TimeoutExpired),  # those that have not answered are told of below
     ):
         subprocess.run(command, cwd=start_dir, timeout=CHECK_S, check=False)
+    if not any((start_dir / CHECKS).iterdir()):
+        raise SlurmError(f"no node answered when it was checked; see {start_dir}/check-*.log")
     found = {node: read_answer(start_dir, node, began_s, time.time()) for node in nodes}
     return judge(found)
 
@@ -70,6 +76,7 @@ def judge(found: dict[str, list[Problem]]) -> tuple[list[str], list[str]]:
         for problem in problems:
             reasons.setdefault(problem.words, []).append(node)
     blamed = [node for node, problems in found.items() if any(p.of == "node" for p in problems)]
-    if len(blamed) == len(found) > 1:
+    is_shared = any(problem.of == "all" for problems in found.values() for problem in problems)
+    if is_shared or len(blamed) == len(found) > 1:
         blamed = []
     return blamed, [f"node {', '.join(nodes)}: {words}" for words, nodes in reasons.items()]

@@ -12,6 +12,8 @@ from launch.starts import Ending, StartRecord
 
 # A node that goes away is nobody's fault, but a run that gets nowhere is not put back for ever.
 MAX_IDLE_STARTS = 10
+# Nor is one whose time limit leaves no room beside what its saves have taken.
+MAX_SHORT_STARTS = 5
 
 # finish: nothing is left to do. requeue: go on when there is room. leave: SLURM or a later start goes on, if
 # anything does. stop: a person must look.
@@ -42,6 +44,11 @@ def decide(records: Sequence[StartRecord], *, max_failures: int, is_told: bool) 
         saved = f"step {end.saved_step} is saved"
         return Decision("leave", f"told to end by SLURM, which decides what follows; {saved}")
     if end.kind == "saved":
+        last = records[-MAX_SHORT_STARTS:]
+        if len(last) == MAX_SHORT_STARTS and all(map(_is_short, last)):
+            return Decision(
+                "stop", f"{len(last)} starts in a row had time for one step: raise --time. Stopped"
+            )
         return Decision("requeue", f"saved at step {end.saved_step}: requeued to go on")
     if end.is_final:
         return Decision("stop", "another start would fail in the same way: stopped")
@@ -60,8 +67,8 @@ def decide(records: Sequence[StartRecord], *, max_failures: int, is_told: bool) 
 def _after_failure(
     end: Ending, records: Sequence[StartRecord], failures: Sequence[StartRecord], max_failures: int
 ) -> Decision:
-    before = next((r.ending for r in reversed(records[:-1]) if _kind(r) == "failed"), None)
-    if before is not None and (before.failed_step, before.cause) == (end.failed_step, end.cause):
+    before = next((r for r in reversed(records[:-1]) if _kind(r) == "failed"), None)
+    if before is not None and _failure(before) == _failure(records[-1]):
         return Decision("stop", f"the same failure at step {end.failed_step} twice: stopped")
     if len(failures) >= max_failures:
         return Decision("stop", f"failure {len(failures)} of {max_failures} without progress: stopped")
@@ -86,6 +93,17 @@ def idle_starts(records: Sequence[StartRecord]) -> list[StartRecord]:
         if _kind(record) not in ("told", "saved"):
             idle.append(record)
     return idle
+
+
+def _is_short(record: StartRecord) -> bool:
+    end = record.ending
+    return end is not None and end.kind == "saved" and end.saved_step <= record.begin.from_step + 1
+
+
+def _failure(record: StartRecord) -> tuple[int, str]:
+    """Return at which step a start failed, and of what; one that took no step failed where it began."""
+    assert record.ending is not None
+    return max(record.ending.failed_step or 0, record.begin.from_step), record.ending.cause
 
 
 def _kind(record: StartRecord) -> str:

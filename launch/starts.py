@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Return the fields of a record, none where it is not there."""
     try:
         fields = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a power loss may leave half of one
         return {}
     return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.checkpoints import verified
 from launch.duration import format_duration
 from launch.run_dir import has_run, read_config
-from launch.slurm import QueuedJob, jobs_of, queued_jobs
+from launch.slurm import QueuedJob, SlurmError, jobs_of, queued_jobs
 from launch.starts import StartRecord, read_starts
 from launch.submission import SUBMISSIONS
 from training.checkpoint_dir import newest_readable, step_of
@@ -52,7 +52,8 @@ def status_lines(run_dir: Path, *, is_verified: bool) -> Iterator[tuple[str, str
     else:
         left_s = row["perf/step_ms"] / 1000 * (n_steps - row["step"])
         yield "step", f"{row['step']:,} of {n_steps:,}, {format_duration(left_s)} to go while it trains"
-        yield "loss", f"{row['train/loss']:.4f}"
+        loss = row["train/loss"]
+        yield "loss", "not finite" if loss is None else f"{loss:.4f}"
         yield "speed", f"{row['perf/tokens_per_s']:,.0f} tokens/s, MFU {row['perf/mfu_frac']:.1%}"
     yield "checkpoint", checkpoint_words(run_dir, is_verified=is_verified)
     if (failed := last_failure(starts)) is not None:
@@ -66,7 +67,11 @@ def queue_lines(run_dir: Path) -> Iterator[tuple[str, str]]:
     if shutil.which("squeue") is None:
         yield "job", "unknown here: squeue is not installed"
         return
-    jobs = jobs_of(run_dir)
+    try:
+        jobs = jobs_of(run_dir)
+    except SlurmError as err:
+        yield "job", f"unknown: {err}"
+        return
     for job in jobs:
         yield "job", f"{job.job_id} {job_words(job)}"
     if not jobs:

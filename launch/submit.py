@@ -16,6 +16,7 @@ from launch.batch_script import (
     JobRequest,
     job_script,
     parse_options,
+    parse_srun_options,
     time_limit_s,
 )
 from launch.elastic import fit_to_nodes
@@ -80,6 +81,11 @@ def submit_run(recipe: str, overrides: Sequence[str], wanted: Wanted) -> int:
     n_nodes = int(wanted.nodes.partition("-")[2] or wanted.nodes.partition("-")[0])
     n_fit, fitted = fit_to_nodes(cfg, n_nodes, ranks_per_node)
     if n_fit < n_nodes:
+        if "-" not in wanted.nodes:
+            raise ConfigError(
+                f"--nodes {n_nodes}: the batch and the layout fit on {n_fit} nodes, the others would idle; "
+                f"use {n_fit}, or 1-{n_nodes} for the most that fit"
+            )
         print(f"of {n_nodes} nodes {n_fit} would be used: the batch and the layout fit no more")
     if wanted.is_dry:
         print(script, end="")
@@ -138,7 +144,7 @@ def check_wanted(wanted: Wanted) -> int:
         raise ConfigError("--chain has no effect with --preflight; drop one")
     if wanted.env_file is not None and not wanted.env_file.is_file():
         raise ConfigError(f"--env-file {wanted.env_file}: there is no such file; check the path")
-    parse_options("--srun", wanted.srun_options)
+    parse_srun_options(wanted.srun_options)
     if bad := re.search(r"[%\\\x00-\x1f]", str(wanted.run_dir.absolute())):
         raise ConfigError(
             f"--run-dir {printable(str(wanted.run_dir))}: SLURM cannot run a job in a path with {bad[0]!r}; "
@@ -185,7 +191,7 @@ def write_down(request: JobRequest, cfg: RunConfig, wanted: Wanted, ranks_per_no
         max_failures=wanted.max_failures,
         n_bytes=checkpoint_bytes(cfg.model),
         allowed_changes=wanted.allowed_changes,
-        srun_options=parse_options("--srun", wanted.srun_options),
+        srun_options=parse_srun_options(wanted.srun_options),
         is_chain=wanted.chain is not None,
         is_preflight=wanted.is_preflight,
         **facts,  # type: ignore[arg-type]

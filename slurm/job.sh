@@ -1,7 +1,7 @@
 # Above is what `turnout submit` was told; from here on every job is the same.
-set -euo pipefail
-
 source "$submission/fabric.env"
+# Only now: a site's own file may name variables that are not set.
+set -euo pipefail
 
 # The code as it was when the job was submitted: an edit since then changes nothing in a job that is requeued.
 export PYTHONPATH="$submission/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1

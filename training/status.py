@@ -35,5 +35,5 @@ def read_status(start_dir: Path) -> Status | None:
     """Return the newest status of a start; None where it took no step."""
     try:
         return Status(**json.loads((start_dir / STATUS_FILE).read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):  # a power loss may leave half of one
         return None

@@ -22,7 +22,7 @@ def test_the_margin_is_that_of_the_longest_step_and_save_of_all_starts(tmp_path:
         starts[-1].mkdir()
         write_status(starts[-1], status)
     assert measured_margin_s(starts[:1]) is None, "no start has saved yet"
-    assert measured_margin_s([*starts, tmp_path]) == SAFETY * (2.0 + 8.0) + REQUEUE_S
+    assert measured_margin_s([*starts, tmp_path]) == SAFETY * (2.0 + 2 * 8.0) + REQUEUE_S
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,4 @@ def test_who_is_to_blame() -> None:
     assert judge({"n1": [full], "n2": [full]}) == ([], ["node n1, n2: no room"])
     assert judge({"n1": [bad], "n2": [bad]})[0] == [], "no node would do better"
     assert judge({"n1": [bad]})[0] == ["n1"], "another one might"
+    assert judge({"n1": [bad, full]})[0] == [], "no other one has room"

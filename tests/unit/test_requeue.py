@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.requeue import MAX_IDLE_STARTS, decide
+from launch.requeue import MAX_IDLE_STARTS, MAX_SHORT_STARTS, decide
 from launch.starts import Begin, Ending, Kind, StartRecord
 
 MAX_FAILURES = 3
@@ -58,6 +58,10 @@ def test_the_same_failure_at_the_same_step_stops_at_once() -> None:
     assert action(failed(7), failed(7, "rank 0: MemoryError")) == "requeue"
     assert action(failed(7), start("told"), failed(7)) == "stop", "what came between does not matter"
     assert action(failed(7, saved=(0, 5)), failed(7, saved=(5, 5))) == "stop", "nor what was saved"
+    assert action(failed(0, saved=(3, 3)), failed(0, saved=(9, 9))) == "requeue", (
+        "both as they began, not at a step"
+    )
+    assert action(failed(0, saved=(9, 9)), failed(0, saved=(9, 9))) == "stop"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,13 @@ def test_what_differs_from_start_to_start_does_not_make_another_failure(one: str
 def test_what_another_start_cannot_mend_stops_at_once() -> None:
     assert action(failed(7, is_final=True)) == "stop"
     assert action(start("unfit", reasons=("node n1, n2: no room",))) == "stop", "no node is to blame"
+
+
+def test_a_limit_without_room_for_more_than_a_step_stops_in_the_end() -> None:
+    short = [start("saved", saved=(n, n + 1)) for n in range(MAX_SHORT_STARTS)]
+    assert action(*short[1:]) == "requeue"
+    assert action(*short) == "stop"
+    assert action(*short[:-1], start("saved", saved=(4, 6))) == "requeue"
 
 
 def test_a_bad_node_is_kept_away_from() -> None:

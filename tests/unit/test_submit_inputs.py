@@ -53,6 +53,11 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
         ([*NODES, *CPUS, "--sbatch", "signal=B:USR2@5"], "turnout sets signal itself; use --warn-s"),
         ([*NODES, *CPUS, "--sbatch", "mem=1", "--sbatch", "mem=2"], "--sbatch names mem twice"),
         ([*NODES, *CPUS, "--srun", "a b=c"], "is not a long option's name"),
+        ([*NODES, *CPUS, "--srun", "ntasks=4"], "--srun ntasks: turnout sets ntasks itself"),
+        (
+            ["--nodes", "3", *CPUS],
+            "--nodes 3: the batch and the layout fit on 2 nodes, the others would idle",
+        ),
         (["--nodes", "3", *CPUS, "--set", "parallel.ep=4"], "parallel.ep=4 must divide world_size=3"),
         ([*NODES, *CPUS, "--allow-change", "optim.rate"], "--allow-change optim.rate: no such setting"),
     ],
@@ -90,14 +95,14 @@ def test_a_machine_without_slurm_is_told_as_such(place: Path, capsys: pytest.Cap
 
 
 def test_a_warning_that_comes_too_late_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By what the starts of the run have measured: 1.5 times 100 s and 300 s, and 15 s."""
+    """By what the starts of the run have measured: 1.5 times 100 s and twice 300 s, and 15 s."""
     start = make_start_dir(place / "run" / "logs")
     write_begin(start, begin_here(1, 0, ["n1"]))
     write_status(start, Status("training", 10, longest_gap_s=100.0, longest_save_s=300.0))
     submit = ["submit", "run.toml", "--run-dir", "run", *NODES, *CPUS, "--warn-s"]
-    code, said = refused(*submit, "614", capsys=capsys)
-    assert code == 2 and "--warn-s 614 is below the 615 s" in said and "use at least 615" in said
-    _, said = refused(*submit, "615", capsys=capsys)
+    code, said = refused(*submit, "1064", capsys=capsys)
+    assert code == 2 and "--warn-s 1064 is below the 1065 s" in said and "use at least 1065" in said
+    _, said = refused(*submit, "1065", capsys=capsys)
     assert "sbatch is not installed here" in said, "the next thing that is looked at"
 
 
