@@ -67,7 +67,7 @@ def test_a_preflight_passes_on_good_nodes_and_names_bad_ones(lab: Lab) -> None:
 
 
 def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, tmp_path: Path) -> None:
-    run = lab.submit("packages", "--set", "train.n_steps=200")
+    run = lab.submit("packages", "--set", "train.n_steps=100")
     run.wait_for_progress(1)
     real = Path(str(metadata.distribution("numpy").locate_file("."))).resolve()
     (installed,) = real.glob("numpy-*.dist-info")

@@ -53,7 +53,7 @@ def check_logs_kept(run: JobRun, n_starts: int) -> None:
 
 def test_a_run_is_warned_saves_is_requeued_and_finishes(lab: Lab) -> None:
     """Two nodes with two ranks each, the experts over all of them, and a limit that comes before the end."""
-    settings = ["--set", "parallel.ep=4", *SLOW]
+    settings = ["--set", "parallel.ep=4", "--set", "train.n_steps=250"]
     lab.turnout("train", "run.toml", "--run-dir", "straight", "--nproc", "4", *settings)
     run = lab.submit("warned", "--time", "30", "--warn-s", "25", *settings, ranks=2)
     run.wait_for_progress(1)
@@ -170,7 +170,7 @@ ALLOWED = ["--allow-change", "train.n_steps"]
 
 
 def test_a_chain_goes_on_where_nothing_may_be_requeued(lab: Lab) -> None:
-    run = lab.submit("chain", "--chain", "3", "--set", "train.n_steps=200")
+    run = lab.submit("chain", "--chain", "3", "--set", "train.n_steps=100")
     run.wait_for_progress(1)
     lab.run("scancel", "--batch", "--signal=USR1", run.job_id)
     log = run.wait_until_gone()
@@ -180,7 +180,7 @@ def test_a_chain_goes_on_where_nothing_may_be_requeued(lab: Lab) -> None:
 
 
 def test_a_run_goes_on_with_fewer_nodes_at_the_same_batch(lab: Lab) -> None:
-    run = lab.submit("fewer", "--set", "train.n_steps=200", nodes="1-2", ranks=2)
+    run = lab.submit("fewer", "--set", "train.n_steps=100", nodes="1-2", ranks=2)
     run.wait_for_progress(1)
     first = run.starts[0].begin
     assert first.n_ranks == 4 and len(first.nodes) == 2
