@@ -59,9 +59,7 @@ def job_script(request: JobRequest) -> str:
 
 def directives(request: JobRequest) -> dict[str, str]:
     """Return the options of sbatch; an empty value is a switch."""
-    lowest, _, highest = request.nodes.partition("-")
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", request.nodes) or int(highest or lowest) < int(lowest):
-        raise ConfigError(f"--nodes {request.nodes!r} is neither a number nor MIN-MAX; use 8, or 4-8")
+    node_range(request.nodes)
     limit_s = time_limit_s(request.time)
     if not 0 < request.warn_s < limit_s:
         raise ConfigError(
@@ -89,6 +87,14 @@ def directives(request: JobRequest) -> dict[str, str]:
             raise ConfigError(f"--sbatch {name}={value}: turnout sets {name} itself; {_OURS[name]}")
         chosen[name] = value
     return chosen
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """Return the least and the most nodes of N or MIN-MAX. Raises ConfigError."""
+    lowest, _, highest = text.partition("-")
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", text) or int(highest or lowest) < int(lowest):
+        raise ConfigError(f"--nodes {text!r} is neither a number nor MIN-MAX; use 8, or 4-8")
+    return int(lowest), int(highest or lowest)
 
 
 _OURS = {

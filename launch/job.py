@@ -61,7 +61,6 @@ class Job:
         self._submission = read_submission(directory)
         self._job_id = os.environ["SLURM_JOB_ID"]
         self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self._start_dir: Path | None = None
         self._is_told = self._must_stop = False
 
     def run(self) -> int:
@@ -76,21 +75,21 @@ class Job:
         n_ranks = len(nodes) * self._submission.ranks_per_node
         job = {"job_id": self._job_id, "restart": self._restart, "submission": self._directory.name}
         begin = begin_here(n_ranks, newest_step(self._run_dir), nodes, **job)
-        self._start_dir = make_start_dir(self._run_dir / "logs")
-        write_begin(self._start_dir, begin)
-        say(f"{self._start_dir.name}: job {self._job_id}, restart {self._restart}, on {', '.join(nodes)}")
-        end = self._see_through(nodes)
-        decision = self._decide(StartRecord(self._start_dir, begin, end))
+        start_dir = make_start_dir(self._run_dir / "logs")
+        write_begin(start_dir, begin)
+        say(f"{start_dir.name}: job {self._job_id}, restart {self._restart}, on {', '.join(nodes)}")
+        end = self._see_through(start_dir, nodes)
+        decision = self._decide(StartRecord(start_dir, begin, end))
         for reason in end.reasons:
             say(reason)
         say(decision.words)
-        write_ending(self._start_dir, replace(end, action=decision.action, decision=decision.words))
+        write_ending(start_dir, replace(end, action=decision.action, decision=decision.words))
         return self._act(decision, end)
 
-    def _see_through(self, nodes: Sequence[str]) -> Ending:
+    def _see_through(self, start_dir: Path, nodes: Sequence[str]) -> Ending:
         """Check the nodes, take up the run and start its ranks; return how that ended."""
         try:
-            return self._start(nodes)
+            return self._start(start_dir, nodes)
         except (CheckpointError, ConfigError, DataError) as err:
             return ending("failed", self._run_dir, [str(err)], code=exit_code(err), is_final=True)
         except TakenOverError as err:
@@ -98,13 +97,12 @@ class Job:
         except (OSError, SlurmError) as err:
             return ending("failed", self._run_dir, [str(err)], failed_step=0)
 
-    def _start(self, nodes: Sequence[str]) -> Ending:
-        assert self._start_dir is not None
+    def _start(self, start_dir: Path, nodes: Sequence[str]) -> Ending:
         port = free_port()
         # First: ranks of an earlier start may still run on a node that was cut off.
-        start = claim(self._run_dir, self._start_dir, Layout(1))
+        start = claim(self._run_dir, start_dir, Layout(1))
         blamed, reasons = check_nodes(
-            self._run_dir, self._directory, self._start_dir, nodes, port, self._submission
+            self._run_dir, self._directory, start_dir, nodes, port, self._submission
         )
         if self._is_told:
             return ending("told", self._run_dir)
@@ -141,13 +139,12 @@ class Job:
         )
         step = subprocess.Popen(command, cwd=start.start_dir)
         limit = Limit(partial(end_time_s, self._job_id), self._margin_s, self._submission.warn_s)
-        is_stopping = False
         # Once told to end there is no time to wait for the processes of a start that is over.
         while step.poll() is None and not (self._is_told and is_over(start.start_dir)):
             time.sleep(POLL_S)
-            if not is_stopping and limit.is_near():
+            if not self._must_stop and limit.is_near():
                 say(f"stopping: {limit.left_s():.0f} s are left, and {limit.margin_s:.0f} are needed to save")
-                self._must_stop = is_stopping = True
+                self._must_stop = True
             # Here and not in a signal handler: a disk that refuses now may take it at the next look.
             if self._must_stop:
                 with suppress(OSError):
@@ -182,7 +179,14 @@ class Job:
 
     def _decide(self, this: StartRecord) -> Decision:
         records = [r for r in self._records() if r.directory != this.directory]
-        return decide([*records, this], max_failures=self._submission.max_failures, is_told=self._is_told)
+        decision = decide([*records, this], max_failures=self._submission.max_failures, is_told=self._is_told)
+        if decision.action == "requeue" and self._submission.is_chain:
+            assert this.ending is not None
+            words = (
+                f"{this.ending.kind}, step {this.ending.saved_step} is saved: left to the next of the chain"
+            )
+            return Decision("leave", words)
+        return decision
 
     def _records(self) -> list[StartRecord]:
         name = self._directory.name
@@ -192,13 +196,13 @@ class Job:
         """Do as was decided; return the exit code."""
         if decision.action == "finish":
             return DONE
-        if decision.action == "requeue" and not self._submission.is_chain:
+        if decision.action == "requeue":
             # SLURM ends this process and its children by it while the job is being requeued.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             try:
                 requeue(self._job_id, decision.excluded)
             except SlurmError as err:
-                say(f"not requeued: {err}; submit again, with --chain where the site requeues nothing")
+                say(str(err))
         return end.code
 
     def _on_warning(self, signum: int, frame: FrameType | None) -> None:
@@ -229,8 +233,8 @@ class Limit:
     """When a job must begin to save: before its time limit, by what its run's own steps and saves took.
 
     end_s: asks when the limit is reached, Unix time, None without one; where SLURM does not answer, what it
-    said before stands. margin_s: asks for the seconds
-    measured so far, None before there are any; warn_s then stands for them.
+    said before stands. margin_s: asks for the seconds measured so far, None before there are any; warn_s then
+    stands for them.
     """
 
     def __init__(

@@ -108,13 +108,24 @@ def end_time_s(job_id: str) -> float | None:
 
 
 def requeue(job_id: str, excluded: Sequence[str] = ()) -> None:
-    """Put this job back into the queue, away from some nodes. Its processes are then ended from outside."""
-    names = ",".join([*_excluded_nodes(job_id), *excluded]) if excluded else ""
-    _insist("scontrol", "requeue", job_id)
-    if excluded:
-        # Nodes can be excluded only while a job waits. It does so for two minutes (cred_expire); not held, or
-        # it would stay so if this process were ended in between.
+    """Put this job back into the queue, away from some nodes. Its processes are then ended from outside.
+
+    Raises SlurmError, which says whether it is in the queue.
+    """
+    try:
+        _insist("scontrol", "requeue", job_id)
+    except SlurmError as err:
+        way_out = "submit again, with --chain where the site requeues nothing"
+        raise SlurmError(f"not requeued: {err}; {way_out}") from err
+    if not excluded:
+        return
+    # Nodes can be excluded only while a job waits. It does so for two minutes (cred_expire); not held, or it
+    # would stay so if this process were ended in between.
+    try:
+        names = ",".join([*_excluded_nodes(job_id), *excluded])
         ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}")
+    except SlurmError as err:
+        raise SlurmError(f"requeued, but not away from {', '.join(excluded)}: {err}") from err
 
 
 def _insist(*command: str) -> None:

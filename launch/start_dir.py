@@ -18,11 +18,16 @@ def make_start_dir(logs: Path) -> Path:
 
     Each start has its own: ranks of an earlier one may still run, on a node that was cut off.
     """
-    n = 1 + len(list(logs.glob("start-*")))
+    return make_numbered(logs, "start")
+
+
+def make_numbered(parent: Path, name: str) -> Path:
+    """Make the next directory of a row, as start-00003, whoever else makes one at the same time."""
+    n = 1 + len(list(parent.glob(f"{name}-*")))
     while True:
         try:
-            (start := logs / f"start-{n:05d}").mkdir(parents=True)
-            return start
+            (directory := parent / f"{name}-{n:05d}").mkdir(parents=True)
+            return directory
         except FileExistsError:
             n += 1
 

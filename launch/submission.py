@@ -51,17 +51,6 @@ class Submission:
     packages: dict[str, str]
 
 
-def next_directory(run_dir: Path) -> Path:
-    """Make the directory of another submission of a run."""
-    n = 1 + len(list((run_dir / SUBMISSIONS).glob("submit-*")))
-    while True:
-        try:
-            (directory := run_dir / SUBMISSIONS / f"submit-{n:05d}").mkdir(parents=True)
-            return directory
-        except FileExistsError:
-            n += 1
-
-
 def snapshot(directory: Path, recipe: str) -> dict[str, object]:
     """Put the code and a recipe's text into a submission's directory; return what tells them apart."""
     for package in PACKAGES:

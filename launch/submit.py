@@ -15,6 +15,7 @@ from launch.batch_script import (
     TEMPLATES,
     JobRequest,
     job_script,
+    node_range,
     parse_options,
     parse_srun_options,
     time_limit_s,
@@ -27,8 +28,9 @@ from launch.preflight import check_corpus
 from launch.run_dir import create_run_dir, has_run
 from launch.settings import check_setting_paths, load_config, to_toml
 from launch.slurm import ask, find_job, jobs_of, sbatch
+from launch.start_dir import make_numbered
 from launch.starts import read_starts
-from launch.submission import PASSED, SUBMISSIONS, Submission, next_directory, snapshot, write_submission
+from launch.submission import PASSED, SUBMISSIONS, Submission, snapshot, write_submission
 from launch.train import is_finished, nothing_left, take_up
 from training.config import RunConfig
 from training.errors import ConfigError, printable
@@ -78,7 +80,7 @@ def submit_run(recipe: str, overrides: Sequence[str], wanted: Wanted) -> int:
         options=parse_options("--sbatch", wanted.sbatch_options),
     )
     script = job_script(request)
-    n_nodes = int(wanted.nodes.partition("-")[2] or wanted.nodes.partition("-")[0])
+    _, n_nodes = node_range(wanted.nodes)
     n_fit, fitted = fit_to_nodes(cfg, n_nodes, ranks_per_node)
     if n_fit < n_nodes:
         if "-" not in wanted.nodes:
@@ -100,7 +102,7 @@ def submit_run(recipe: str, overrides: Sequence[str], wanted: Wanted) -> int:
         )
     if not wanted.is_preflight and not begin_or_take_up(wanted, fitted, corpus, n_fit * ranks_per_node):
         return DONE
-    request = replace(request, submission=next_directory(run_dir))
+    request = replace(request, submission=make_numbered(run_dir / SUBMISSIONS, "submit"))
     write_down(request, cfg, wanted, ranks_per_node)
     return hand_over(request, wanted)
 

@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.files import write_atomically
-
 STATUS_FILE = "status.json"  # in logs/start-00001/, written by the first rank
 
 State = Literal["training", "saved", "done"]
@@ -28,7 +26,10 @@ class Status:
 
 
 def write_status(start_dir: Path, status: Status) -> None:
-    write_atomically(start_dir / STATUS_FILE, json.dumps(asdict(status)).encode())
+    """Leave the status. Not flushed to the disk: training waits for this, and the next one is soon there."""
+    part = (start_dir / STATUS_FILE).with_suffix(".tmp")
+    part.write_text(json.dumps(asdict(status)), encoding="utf-8")
+    part.replace(start_dir / STATUS_FILE)
 
 
 def read_status(start_dir: Path) -> Status | None:

@@ -87,20 +87,18 @@ class Chaos:
         return "preempted"
 
     def power_off_a_node(self) -> str:
-        node = self._random.choice(self._nodes())
-        self._lab.script("node", node, "crash")
-        wait_for(lambda: self._state_of(node).startswith("down"), f"{node} down")
-        self._lab.script("node", node, "start")
-        self._lab.wait_until_back(node)
-        return f"{node} powered off"
+        return self._lose_a_node("crash", "start")
 
     def cut_off_a_node(self) -> str:
+        return self._lose_a_node("unplug", "plug")
+
+    def _lose_a_node(self, lose: str, bring_back: str) -> str:
         node = self._random.choice(self._nodes())
-        self._lab.script("node", node, "unplug")
+        self._lab.script("node", node, lose)
         wait_for(lambda: self._state_of(node).startswith("down"), f"{node} down")
-        self._lab.script("node", node, "plug")
+        self._lab.script("node", node, bring_back)
         self._lab.wait_until_back(node)
-        return f"{node} cut off"
+        return f"{node}: {lose}, {bring_back}"
 
     def _state_of(self, node: str) -> str:
         return self._lab.run("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip()
