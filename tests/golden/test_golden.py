@@ -18,6 +18,8 @@ from training.config import RunConfig
 
 HERE = Path(__file__).parent
 CURVE = HERE / "loss_curve.json"
+# Sooner or later another CPU's rounding sends a token to another expert, and the curves part a little.
+N_EXACT = 25
 CFG = run_config(
     model={"n_shared_experts": 1, "balance": {"scope": "batch", "bias_rate": 0.001}},
     train={"n_steps": 50, "microbatch_seqs": 4},
@@ -49,7 +51,8 @@ def test_resolved_recipe_is_the_recorded_one(name: str) -> None:
 def test_loss_curve_is_the_recorded_one_and_learns() -> None:
     want = json.loads(CURVE.read_text())
     got = loss_curve()
-    assert got == pytest.approx(want, rel=1e-4)
+    assert got[:N_EXACT] == pytest.approx(want[:N_EXACT], rel=1e-5)
+    assert got == pytest.approx(want, rel=1e-2)
     assert got[-1] < 0.75 * got[0]
 
 

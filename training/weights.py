@@ -1,0 +1,104 @@
+"""The weights of a trained model under the names of ours, from whatever holds them. One process, no engine.
+
+They are read a tensor at a time, or an expert at a time, so that a model larger than memory can be copied.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe.balance import RouterState
+from moe.config import ModelConfig
+from moe.model import Decoder, build_decoder
+from moe.sharding import is_expert
+from training.checkpoint_dir import read_checkpoint
+from training.checkpoint_manifest import MASTER, ROUTER_FILE
+from training.checkpoint_tensors import TensorReader
+from training.errors import CheckpointError
+from training.pieces import Piece
+from training.shares import BIAS
+
+
+class Weights(Protocol):
+    """What holds a model.
+
+    place           the directory, to be named in messages
+    tokenizer_path  its tokenizer.model or tokenizer.json
+    """
+
+    place: Path
+    cfg: ModelConfig
+    tokenizer_path: Path
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        """Return a parameter, or one expert's part of it, fp32 on the CPU. Raises CheckpointError."""
+        ...
+
+    def read_bias(self) -> Tensor:
+        """Return the routers' bias, [M, E] fp32. Raises CheckpointError."""
+        ...
+
+
+def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of each parameter by name."""
+    with torch.device("meta"):
+        decoder = Decoder(cfg)
+    return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+
+
+class CheckpointWeights:
+    """The weights in a checkpoint, whatever layout saved it. Its tensors are not verified here."""
+
+    def __init__(self, directory: Path, cfg: ModelConfig) -> None:
+        """Raise CheckpointError where the checkpoint is not whole, or of another model than cfg's."""
+        self.place, self.cfg = directory, cfg
+        self.manifest = read_checkpoint(directory)
+        self.shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(cfg)
+        found = {name: entry.shape for name, entry in self.manifest.tensors.items()}
+        for name in sorted(found.keys() | self.shapes.keys()):
+            if found.get(name) != self.shapes.get(name):
+                here, there = self.shapes.get(name, "absent"), found.get(name, "absent")
+                raise CheckpointError(f"{directory}: parameter {name} is {there} where its config says {here}")
+        names = [name for name in self.manifest.files if name.startswith("tokenizer.")]
+        if len(names) != 1:
+            raise CheckpointError(f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed")
+        self.tokenizer_path = directory / names[0]
+        self._reader = TensorReader(directory, self.manifest)
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        shape, matrix = self.shapes[name], self.manifest.tensors[name].matrix
+        wanted = Piece(0, matrix.row_width, 0, matrix.n_rows * matrix.row_width)
+        if expert is not None:
+            assert is_expert(name), "only experts are stacked"
+            shape = shape[1:]
+            wanted = Piece(expert * prod(shape), prod(shape), 0, prod(shape))
+        out = torch.empty(prod(shape))
+        self._reader.read_piece(name, MASTER, wanted, out)
+        return out.view(shape)
+
+    def read_bias(self) -> Tensor:
+        bias_ME = torch.empty(self.cfg.n_moe_layers, self.cfg.n_experts)
+        self._reader.read_named(ROUTER_FILE, BIAS, bias_ME)
+        return bias_ME
+
+
+def load_decoder(
+    weights: Weights,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    expert_backend: str = "reference",
+) -> tuple[Decoder, RouterState]:
+    """Return the whole model, ready to be evaluated, on one device."""
+    decoder = build_decoder(weights.cfg, device=device, dtype=dtype, expert_backend=expert_backend)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parts = [parameter] if not is_expert(name) else list(parameter.unbind())
+            for expert, part in enumerate(parts):
+                part.copy_(weights.read(name, expert if is_expert(name) else None))
+    state = RouterState.initial(weights.cfg, device)
+    return decoder.eval(), RouterState(weights.read_bias().to(device), state.load_frac_ME)
