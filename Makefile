@@ -22,7 +22,9 @@ demo: setup
 	$(BIN)/turnout train tiny --run-dir $(RUN_DIR) --nproc 2
 
 test: setup
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --ignore tests/slurm
+# Jobs are mostly waited for, so two tests run at once, each on a cluster of its own.
+	$(BIN)/pytest tests/slurm --numprocesses 2
 
 lint: setup
 	$(BIN)/ruff check .

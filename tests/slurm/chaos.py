@@ -17,12 +17,11 @@ import torch
 
 from tests.distributed.recovery import stored_tensors
 from tests.slurm.lab import JobRun, Lab, wait_for, why_not
+from training.checkpoint_dir import checkpoint_path
 
-N_STEPS = 600
-SETTINGS = ["--set", f"train.n_steps={N_STEPS}"]
 # Above what 20 faults can be without progress: chaos is no reason to give up.
 PATIENT = ["--max-failures", "50"]
-START_S = 20
+START_S, STRAIGHT_S = 20, 3600
 
 
 class Chaos:
@@ -135,7 +134,6 @@ def main() -> None:
         lab = Lab(Path(name) / "lab", Path(name) / "place")
         lab.place.mkdir()
         lab.make_place()
-        lab.turnout("train", "run.toml", "--run-dir", "undisturbed", "--nproc", "2", *SETTINGS)
         lab.script("up")
         try:
             strike_and_compare(lab, wanted.seed, wanted.faults)
@@ -144,21 +142,22 @@ def main() -> None:
 
 
 def strike_and_compare(lab: Lab, seed: int, n_faults: int) -> None:
-    run = lab.submit("chaos", *SETTINGS, *PATIENT)
+    run = lab.submit("chaos", *PATIENT)
     run.wait_for_start(1)
     chaos = Chaos(lab, run, seed)
     for n in range(1, n_faults + 1):
         step, done = run.newest_step(), chaos.strike()
         print(f"{n:2} {done:26} step {step} was saved before, {run.newest_step()} after", flush=True)
-    run.wait_for(lambda: run.state() in ("COMPLETED", "FAILED", "CANCELLED"), "the end")
+    run.cancel()
+    last = run.finish()
     kinds = [start.ending.kind if start.ending else "cut off" for start in run.starts]
     print(f"{len(kinds)} starts: {', '.join(f'{kinds.count(kind)} {kind}' for kind in dict.fromkeys(kinds))}")
-    got, want = (
-        stored_tensors(lab.place / name / "checkpoints" / f"step-{N_STEPS:08d}")
-        for name in ("chaos", "undisturbed")
+    lab.turnout(
+        "train", "run.toml", "--run-dir", "straight", "--nproc", "2", "--set", f"train.n_steps={last}"
     )
+    got, want = (stored_tensors(checkpoint_path(lab.place / name, last)) for name in ("chaos", "straight"))
     differing = [key for key in want if not torch.equal(got[key], want[key])]
-    print(f"{len(want)} tensors of the last checkpoint, {len(differing)} differ")
+    print(f"{len(want)} tensors of the checkpoint of step {last}, {len(differing)} differ")
     sys.exit(bool(differing) or got.keys() != want.keys())
 
 

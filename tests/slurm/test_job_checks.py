@@ -67,7 +67,7 @@ def test_a_preflight_passes_on_good_nodes_and_names_bad_ones(lab: Lab) -> None:
 
 
 def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, tmp_path: Path) -> None:
-    run = lab.submit("packages", "--set", "train.n_steps=100")
+    run = lab.submit("packages")
     run.wait_for_progress(1)
     real = Path(str(metadata.distribution("numpy").locate_file("."))).resolve()
     (installed,) = real.glob("numpy-*.dist-info")
@@ -78,14 +78,14 @@ def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, 
     lab.in_node(bad, "mount", "--bind", str(fake), str(installed / "METADATA"))
     try:
         lab.run("scontrol", "requeue", run.job_id)
-        log = run.wait_until_gone()
+        run.wait_for_progress(3)
+        run.cancel()
     finally:
         lab.in_node(bad, "umount", str(installed / "METADATA"))
-    assert (ending(run, 2).kind, ending(run, 2).nodes) == ("unfit", (bad,)), log
+    assert (ending(run, 2).kind, ending(run, 2).nodes) == ("unfit", (bad,)), run.log
     assert ending(run, 2).reasons == (f"node {bad}: has numpy 9.9.9, not {metadata.version('numpy')}",)
     assert not list(run.starts[1].directory.glob("*.ledger")), "no rank was started"
     assert bad not in run.starts[2].begin.nodes
-    assert ending(run, 3).kind == "done"
 
 
 def test_a_crash_loop_stops_with_its_reason(lab: Lab, tmp_path: Path) -> None:
@@ -121,9 +121,5 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(lab: Lab) -> None:
     lab.turnout("checkpoint", "verify", str(run.run_dir))
     assert not list((run.run_dir / "checkpoints").glob("*.tmp")), log
     assert "No space left on device" in log or "GiB free, and a checkpoint takes" in log
-    again = lab.submit(
-        "small/full", "--set", f"train.n_steps={saved + 20}", "--allow-change", "train.n_steps"
-    )
-    again.wait_until_gone()
-    assert again.starts[-1].begin.from_step == saved
-    assert ending(again, len(again.starts)).kind == "done"
+    run.finish()
+    assert run.starts[-1].begin.from_step == saved
