@@ -12,6 +12,7 @@ import faulthandler
 import json
 import traceback
 from collections.abc import Set
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -128,8 +129,11 @@ def is_final(start_dir: Path) -> bool:
 
 
 def _read_failures(start_dir: Path) -> list[Failure]:
-    told = [path.read_text(encoding="utf-8") for path in sorted(start_dir.glob(FAILURE_FILES))]
-    return [Failure(**json.loads(text)) for text in told]
+    failures = []
+    for path in sorted(start_dir.glob(FAILURE_FILES)):
+        with suppress(ValueError, TypeError):  # a node that lost its power may leave half of one
+            failures.append(Failure(**json.loads(path.read_bytes())))
+    return failures
 
 
 def _by_message(failures: list[Failure]) -> list[str]:

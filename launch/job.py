@@ -32,6 +32,7 @@ from launch.slurm import SlurmError, end_time_s, hostnames, requeue, unreachable
 from launch.srun import srun_command
 from launch.start_dir import make_start_dir
 from launch.starts import (
+    Begin,
     Ending,
     StartRecord,
     begin_here,
@@ -43,7 +44,7 @@ from launch.starts import (
 )
 from launch.submission import PASSED, RECIPE_FILE, read_submission
 from launch.train import Start, claim, is_finished, nothing_left, see_through, take_up
-from training.errors import CheckpointError, ConfigError, TakenOverError
+from training.errors import CheckpointError, ConfigError, TakenOverError, UnreadableError
 from training.parallel import Layout, name_ranks, plan_layout
 from training.status import read_status
 from training.stop import ask_to_stop
@@ -51,6 +52,8 @@ from training.stop import ask_to_stop
 POLL_S = 1
 # A limit may be changed while the job runs, and a later save take longer.
 LIMIT_EVERY_S = 60
+# By which the clocks of this node and the controller may differ, and SLURM be early.
+CLOCK_S = 2
 
 
 class Job:
@@ -62,6 +65,7 @@ class Job:
         self._job_id = os.environ["SLURM_JOB_ID"]
         self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._is_told = self._must_stop = False
+        self._limit = Limit(partial(end_time_s, self._job_id), self._margin_s, self._submission.warn_s)
 
     def run(self) -> int:
         """See one start through, and return the exit code of the batch script."""
@@ -78,18 +82,18 @@ class Job:
         start_dir = make_start_dir(self._run_dir / "logs")
         write_begin(start_dir, begin)
         say(f"{start_dir.name}: job {self._job_id}, restart {self._restart}, on {', '.join(nodes)}")
-        end = self._see_through(start_dir, nodes)
+        end = self._see_through(start_dir, begin)
         decision = self._decide(StartRecord(start_dir, begin, end))
         for reason in end.reasons:
             say(reason)
-        say(decision.words)
-        write_ending(start_dir, replace(end, action=decision.action, decision=decision.words))
-        return self._act(decision, end)
+        return self._act(decision, end, start_dir)
 
-    def _see_through(self, start_dir: Path, nodes: Sequence[str]) -> Ending:
+    def _see_through(self, start_dir: Path, begin: Begin) -> Ending:
         """Check the nodes, take up the run and start its ranks; return how that ended."""
         try:
-            return self._start(start_dir, nodes)
+            return self._start(start_dir, begin)
+        except UnreadableError as err:  # the disk may answer again
+            return ending("failed", self._run_dir, [str(err)], failed_step=0)
         except (CheckpointError, ConfigError, DataError) as err:
             return ending("failed", self._run_dir, [str(err)], code=exit_code(err), is_final=True)
         except TakenOverError as err:
@@ -97,8 +101,8 @@ class Job:
         except (OSError, SlurmError) as err:
             return ending("failed", self._run_dir, [str(err)], failed_step=0)
 
-    def _start(self, start_dir: Path, nodes: Sequence[str]) -> Ending:
-        port = free_port()
+    def _start(self, start_dir: Path, begin: Begin) -> Ending:
+        nodes, port = begin.nodes, free_port()
         # First: ranks of an earlier start may still run on a node that was cut off.
         start = claim(self._run_dir, start_dir, Layout(1))
         blamed, reasons = check_nodes(
@@ -113,6 +117,7 @@ class Job:
         used, n_ranks = nodes[:n_nodes], n_nodes * self._submission.ranks_per_node
         if n_nodes < len(nodes):
             say(f"{n_nodes} of {len(nodes)} nodes are used: the batch and the layout fit no more")
+            write_begin(start_dir, replace(begin, nodes=used, n_ranks=n_ranks))
         start.owner.check()  # checking took a while, and what follows writes to the run's directory
         check_machine(cfg, self._submission.ranks_per_node)
         corpus = check_corpus(cfg)
@@ -138,26 +143,29 @@ class Job:
             options=self._submission.srun_options,
         )
         step = subprocess.Popen(command, cwd=start.start_dir)
-        limit = Limit(partial(end_time_s, self._job_id), self._margin_s, self._submission.warn_s)
-        # Once told to end there is no time to wait for the processes of a start that is over.
-        while step.poll() is None and not (self._is_told and is_over(start.start_dir)):
-            time.sleep(POLL_S)
-            if not self._must_stop and limit.is_near():
-                say(f"stopping: {limit.left_s():.0f} s are left, and {limit.margin_s:.0f} are needed to save")
-                self._must_stop = True
-            # Here and not in a signal handler: a disk that refuses now may take it at the next look.
-            if self._must_stop:
-                with suppress(OSError):
-                    ask_to_stop(start.start_dir)
-            try:
-                with suppress(OSError):
-                    start.owner.check()
-            except TakenOverError:
-                step.kill()
-                step.wait()
-                raise
+        try:
+            # Once told to end there is no time to wait for the processes of a start that is over.
+            while step.poll() is None and not (self._is_told and is_over(start.start_dir)):
+                time.sleep(POLL_S)
+                self._look_around(start)
+        finally:
+            step.kill()
+            step.wait()
         # What the ranks left tells how it went, not srun's code, which is that of the last task killed.
         return Ended(is_done=True, stuck=read_stuck(start.start_dir))
+
+    def _look_around(self, start: Start) -> None:
+        """Have the ranks stop where it is time to. Raises TakenOverError where the run has a later start."""
+        if not self._must_stop and self._limit.is_near():
+            left_s, margin_s = self._limit.left_s(), self._limit.margin_s
+            say(f"stopping: {left_s:.0f} s are left, and {margin_s:.0f} are needed to save")
+            self._must_stop = True
+        # Here and not in a signal handler: a disk that refuses now may take it at the next look.
+        if self._must_stop:
+            with suppress(OSError):
+                ask_to_stop(start.start_dir)
+        with suppress(OSError):
+            start.owner.check()
 
     def _margin_s(self) -> float | None:
         return measured_margin_s([record.directory for record in read_starts(self._run_dir)])
@@ -166,6 +174,9 @@ class Job:
         """Tell an end from outside, or a node that went away, from a failure of the run."""
         if end.kind != "failed" or end.is_final:
             return end
+        if self._is_out_of_time():
+            words = "the time limit came before the run had saved: raise --warn-s"
+            return replace(end, reasons=(words, *end.reasons))
         if self._is_told:
             return replace(end, kind="told", reasons=())
         reasons = (*end.reasons, *named_nodes(end.reasons, plan))
@@ -179,7 +190,8 @@ class Job:
 
     def _decide(self, this: StartRecord) -> Decision:
         records = [r for r in self._records() if r.directory != this.directory]
-        decision = decide([*records, this], max_failures=self._submission.max_failures, is_told=self._is_told)
+        is_told = self._is_told and not self._is_out_of_time()
+        decision = decide([*records, this], max_failures=self._submission.max_failures, is_told=is_told)
         if decision.action == "requeue" and self._submission.is_chain:
             assert this.ending is not None
             words = (
@@ -192,8 +204,14 @@ class Job:
         name = self._directory.name
         return [record for record in read_starts(self._run_dir) if record.begin.submission == name]
 
-    def _act(self, decision: Decision, end: Ending) -> int:
-        """Do as was decided; return the exit code."""
+    def _is_out_of_time(self) -> bool:
+        """Return whether SLURM ends the job because of its time limit, after which it requeues nothing."""
+        return self._is_told and self._limit.is_reached()
+
+    def _act(self, decision: Decision, end: Ending, start_dir: Path) -> int:
+        """Do as was decided, and write it down before; return the exit code."""
+        say(decision.words)
+        write_ending(start_dir, replace(end, action=decision.action, decision=decision.words))
         if decision.action == "finish":
             return DONE
         if decision.action == "requeue":
@@ -203,6 +221,7 @@ class Job:
                 requeue(self._job_id, decision.excluded)
             except SlurmError as err:
                 say(str(err))
+                write_ending(start_dir, replace(end, action="stop", decision=str(err)))
         return end.code
 
     def _on_warning(self, signum: int, frame: FrameType | None) -> None:
@@ -247,6 +266,9 @@ class Limit:
     def left_s(self) -> float:
         return self._end_s - time.time()
 
+    def is_reached(self) -> bool:
+        return self.left_s() < CLOCK_S
+
     def is_near(self) -> bool:
         if time.monotonic() - self._asked_s > LIMIT_EVERY_S:
             self._asked_s = time.monotonic()
@@ -262,11 +284,13 @@ def preflight(run_dir: Path, directory: Path) -> int:
     """Check the nodes, and that all ranks reach one another; say what is wrong."""
     submission, nodes = read_submission(directory), hostnames(os.environ["SLURM_JOB_NODELIST"])
     start_dir, port = make_start_dir(directory / "logs"), free_port()
+    signal.signal(signal.SIGTERM, partial(_give_up, start_dir))
     _, reasons = check_nodes(run_dir, directory, start_dir, nodes, port, submission)
     layout = Layout(len(nodes) * submission.ranks_per_node)
     if not reasons:
         start = claim(directory, start_dir, layout)
-        write_plan(start_dir, plan_nodes(nodes, submission, port, "launch.collective_check"))
+        plan = plan_nodes(nodes, submission, port, "launch.collective_check")
+        write_plan(start_dir, plan)
         command = srun_command(
             nodes, "launch.node", [str(directory), str(start_dir)], log=None, options=submission.srun_options
         )
@@ -276,6 +300,7 @@ def preflight(run_dir: Path, directory: Path) -> int:
             return Ended(is_done=True, stuck=read_stuck(start_dir))
 
         reasons = list(see_through(start, launch).reasons)
+        reasons += named_nodes(reasons, plan)
     for reason in reasons:
         say(reason)
     if reasons:
@@ -283,6 +308,11 @@ def preflight(run_dir: Path, directory: Path) -> int:
     say(f"{', '.join(nodes)}: all is well")
     (directory / PASSED).touch()
     return DONE
+
+
+def _give_up(start_dir: Path, signum: int, frame: FrameType | None) -> None:
+    say(f"ended by SLURM before all was checked; {start_dir} tells how far it came")
+    os._exit(OTHER)
 
 
 def say(words: str) -> None:

@@ -14,12 +14,14 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data.files import sha256_of, write_atomically
+from data.manifest import MANIFEST_FILE
 from launch.submission import RECIPE_FILE, Submission, code_sha256, read_submission
 from launch.versions import package_versions
 
@@ -43,6 +45,7 @@ def find_problems(run_dir: Path, directory: Path, head: str, port: int) -> Itera
     wanted = read_submission(directory)
     yield from disk_problems(run_dir, wanted)
     yield from code_problems(directory, wanted)
+    yield from corpus_problems(directory)
     yield from connection_problems(head, port)
     yield from lock_problems()
     if wanted.has_gpus:
@@ -79,6 +82,15 @@ def code_problems(directory: Path, wanted: Submission) -> Iterator[Problem]:
         yield Problem("all", f"{directory / 'code'} is not as it was when the job was submitted")
     if sha256_of(directory / RECIPE_FILE) != wanted.recipe_sha256:
         yield Problem("all", f"{directory / RECIPE_FILE} is not as it was when the job was submitted")
+
+
+def corpus_problems(directory: Path) -> Iterator[Problem]:
+    recipe = tomllib.loads((directory / RECIPE_FILE).read_text(encoding="utf-8"))
+    manifest = Path(recipe["data"]["corpus"]) / MANIFEST_FILE
+    try:
+        manifest.read_bytes()
+    except OSError as err:
+        yield Problem("node", f"cannot read the corpus: {manifest}: {err.strerror}")
 
 
 def connection_problems(head: str, port: int) -> Iterator[Problem]:

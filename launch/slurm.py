@@ -65,8 +65,9 @@ def sbatch(script: Path, run_dir: Path, *options: str) -> str:
     return answer.strip().partition(";")[0]
 
 
-# Variables that are not named after their option.
+# Variables that are not named after their option, and those that make another thing of a job.
 _OTHER_NAMES = {"SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU"}
+_OTHER_NAMES |= {"SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_TEST_ONLY", "SBATCH_IGNORE_PBS"}
 
 
 def directives(script: Path) -> list[str]:

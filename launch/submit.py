@@ -27,7 +27,7 @@ from launch.plan import checkpoint_bytes
 from launch.preflight import check_corpus
 from launch.run_dir import create_run_dir, has_run
 from launch.settings import check_setting_paths, load_config, to_toml
-from launch.slurm import ask, find_job, jobs_of, sbatch
+from launch.slurm import SlurmError, ask, find_job, jobs_of, sbatch
 from launch.start_dir import make_numbered
 from launch.starts import read_starts
 from launch.submission import PASSED, SUBMISSIONS, Submission, snapshot, write_submission
@@ -146,6 +146,8 @@ def check_wanted(wanted: Wanted) -> int:
         raise ConfigError("--chain has no effect with --preflight; drop one")
     if wanted.env_file is not None and not wanted.env_file.is_file():
         raise ConfigError(f"--env-file {wanted.env_file}: there is no such file; check the path")
+    if wanted.env_file is not None:
+        read_env_file(wanted.env_file)
     parse_srun_options(wanted.srun_options)
     if bad := re.search(r"[%\\\x00-\x1f]", str(wanted.run_dir.absolute())):
         raise ConfigError(
@@ -155,6 +157,16 @@ def check_wanted(wanted: Wanted) -> int:
     if wanted.run_dir.exists() and not wanted.run_dir.is_dir():
         raise ConfigError(f"--run-dir {wanted.run_dir} is a file; name a directory")
     return n_ranks
+
+
+def read_env_file(path: Path) -> str:
+    """Return a site's file of variables. Raises ConfigError where bash does not understand it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        ask("bash", "-n", str(path))
+    except (UnicodeDecodeError, SlurmError) as err:
+        raise ConfigError(f"--env-file {path}: bash cannot read it: {err}") from err
+    return text
 
 
 def check_script(script: str) -> None:
@@ -182,7 +194,7 @@ def write_down(request: JobRequest, cfg: RunConfig, wanted: Wanted, ranks_per_no
     own = (TEMPLATES / ENV_FILE).read_text(encoding="utf-8")
     if wanted.env_file is not None:
         # First, because turnout's own file leaves what is set.
-        own = wanted.env_file.read_text(encoding="utf-8") + "\n" + own
+        own = read_env_file(wanted.env_file) + "\n" + own
     (directory / ENV_FILE).write_text(own, encoding="utf-8")
     (directory / SCRIPT_FILE).write_text(job_script(request), encoding="utf-8")
     facts = snapshot(directory, to_toml(cfg))
@@ -210,7 +222,15 @@ def hand_over(request: JobRequest, wanted: Wanted) -> int:
     job_ids: list[str] = []
     for _ in range(wanted.chain or 1):
         after = [f"--dependency=afterany:{job_ids[-1]}"] if job_ids else []
-        job_ids.append(sbatch(script, run_dir, *after))
+        try:
+            job_ids.append(sbatch(script, run_dir, *after))
+        except ConfigError as err:
+            if not job_ids:
+                raise
+            raise ConfigError(
+                f"{err}; of the chain {', '.join(job_ids)} was submitted and stays: let it run, or end it: "
+                f"scancel {' '.join(job_ids)}"
+            ) from err
     limit_s = time_limit_s(request.time)
     print(
         f"submitted job {', '.join(job_ids)}: {request.nodes} nodes for {limit_s / 3600:.3g} h, {script}\n"

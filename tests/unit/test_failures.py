@@ -33,6 +33,12 @@ def test_the_rank_that_knows_the_cause_decides_code_and_words(start: Path) -> No
     assert "DataError: shard-3.bin" in (start.parent / "rank-00002.log").read_text()
 
 
+def test_half_a_record_hides_no_other(start: Path) -> None:
+    record_failure(DataError("shard-3.bin: truncated"), 0, start)
+    (start / "rank-00001.failure.json").write_text('{"rank": 1, "co')
+    assert explain_failures(start, TWO) == (3, ["rank 0: shard-3.bin: truncated"])
+
+
 def test_one_cause_on_all_ranks_is_one_line_with_its_step(start: Path) -> None:
     for rank in range(2):
         err = DivergedError("loss is nan;\n  stop")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.job import Limit, named_nodes
-from launch.margin import REQUEUE_S, SAFETY, measured_margin_s
+from launch.margin import N_RECENT, REQUEUE_S, SAFETY, measured_margin_s
 from launch.node import JobPlan
 from training.status import Status, write_status
 
@@ -23,6 +23,7 @@ def test_the_margin_is_that_of_the_longest_step_and_save_of_all_starts(tmp_path:
         write_status(starts[-1], status)
     assert measured_margin_s(starts[:1]) is None, "no start has saved yet"
     assert measured_margin_s([*starts, tmp_path]) == SAFETY * (2.0 + 2 * 8.0) + REQUEUE_S
+    assert measured_margin_s([*starts, *N_RECENT * [tmp_path]]) is None, "long ago"
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,16 @@ def test_the_margin_is_that_of_the_longest_step_and_save_of_all_starts(tmp_path:
 def test_a_job_stops_in_time(left_s: float | None, measured_s: float | None, is_near: bool) -> None:
     end_s = None if left_s is None else time.time() + left_s
     assert Limit(lambda: end_s, lambda: measured_s, warn_s=300).is_near() == is_near
+
+
+def test_the_limit_is_reached_when_slurm_says_so() -> None:
+    times_s = [time.time() + 100]
+    limit = Limit(lambda: times_s[0], lambda: None, warn_s=300)
+    assert not limit.is_reached(), "it was not asked for yet"
+    assert limit.is_near() and not limit.is_reached()
+    times_s = [time.time()]
+    limit = Limit(lambda: times_s[0], lambda: None, warn_s=300)
+    assert limit.is_near() and limit.is_reached()
 
 
 def test_nodes_of_the_ranks_to_blame_are_named() -> None:

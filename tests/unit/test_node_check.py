@@ -14,6 +14,7 @@ from launch.node_check import (
     Problem,
     code_problems,
     connection_problems,
+    corpus_problems,
     disk_problems,
     lock_problems,
 )
@@ -27,7 +28,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("submit")
     told = {"warn_s": 60, "max_failures": 3, "n_bytes": 1, "allowed_changes": (), "srun_options": {}}
     kind = {"ranks_per_node": 1, "has_gpus": False, "is_chain": False, "is_preflight": False}
-    facts = snapshot(directory, "seed = 1\n")
+    facts = snapshot(directory, '[data]\ncorpus = "nowhere"\n')
     write_submission(directory, Submission(**told, **kind, **facts))  # type: ignore[arg-type]
     return directory
 
@@ -49,6 +50,12 @@ def test_another_program_is_told_by_what_differs(directory: Path) -> None:
     python, torch = words(code_problems(directory, other))
     assert python.startswith("has Python 3.") and python.endswith(", not 3.9.1")
     assert torch.startswith("has torch 2.") and torch.endswith(", not 1.0")
+
+
+def test_a_corpus_that_a_node_does_not_see_is_told(directory: Path) -> None:
+    assert words(corpus_problems(directory)) == [
+        "cannot read the corpus: nowhere/corpus.json: No such file or directory"
+    ]
 
 
 @pytest.mark.parametrize("file", ["code/training/loop.py", "recipe.toml"])

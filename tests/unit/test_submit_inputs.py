@@ -21,6 +21,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_corpus(tmp_path, {"text": make_texts(60)}, valid_frac=0.2)
     (tmp_path / "run.toml").write_text(MODEL)
     (tmp_path / "taken").touch()
+    (tmp_path / "half.env").write_text("if true; then\n")
+    (tmp_path / "latin.env").write_bytes(b"# caf\xe9\n")
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "bash").symlink_to(str(shutil.which("bash")))
@@ -48,6 +50,8 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
         ([*NODES, *CPUS, "--max-failures", "0"], "--max-failures 0 must be at least 1"),
         ([*NODES, *CPUS, "--chain", "2", "--preflight"], "--chain has no effect with --preflight"),
         ([*NODES, *CPUS, "--env-file", "absent.env"], "--env-file absent.env: there is no such file"),
+        ([*NODES, *CPUS, "--env-file", "half.env"], "--env-file half.env: bash cannot read it"),
+        ([*NODES, *CPUS, "--env-file", "latin.env"], "--env-file latin.env: bash cannot read it"),
         ([*NODES, *CPUS, "--time", "4"], "--warn-s 300 must be above 0 and below the 240 s of --time 4"),
         (["--nodes", "two", *CPUS], "--nodes 'two' is neither a number nor MIN-MAX"),
         ([*NODES, *CPUS, "--sbatch", "signal=B:USR2@5"], "turnout sets signal itself; use --warn-s"),
