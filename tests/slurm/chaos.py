@@ -94,13 +94,10 @@ class Chaos:
     def _lose_a_node(self, lose: str, bring_back: str) -> str:
         node = self._random.choice(self._nodes())
         self._lab.script("node", node, lose)
-        wait_for(lambda: self._state_of(node).startswith("down"), f"{node} down")
+        self._lab.wait_for_state(node, "DOWN")
         self._lab.script("node", node, bring_back)
         self._lab.wait_until_back(node)
         return f"{node}: {lose}, {bring_back}"
-
-    def _state_of(self, node: str) -> str:
-        return self._lab.run("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip()
 
     def _nodes(self) -> tuple[str, ...]:
         return self._run.starts[-1].begin.nodes

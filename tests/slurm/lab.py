@@ -101,13 +101,21 @@ class Lab:
 
     def wait_until_back(self, node: str) -> None:
         """Wait until a node takes jobs again."""
-        said = set()
+        self.wait_for_state(node, "IDLE")
 
-        def is_idle() -> bool:
-            said.add(state := self.run("sinfo", "-h", "-p", "main", "-n", node, "-o", "%T").strip())
-            return state == "idle"
+    def wait_for_state(self, node: str, wanted: str) -> None:
+        """Wait until a node is in a state. sinfo is not asked: it shows a lost node as mixed for minutes."""
+        seen = []
 
-        wait_for(is_idle, f"{node}, which was {said},")
+        def is_there() -> bool:
+            shown = self.run("scontrol", "--oneliner", "show", "node", node)
+            seen.append(shown.split(" State=")[1].split()[0])
+            return seen[-1].split("+")[0] == wanted
+
+        try:
+            wait_for(is_there, f"{node} {wanted}")
+        except AssertionError as err:
+            raise AssertionError(f"{err}; it was {', '.join(dict.fromkeys(seen))}") from err
 
     def wait_until_usable(self) -> None:
         wait_for(lambda: self.run("sinfo", "-h", "-p", "main", "-o", "%T").split() == ["idle"], "idle nodes")
