@@ -16,11 +16,10 @@ from moe.config import ModelConfig
 from moe.model import Decoder, build_decoder
 from moe.sharding import is_expert
 from training.checkpoint_dir import read_checkpoint
-from training.checkpoint_manifest import MASTER, ROUTER_FILE
+from training.checkpoint_manifest import BIAS, MASTER, ROUTER_FILE
 from training.checkpoint_tensors import TensorReader
 from training.errors import CheckpointError
 from training.pieces import Piece
-from training.shares import BIAS
 
 
 class Weights(Protocol):
@@ -62,10 +61,14 @@ class CheckpointWeights:
         for name in sorted(found.keys() | self.shapes.keys()):
             if found.get(name) != self.shapes.get(name):
                 here, there = self.shapes.get(name, "absent"), found.get(name, "absent")
-                raise CheckpointError(f"{directory}: parameter {name} is {there} where its config says {here}")
+                raise CheckpointError(
+                    f"{directory}: parameter {name} is {there} where its config says {here}"
+                )
         names = [name for name in self.manifest.files if name.startswith("tokenizer.")]
         if len(names) != 1:
-            raise CheckpointError(f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed")
+            raise CheckpointError(
+                f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed"
+            )
         self.tokenizer_path = directory / names[0]
         self._reader = TensorReader(directory, self.manifest)
 
