@@ -98,10 +98,20 @@ def load_decoder(
 ) -> tuple[Decoder, RouterState]:
     """Return the whole model, ready to be evaluated, on one device."""
     decoder = build_decoder(weights.cfg, device=device, dtype=dtype, expert_backend=expert_backend)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parts = [parameter] if not is_expert(name) else list(parameter.unbind())
-            for expert, part in enumerate(parts):
-                part.copy_(weights.read(name, expert if is_expert(name) else None))
+    for name, parameter in decoder.named_parameters():
+        read_into(weights, name, parameter)
+    return decoder.eval(), read_router_state(weights, device)
+
+
+@torch.no_grad()
+def read_into(weights: Weights, name: str, out: Tensor) -> None:
+    """Fill a tensor of any dtype and device with a parameter. Of experts one is held at a time."""
+    parts = [out] if not is_expert(name) else list(out.unbind())
+    for expert, part in enumerate(parts):
+        part.copy_(weights.read(name, expert if is_expert(name) else None))
+
+
+def read_router_state(weights: Weights, device: torch.device | str = "cpu") -> RouterState:
+    """Return the trained bias; the load fractions, which only a training step reads, are uniform."""
     state = RouterState.initial(weights.cfg, device)
-    return decoder.eval(), RouterState(weights.read_bias().to(device), state.load_frac_ME)
+    return RouterState(weights.read_bias().to(device), state.load_frac_ME)
