@@ -62,8 +62,7 @@ def block_bytes(weights: Weights) -> tuple[list[int], int]:
     return blocks, ends
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n_resident", [0, 2])
+@pytest.mark.parametrize(("n_resident", "dtype"), [(0, torch.float32), (2, torch.bfloat16)], ids=str)
 def test_blocks_on_disk_compute_the_same(
     n_resident: int, dtype: torch.dtype, weights: Weights, tmp_path: Path
 ) -> None:
