@@ -62,11 +62,15 @@ def rope_tables(
     Positions count from the start of the sequence: attention sees only their differences, so a document that
     starts in the middle needs no reset.
     """
+    return rope_at(cfg, torch.arange(cfg.seq_len, device=device).repeat(n_seqs), dtype)
+
+
+def rope_at(cfg: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of these positions, each [T, 1, A/2], in fp32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, cfg.d_head, 2, device=device, dtype=wide) / cfg.d_head
+    exponents = torch.arange(0, cfg.d_head, 2, device=positions_T.device, dtype=wide) / cfg.d_head
     frequencies = 1.0 / cfg.rope_theta**exponents
-    angles = torch.outer(torch.arange(cfg.seq_len, device=device, dtype=wide), frequencies)
-    angles = angles.repeat(n_seqs, 1).unsqueeze(1)
+    angles = torch.outer(positions_T.to(wide), frequencies).unsqueeze(1)
     return angles.cos(), angles.sin()
 
 
@@ -164,11 +168,14 @@ class Attention(nn.Module):
         )
 
     def _partial(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        out_THA = attend(*self.project(x_TD, rope), documents, self.window)
+        return self.o(out_THA.flatten(1))
+
+    def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [T, H, A], keys and values [T, G, A], rotated to their positions."""
         q_THA = self.q(x_TD).view(x_TD.size(0), -1, self.d_head)
         k_TGA = self.k(x_TD).view(x_TD.size(0), -1, self.d_head)
         v_TGA = self.v(x_TD).view(x_TD.size(0), -1, self.d_head)
         if self.q_norm is not None and self.k_norm is not None:
             q_THA, k_TGA = self.q_norm(q_THA), self.k_norm(k_TGA)
-        q_THA, k_TGA = apply_rope(q_THA, *rope), apply_rope(k_TGA, *rope)
-        out_THA = attend(q_THA, k_TGA, v_TGA, documents, self.window)
-        return self.o(out_THA.flatten(1))
+        return apply_rope(q_THA, *rope), apply_rope(k_TGA, *rope), v_TGA

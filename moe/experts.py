@@ -27,8 +27,10 @@ def reference_experts(
     pieces = rows_RD.split(counts_L.tolist())
     # unbind, not gate_LFD[e]: the backward of indexing would fill a whole [L, F, D] gradient per expert.
     for x, gate, up, down in zip(pieces, gate_LFD.unbind(), up_LFD.unbind(), down_LDF.unbind(), strict=True):
-        outputs.append(F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))
-    return torch.cat(outputs)
+        # Where a gradient can follow, an expert without rows takes part too: its gradient is 0, not missing.
+        if x.size(0) or torch.is_grad_enabled():
+            outputs.append(F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))
+    return torch.cat(outputs) if outputs else rows_RD
 
 
 def grouped_experts(

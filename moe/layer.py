@@ -50,6 +50,14 @@ class MoELayer(nn.Module):
             out = out + self.shared(x)
         return out, stats
 
+    def infer(self, x_TD: Tensor, bias_E: Tensor) -> Tensor:
+        """Return the layer's output for any number of tokens.
+
+        Dropless whatever the capacity factor: what an expert takes of a sequence is not known before its end.
+        """
+        out = self._mix(x_TD, self.router.route(x_TD, bias_E), RoutingMemo())
+        return out if self.shared is None else out + self.shared(x_TD)
+
     def _own_routing(self, routing: Routing) -> Routing:
         """Return the rows of this rank's tokens; weights carry gradient, so they are cut by slicing."""
         if self.tp.size == 1:

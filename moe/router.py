@@ -56,23 +56,17 @@ class Router(nn.Module):
         """
         memo = memo or RoutingMemo()
         router, n_seqs = self.cfg.router, is_counted_T.numel() // self.cfg.seq_len
-        wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), self.tp.shared(self.weight.to(wide)))
-        logits_TE = self.tp.gather_rows(logits)
-        scores_TE = logits_TE.softmax(-1) if router.score == "softmax" else logits_TE.sigmoid()
+        logits_TE, scores_TE = self._score(x)
         if memo.expert_ids_TK is None:
             self._choose(scores_TE.detach(), bias_E, is_counted_T, memo)
         else:
             memo.check_scores(scores_TE.detach().gather(-1, memo.expert_ids_TK))
         expert_ids_TK, is_kept_TK = memo.expert_ids_TK, memo.is_kept_TK
         assert expert_ids_TK is not None
-        weights_TK = scores_TE.gather(-1, expert_ids_TK)
+        weights_TK = self._weigh(scores_TE, expert_ids_TK)
         # Sigmoid scores do not sum to 1 over experts; balancing speaks of probabilities
         # (DeepSeek-V3, 2412.19437, equation 19).
         probs_TE = scores_TE if router.score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
-        if router.normalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         counts_BE = counts_per_sequence(expert_ids_TK, is_counted_T, n_seqs, self.cfg.n_experts)
         load_frac_TE = load_frac_E.expand_as(probs_TE)
         if self.cfg.balance.scope == "sequence":
@@ -87,13 +81,37 @@ class Router(nn.Module):
             entropy_sum=(torch.special.entr(probs_TE.detach()).sum(-1) * is_counted_T).sum(),
             n_dropped=n_dropped,
         )
-        return Routing(expert_ids_TK, weights_TK * router.scale, is_kept_TK), stats
+        return Routing(expert_ids_TK, weights_TK, is_kept_TK), stats
 
-    def _choose(self, scores_TE: Tensor, bias_E: Tensor, is_counted_T: Tensor, memo: RoutingMemo) -> None:
+    def route(self, x_TD: Tensor, bias_E: Tensor) -> Routing:
+        """Route any number of tokens, dropless and without statistics: what inference needs."""
+        _, scores_TE = self._score(x_TD)
+        expert_ids_TK = self._best(scores_TE, bias_E)
+        return Routing(expert_ids_TK, self._weigh(scores_TE, expert_ids_TK), None)
+
+    def _score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and scores [T, E] of the tokens of all tensor-parallel ranks."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(wide), self.tp.shared(self.weight.to(wide)))
+        logits_TE = self.tp.gather_rows(logits)
+        is_softmax = self.cfg.router.score == "softmax"
+        return logits_TE, logits_TE.softmax(-1) if is_softmax else logits_TE.sigmoid()
+
+    def _weigh(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        weights_TK = scores_TE.gather(-1, expert_ids_TK)
+        if self.cfg.router.normalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return weights_TK * self.cfg.router.scale
+
+    def _best(self, scores_TE: Tensor, bias_E: Tensor) -> Tensor:
         router = self.cfg.router
-        memo.expert_ids_TK = choose_experts(
+        return choose_experts(
             scores_TE + bias_E, self.cfg.top_k, n_groups=router.n_groups, top_groups=router.top_groups
         )
+
+    def _choose(self, scores_TE: Tensor, bias_E: Tensor, is_counted_T: Tensor, memo: RoutingMemo) -> None:
+        memo.expert_ids_TK = self._best(scores_TE, bias_E)
         memo.scores_TK = scores_TE.gather(-1, memo.expert_ids_TK)
         memo.is_kept_TK = self._within_capacity(memo.expert_ids_TK, memo.scores_TK, is_counted_T)
 

@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 ROUTER_FILE, CONFIG_FILE, PROVENANCE_FILE = "router.safetensors", "config.toml", "provenance.json"
 MAX_MANIFEST_BYTES = 1 << 30
+BIAS, LOAD_FRAC = "bias", "load_frac"  # the tensors in ROUTER_FILE
 MASTER = "master"  # the kind of tensor that is the fp32 weight itself; the optimizer names the others
 _FILE_NAMES = re.compile(
     r"(rank-[0-9]{5}|router)\.safetensors|config\.toml|provenance\.json|tokenizer\.(model|json)"

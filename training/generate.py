@@ -1,12 +1,145 @@
-"""Continuations of a prompt, sampled token by token, each from a whole forward pass."""
+"""Continuations of prompts, token by token.
+
+stream_texts goes on from a cache (moe/cache.py): one process, the whole model, prompts of any lengths.
+continue_prompts computes a whole forward pass for each token: its slow twin, and what training samples with,
+because that works in every parallel layout.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from moe.balance import RouterState
+from moe.cache import CachedDecoder
 from moe.model import Decoder
 from training.config import SampleConfig
+from training.errors import CheckpointError, ConfigError
+from training.sampling import Sampling, sample_tokens
+from training.text_stream import TextStream
+
+# Each row keeps its own cache, so more rows cost memory; a CPU gains little beyond these.
+ROWS_AT_ONCE = 32
+
+End = Literal["end of text", "stop string", "max tokens", "seq_len"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to write.
+
+    max_tokens  tokens of a continuation, at most
+    seed        row i draws from seed + i, so its text is the same in any batch
+    n_samples   continuations of each prompt
+    stop        strings before which a continuation ends
+    """
+
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    n_samples: int = 1
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """What one token added to a row's text, which may be nothing yet. Row: prompt * n_samples + sample.
+
+    end  why the text ends here; None: it goes on
+    """
+
+    row: int
+    text: str
+    end: End | None
+
+
+def stream_texts(
+    model: CachedDecoder, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
+) -> Iterator[TextPiece]:
+    """Yield the continuations as they come, without their prompts; those of a step by row.
+
+    Raises ConfigError for a prompt that leaves no room, CheckpointError where the logits are not finite.
+    """
+    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    _check_room(encoded, model.max_positions)
+    n_rows = len(prompts) * options.n_samples
+    for first in range(0, n_rows, ROWS_AT_ONCE):
+        rows = range(first, min(first + ROWS_AT_ONCE, n_rows))
+        yield from _stream_rows(model, tokenizer, encoded, rows, options)
+
+
+def _check_room(encoded: Sequence[Sequence[int]], max_positions: int | None) -> None:
+    for i, ids in enumerate(encoded, start=1):
+        if max_positions is not None and len(ids) >= max_positions:
+            raise ConfigError(
+                f"prompt {i} has {len(ids)} tokens with the one that begins a text, and the model was "
+                f"trained on seq_len={max_positions} positions; shorten it to {max_positions - 1} at most"
+            )
+
+
+def _stream_rows(
+    model: CachedDecoder, tokenizer: Tokenizer, encoded: list[list[int]], rows: range, options: Options
+) -> Iterator[TextPiece]:
+    of_row = {row: encoded[row // options.n_samples] for row in rows}
+    most = {row: _most_tokens(len(ids), model.max_positions, options) for row, ids in of_row.items()}
+    generators = {row: torch.Generator().manual_seed(options.seed + row) for row in rows}
+    texts = {row: TextStream(tokenizer, ids, options.stop) for row, ids in of_row.items()}
+    n_new = dict.fromkeys(rows, 0)
+    # Samples of one prompt share its prefill.
+    first = rows.start // options.n_samples
+    shared = encoded[first : (rows.stop - 1) // options.n_samples + 1]
+    logits, cache = model.prefill(shared, max(len(of_row[row]) + most[row] for row in rows))
+    places = [row // options.n_samples - first for row in rows]
+    logits, cache, live = logits[places], cache.select(places), list(rows)
+    while True:
+        tokens = _draw(logits, tokenizer, options.sampling, [generators[row] for row in live])
+        going_on = []
+        for place, (row, token) in enumerate(zip(live, tokens, strict=True)):
+            n_new[row] += 1
+            is_last = n_new[row] == most[row]
+            piece = _piece(row, token, texts[row], tokenizer.eos_id, is_last, most[row] < options.max_tokens)
+            yield piece
+            if piece.end is None:
+                going_on.append(place)
+        if not going_on:
+            return
+        if len(going_on) < len(live):
+            cache, live = cache.select(going_on), [live[place] for place in going_on]
+        logits = model.extend([tokens[place] for place in going_on], cache)
+
+
+def _most_tokens(n_prompt: int, max_positions: int | None, options: Options) -> int:
+    return options.max_tokens if max_positions is None else min(options.max_tokens, max_positions - n_prompt)
+
+
+def _draw(
+    logits: Tensor, tokenizer: Tokenizer, sampling: Sampling, generators: list[torch.Generator]
+) -> list[int]:
+    logits = _of_texts(logits.float().cpu(), tokenizer)
+    if not logits.isfinite().all():
+        raise CheckpointError("the model's logits are not finite; train it again from an earlier checkpoint")
+    return sample_tokens(logits, sampling, generators).tolist()
+
+
+def _of_texts(logits: Tensor, tokenizer: Tokenizer) -> Tensor:
+    # A vocabulary padded to a round size has ids that no text has.
+    return logits[:, : tokenizer.vocab_size]
+
+
+def _piece(
+    row: int, token: int, text: TextStream, eos_id: int, is_last: bool, is_cut_by_seq_len: bool
+) -> TextPiece:
+    if token == eos_id:
+        return TextPiece(row, text.finish(), "end of text")
+    new = text.push(token)
+    if text.is_stopped:
+        return TextPiece(row, new, "stop string")
+    if is_last:
+        return TextPiece(row, new + text.finish(), "seq_len" if is_cut_by_seq_len else "max tokens")
+    return TextPiece(row, new, None)
 
 
 @torch.no_grad()
@@ -19,7 +152,7 @@ def continue_prompts(
     the same seed gives the same text on every rank.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = decoder.embed.weight.device
+    sampling = Sampling(temperature=cfg.temperature, top_p=cfg.top_p)
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in cfg.prompts]
     # A prompt keeps its tail where it would not leave room for the continuation.
     rows = [ids[-(decoder.cfg.seq_len - cfg.n_tokens) :] for ids in prompts]
@@ -28,8 +161,8 @@ def continue_prompts(
     was_training = decoder.training
     decoder.eval()
     for _ in range(cfg.n_tokens):
-        logits = _next_logits(decoder, rows, state, device)
-        next_ids = sample_tokens(logits, cfg.temperature, cfg.top_p, generator)
+        logits = _of_texts(whole_pass_logits(decoder, rows, state), tokenizer)
+        next_ids = sample_tokens(logits, sampling, [generator])
         for i, token in enumerate(next_ids.tolist()):
             is_done[i] = is_done[i] or token == tokenizer.eos_id
             if not is_done[i]:
@@ -40,8 +173,9 @@ def continue_prompts(
     return [tokenizer.decode(row[start:]) for row, start in zip(rows, n_prompt, strict=True)]
 
 
-def _next_logits(decoder: Decoder, rows: list[list[int]], state: RouterState, device: torch.device) -> Tensor:
+def whole_pass_logits(decoder: Decoder, rows: list[list[int]], state: RouterState) -> Tensor:
     """Return the logits after each row's last token, [rows, V] on the CPU. Causality hides the padding."""
+    device = decoder.embed.weight.device
     tokens = torch.zeros(len(rows), decoder.cfg.seq_len, dtype=torch.int64)
     is_counted = torch.zeros_like(tokens, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -50,17 +184,3 @@ def _next_logits(decoder: Decoder, rows: list[list[int]], state: RouterState, de
     hidden, _ = decoder(tokens.to(device), torch.zeros_like(tokens), is_counted.to(device), state)
     last = torch.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)])
     return decoder.tp.gather_last(decoder.logits(last)).float().cpu()
-
-
-def sample_tokens(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Draw one token id per row of logits [B, V]; temperature 0 takes the most likely.
-
-    top_p keeps the smallest set of tokens whose probabilities reach top_p (Holtzman et al. 2020, section
-    3.1).
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    mass_before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(mass_before >= top_p, 0.0)
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)

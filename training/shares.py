@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe.balance import RouterState
 from moe.sharding import Split, split_of
-from training.checkpoint_manifest import MASTER, ROUTER_FILE
+from training.checkpoint_manifest import BIAS, LOAD_FRAC, MASTER, ROUTER_FILE
 from training.checkpoint_tensors import TensorReader, key_of
 from training.engine import Engine, Fragment
 from training.errors import CheckpointError
@@ -17,7 +17,6 @@ from training.parallel import Groups
 from training.pieces import Matrix, Piece
 
 MODULE_PREFIX = "decoder."  # of the engine's module, which is training/objective.py's
-BIAS, LOAD_FRAC = "bias", "load_frac"
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,10 @@ from moe.config import ModelConfig
 from moe.model import Decoder, build_decoder
 from moe.sharding import is_expert
 from training.checkpoint_dir import read_checkpoint
-from training.checkpoint_manifest import MASTER, ROUTER_FILE
+from training.checkpoint_manifest import BIAS, MASTER, ROUTER_FILE
 from training.checkpoint_tensors import TensorReader
 from training.errors import CheckpointError
 from training.pieces import Piece
-from training.shares import BIAS
 
 
 class Weights(Protocol):
@@ -62,10 +61,14 @@ class CheckpointWeights:
         for name in sorted(found.keys() | self.shapes.keys()):
             if found.get(name) != self.shapes.get(name):
                 here, there = self.shapes.get(name, "absent"), found.get(name, "absent")
-                raise CheckpointError(f"{directory}: parameter {name} is {there} where its config says {here}")
+                raise CheckpointError(
+                    f"{directory}: parameter {name} is {there} where its config says {here}"
+                )
         names = [name for name in self.manifest.files if name.startswith("tokenizer.")]
         if len(names) != 1:
-            raise CheckpointError(f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed")
+            raise CheckpointError(
+                f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed"
+            )
         self.tokenizer_path = directory / names[0]
         self._reader = TensorReader(directory, self.manifest)
 
@@ -95,10 +98,20 @@ def load_decoder(
 ) -> tuple[Decoder, RouterState]:
     """Return the whole model, ready to be evaluated, on one device."""
     decoder = build_decoder(weights.cfg, device=device, dtype=dtype, expert_backend=expert_backend)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parts = [parameter] if not is_expert(name) else list(parameter.unbind())
-            for expert, part in enumerate(parts):
-                part.copy_(weights.read(name, expert if is_expert(name) else None))
+    for name, parameter in decoder.named_parameters():
+        read_into(weights, name, parameter)
+    return decoder.eval(), read_router_state(weights, device)
+
+
+@torch.no_grad()
+def read_into(weights: Weights, name: str, out: Tensor) -> None:
+    """Fill a tensor of any dtype and device with a parameter. Of experts one is held at a time."""
+    parts = [out] if not is_expert(name) else list(out.unbind())
+    for expert, part in enumerate(parts):
+        part.copy_(weights.read(name, expert if is_expert(name) else None))
+
+
+def read_router_state(weights: Weights, device: torch.device | str = "cpu") -> RouterState:
+    """Return the trained bias; the load fractions, which only a training step reads, are uniform."""
     state = RouterState.initial(weights.cfg, device)
-    return decoder.eval(), RouterState(weights.read_bias().to(device), state.load_frac_ME)
+    return RouterState(weights.read_bias().to(device), state.load_frac_ME)

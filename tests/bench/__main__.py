@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.checkpoints import print_checkpoint_cost
+from tests.bench.generate import print_generation_speed
 from tests.bench.self_check import print_self_check_cost
 from tests.runs import read_rows
 
@@ -142,7 +143,7 @@ def compare_layouts(corpus: Path) -> None:
 
 def main() -> None:
     """Run the comparisons named on the command line, or all of them."""
-    wanted = sys.argv[1:] or ["prepare", "training", "layouts", "self-check", "checkpoints"]
+    wanted = sys.argv[1:] or ["prepare", "training", "layouts", "self-check", "checkpoints", "generate"]
     if "prepare" in wanted:
         compare_prepare()
     with tempfile.TemporaryDirectory() as directory:
@@ -157,6 +158,8 @@ def main() -> None:
         print_self_check_cost()
     if "checkpoints" in wanted:
         print_checkpoint_cost()
+    if "generate" in wanted:
+        print_generation_speed()
 
 
 if __name__ == "__main__":

@@ -42,12 +42,22 @@ def test_backend_equals_the_loop(name: str, counts: list[int], dtype: torch.dtyp
     (got, got_grads), (want, want_grads) = results
     assert got.shape == want.shape == (sum(counts), D)
     if not sum(counts):
-        assert all(g is not None and not g.any() for g in got_grads.values()), "zero rows give zero gradients"
+        for grads in (got_grads, want_grads):
+            assert all(g is not None and not g.any() for g in grads.values()), "zero rows, zero gradients"
         return
     assert relative_error(got, want) <= RTOL[dtype]
     assert_same_grads(got_grads, want_grads, rtol=RTOL[dtype])
     idle = [e for e, n in enumerate(counts) if n == 0]
     assert not got_grads["gate"][idle].any()
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_the_loop_is_the_same_where_no_gradient_can_follow(counts: list[int]) -> None:
+    tensors = leaves(counts, torch.float32)
+    arguments = (tensors["rows"], torch.tensor(counts), tensors["gate"], tensors["up"], tensors["down"])
+    with torch.no_grad():
+        out = reference_experts(*arguments)
+    assert torch.equal(out, reference_experts(*arguments))
 
 
 def test_reference_experts_pass_gradcheck() -> None:

@@ -1,17 +1,31 @@
-"""Sampling: greedy is the argmax, top-p cuts the tail, and a seed repeats itself."""
+"""Continuations: greedy is the argmax, a seed repeats itself, the cache writes what whole passes write."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.tokenizer import Tokenizer, load_tokenizer
+from moe.cache import CachedDecoder
+from moe.config import ModelConfig
 from tests.models import random_state, tiny_config, tiny_decoder
 from tests.unit.data_fixtures import write_tokenizer
 from training.config import SampleConfig
-from training.generate import continue_prompts, sample_tokens
+from training.errors import CheckpointError, ConfigError
+from training.generate import (
+    ROWS_AT_ONCE,
+    Options,
+    TextPiece,
+    continue_prompts,
+    stream_texts,
+    whole_pass_logits,
+)
+from training.sampling import Sampling
 
 CFG = tiny_config(vocab_size=300, seq_len=24)
+PROMPTS = ("the train", "a", "", "each switch so that")
+GREEDY, LOUD = Sampling(temperature=0), Sampling(temperature=3.0, top_p=0.99)
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +33,31 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(write_tokenizer(Path(tmp_path_factory.mktemp("tokenizer"))))
 
 
-def generate(tokenizer: Tokenizer, *, seed: int = 0, **changes: object) -> list[str]:
+def sample(tokenizer: Tokenizer, *, seed: int = 0, **changes: object) -> list[str]:
+    """Return what training would sample."""
     cfg = SampleConfig.model_validate({"prompts": ["the train", "a"], "n_tokens": 12, **changes})
     decoder = tiny_decoder(CFG, dtype=torch.float32)
     return continue_prompts(decoder, tokenizer, random_state(CFG), cfg, seed=seed)
+
+
+def cached(cfg: ModelConfig = CFG) -> CachedDecoder:
+    return CachedDecoder(tiny_decoder(cfg, dtype=torch.float64), random_state(cfg))
+
+
+def written(pieces: Sequence[TextPiece]) -> list[str]:
+    """Return the texts by row."""
+    assert all(piece.end is None or piece is last_of(pieces, piece.row) for piece in pieces)
+    n_rows = 1 + max(piece.row for piece in pieces)
+    return ["".join(piece.text for piece in pieces if piece.row == row) for row in range(n_rows)]
+
+
+def last_of(pieces: Sequence[TextPiece], row: int) -> TextPiece:
+    return [piece for piece in pieces if piece.row == row][-1]
+
+
+def stream(tokenizer: Tokenizer, prompts: Sequence[str] = PROMPTS, **changes: object) -> list[TextPiece]:
+    options = Options(**{"max_tokens": 8, "sampling": LOUD, **changes})
+    return list(stream_texts(cached(), tokenizer, prompts, options))
 
 
 def test_greedy_takes_the_most_likely_token_each_time(tokenizer: Tokenizer) -> None:
@@ -38,12 +73,12 @@ def test_greedy_takes_the_most_likely_token_each_time(tokenizer: Tokenizer) -> N
         if ids[-1] == tokenizer.eos_id:
             ids.pop()
             break
-    assert generate(tokenizer, temperature=0)[0] == tokenizer.decode(ids[start:])
+    assert sample(tokenizer, temperature=0)[0] == tokenizer.decode(ids[start:])
 
 
 def test_a_seed_repeats_itself_and_another_does_not(tokenizer: Tokenizer) -> None:
-    assert generate(tokenizer, temperature=3.0) == generate(tokenizer, temperature=3.0)
-    assert generate(tokenizer, temperature=3.0) != generate(tokenizer, temperature=3.0, seed=1)
+    assert sample(tokenizer, temperature=3.0) == sample(tokenizer, temperature=3.0)
+    assert sample(tokenizer, temperature=3.0) != sample(tokenizer, temperature=3.0, seed=1)
 
 
 def test_a_long_prompt_keeps_its_tail(tokenizer: Tokenizer) -> None:
@@ -59,18 +94,106 @@ def test_a_long_prompt_keeps_its_tail(tokenizer: Tokenizer) -> None:
             )
         tail.append(int(decoder.logits(hidden[0, len(tail) - 1]).argmax()))
         assert tail[-1] != tokenizer.eos_id, "choose another prompt"
-    assert generate(tokenizer, prompts=[prompt], temperature=0) == [tokenizer.decode(tail[room:])]
+    assert sample(tokenizer, prompts=[prompt], temperature=0) == [tokenizer.decode(tail[room:])]
 
 
-def test_top_p_never_draws_from_the_tail() -> None:
-    logits = torch.tensor([[2.0, 1.9, -1.0, -1.0]]).expand(500, 4)
-    generator = torch.Generator().manual_seed(0)
-    drawn = set(sample_tokens(logits, 1.0, 0.9, generator).tolist())
-    assert drawn == {0, 1}
-    assert set(sample_tokens(logits, 1.0, 1.0, generator).tolist()) == {0, 1, 2, 3}
+def test_the_cache_writes_what_whole_passes_write(tokenizer: Tokenizer) -> None:
+    cfg = SampleConfig(prompts=PROMPTS, n_tokens=8, temperature=0)
+    decoder = tiny_decoder(CFG, dtype=torch.float64)
+    want = continue_prompts(decoder, tokenizer, random_state(CFG), cfg, seed=0)
+    got = stream(tokenizer, sampling=GREEDY)
+    assert len(set(want)) == len(PROMPTS)
+    # The stream leaves out the bytes of a character that the last token did not finish.
+    assert written(got) == [text.rstrip("\ufffd") for text in want]
+    one = SampleConfig(prompts=("the train",), n_tokens=8, temperature=3.0, top_p=0.99)
+    drawn = continue_prompts(decoder, tokenizer, random_state(CFG), one, seed=5)
+    assert written(stream(tokenizer, ["the train"], seed=5)) == [text.rstrip("\ufffd") for text in drawn]
 
 
-def test_frequencies_follow_the_temperature() -> None:
-    logits = torch.tensor([[1.0, 0.0]]).expand(20_000, 2)
-    share = float(sample_tokens(logits, 0.5, 1.0, torch.Generator().manual_seed(0)).float().mean())
-    assert share == pytest.approx(1 / (1 + torch.e**2), abs=0.01)
+def test_a_row_does_not_depend_on_the_others(tokenizer: Tokenizer) -> None:
+    together = written(stream(tokenizer, seed=3))
+    assert together == written(stream(tokenizer, seed=3))
+    assert together != written(stream(tokenizer, seed=4))
+    for row, prompt in enumerate(PROMPTS):
+        assert written(stream(tokenizer, [prompt], seed=3 + row)) == [together[row]]
+
+
+def test_samples_of_a_prompt_are_rows_of_their_own(tokenizer: Tokenizer) -> None:
+    n_samples = ROWS_AT_ONCE // 3 + 2
+    pieces = stream(tokenizer, PROMPTS[:3], n_samples=n_samples, max_tokens=4)
+    texts = written(pieces)
+    assert len(texts) == 3 * n_samples > ROWS_AT_ONCE
+    for row in (0, 1, n_samples, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, 3 * n_samples - 1):
+        alone = stream(tokenizer, [PROMPTS[row // n_samples]], seed=row, max_tokens=4)
+        assert written(alone) == [texts[row]], row
+
+
+def test_a_text_ends_for_a_reason(tokenizer: Tokenizer) -> None:
+    pieces = stream(tokenizer, sampling=GREEDY, max_tokens=100)
+    assert {piece.end for piece in pieces} == {None, "seq_len"}
+    for row, prompt in enumerate(PROMPTS):
+        n_prompt = 1 + len(tokenizer.encode(prompt))
+        assert n_prompt + sum(piece.row == row for piece in pieces) == CFG.seq_len
+    assert last_of(stream(tokenizer), 0).end == "max tokens"
+    text = written(pieces)[1]
+    stopped = stream(tokenizer, ["a"], sampling=GREEDY, max_tokens=100, stop=(text[3:5],))
+    assert (written(stopped)[0], stopped[-1].end) == (text[: text.index(text[3:5])], "stop string")
+
+
+def test_end_of_text_ends_one_row_and_not_the_others(tokenizer: Tokenizer) -> None:
+    model = cached()
+    plain = list(stream_texts(model, tokenizer, PROMPTS, Options(max_tokens=8, sampling=GREEDY)))
+    before = [ids_of(tokenizer, model, prompt) for prompt in PROMPTS]
+    ending = next(t for t in before[1] if all(t not in ids for i, ids in enumerate(before) if i != 1))
+    tokenizer.eos_id, kept = ending, tokenizer.eos_id
+    try:
+        pieces = list(stream_texts(model, tokenizer, PROMPTS, Options(max_tokens=8, sampling=GREEDY)))
+    finally:
+        tokenizer.eos_id = kept
+    assert [last_of(pieces, row).end for row in range(4)] == [
+        "max tokens", "end of text", "max tokens", "max tokens",
+    ]  # fmt: skip
+    assert sum(piece.row == 1 for piece in pieces) == before[1].index(ending) + 1
+    assert [text for row, text in enumerate(written(pieces)) if row != 1] == [
+        text for row, text in enumerate(written(plain)) if row != 1
+    ]
+
+
+def ids_of(tokenizer: Tokenizer, model: CachedDecoder, prompt: str) -> list[int]:
+    """Return the greedy tokens after a prompt."""
+    logits, cache = model.prefill([[tokenizer.bos_id, *tokenizer.encode(prompt)]], CFG.seq_len)
+    ids = []
+    for _ in range(8):
+        ids.append(int(logits[0, : tokenizer.vocab_size].argmax()))
+        logits = model.extend(ids[-1:], cache)
+    return ids
+
+
+def test_a_window_writes_on_beyond_seq_len(tokenizer: Tokenizer) -> None:
+    model = cached(tiny_config(vocab_size=300, seq_len=24, sliding_window=7))
+    prompt = "each switch so that the train moves each lever of seven cars at 0417"
+    assert len(tokenizer.encode(prompt)) > 24
+    pieces = list(stream_texts(model, tokenizer, [prompt], Options(max_tokens=40, sampling=LOUD)))
+    assert len(pieces) == 40 and pieces[-1].end == "max tokens"
+
+
+def test_ids_that_no_text_has_are_never_drawn(tokenizer: Tokenizer) -> None:
+    cfg = tiny_config(vocab_size=640, seq_len=24)
+    decoder = tiny_decoder(cfg, dtype=torch.float64)
+    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    top = whole_pass_logits(decoder, rows, random_state(cfg)).argmax(-1)
+    assert (top >= tokenizer.vocab_size).any(), "none would be drawn, so this proves nothing"
+    options = Options(max_tokens=8, sampling=GREEDY)
+    assert written(list(stream_texts(cached(cfg), tokenizer, PROMPTS, options)))
+    sampled = SampleConfig(prompts=PROMPTS, n_tokens=8, temperature=0)
+    assert continue_prompts(decoder, tokenizer, random_state(cfg), sampled, seed=0)
+
+
+def test_a_prompt_without_room_and_a_broken_model_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"prompt 2 has \d+ tokens .* seq_len=24 .* shorten it to 23"):
+        stream(tokenizer, ["a", "switch " * 30])
+    model = cached()
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        list(stream_texts(model, tokenizer, PROMPTS, Options(max_tokens=8)))

@@ -1,0 +1,47 @@
+"""A run directory with a checkpoint of a whole model, which no training has made."""
+
+from pathlib import Path
+
+from launch.settings import to_toml
+from moe.balance import RouterState
+from moe.model import Decoder
+from moe.sharding import split_of
+from tests.checkpoints import saver_of, state_at
+from tests.ranks import join_alone
+from training.checkpoint_dir import checkpoint_path
+from training.checkpoint_manifest import BIAS, LOAD_FRAC, MASTER, Attached, DataIdentity
+from training.checkpoint_tensors import key_of
+from training.config import RunConfig
+from training.owner import take_over
+from training.parallel import Groups, Layout
+from training.pieces import Matrix, Piece
+from training.shares import Place, Share
+
+
+def save_model(
+    run_dir: Path, cfg: RunConfig, decoder: Decoder, state: RouterState, tokenizer: Path, *, step: int = 10
+) -> Path:
+    """Save fp32 weights as a run's checkpoint of one rank, without optimizer state; return its path."""
+    join_alone()
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "config.toml").write_text(to_toml(cfg))
+    groups = Groups(Layout(1), 0, decoder.embed.weight.device, timeout_s=30)
+    attached = Attached(
+        DataIdentity(corpus_hash="c", tokenizer_sha256="t"),
+        {"config.toml": to_toml(cfg).encode(), f"tokenizer{tokenizer.suffix}": tokenizer.read_bytes()},
+    )
+    saver = saver_of(run_dir, groups, cfg, token=take_over(run_dir), attached=attached)
+    saver.save(_share_of(decoder, state), state_at(step, optimizer={}))
+    saver.close()
+    groups.close()
+    return checkpoint_path(run_dir, step)
+
+
+def _share_of(decoder: Decoder, state: RouterState) -> Share:
+    places, tensors = {}, {}
+    for name, parameter in decoder.named_parameters():
+        shape = tuple(parameter.shape)
+        matrix = Matrix.of(shape, split_of(name))
+        places[name] = Place(shape, matrix, Piece(0, matrix.row_width, 0, parameter.numel()))
+        tensors[key_of(MASTER, name)] = parameter.detach().flatten()
+    return Share((MASTER,), places, tensors, {BIAS: state.bias_ME, LOAD_FRAC: state.load_frac_ME})
