@@ -62,10 +62,14 @@ class CheckpointWeights:
         for name in sorted(found.keys() | self.shapes.keys()):
             if found.get(name) != self.shapes.get(name):
                 here, there = self.shapes.get(name, "absent"), found.get(name, "absent")
-                raise CheckpointError(f"{directory}: parameter {name} is {there} where its config says {here}")
+                raise CheckpointError(
+                    f"{directory}: parameter {name} is {there} where its config says {here}"
+                )
         names = [name for name in self.manifest.files if name.startswith("tokenizer.")]
         if len(names) != 1:
-            raise CheckpointError(f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed")
+            raise CheckpointError(
+                f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed"
+            )
         self.tokenizer_path = directory / names[0]
         self._reader = TensorReader(directory, self.manifest)
 
