@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from data.errors import DataError
+from launch import cli_evaluate
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
 from launch.slurm import SlurmError
 from training.errors import CheckpointError, ConfigError, printable
@@ -307,6 +308,9 @@ def prune(
     from launch.checkpoints import prune_old
 
     prune_old(run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps, is_dry=dry_run)
+
+
+app.command(cli_evaluate.evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
