@@ -311,6 +311,7 @@ def prune(
 
 
 app.command(cli_evaluate.evaluate)
+app.command(cli_evaluate.lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

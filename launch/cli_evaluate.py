@@ -58,3 +58,35 @@ def evaluate(
         dtype=dtype,
         out=out,
     )
+
+
+def lm_eval(
+    model: Model,
+    /,
+    *,
+    tasks: Annotated[str, Parameter(help="Names of tasks or groups, separated by commas.")],
+    include_path: Annotated[Path | None, Parameter(help="Directory with YAML of tasks of your own.")] = None,
+    limit: Annotated[int | None, Parameter(help="Only the first so many documents of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, Parameter(help="Examples before each question; default: the task's.")
+    ] = None,
+    microbatch_seqs: Microbatch = 8,
+    dtype: DType = "float32",
+    out: Annotated[Path | None, Parameter(help="FILE.json for the results and each sample.")] = None,
+) -> None:
+    """Tasks of the lm-evaluation-harness; needs pip install 'turnout[lm-eval]'.
+
+    Example: turnout lm-eval runs/first --tasks own_words --include-path tasks/ --limit 100
+    """
+    from launch.lm_eval_run import run_lm_eval
+
+    run_lm_eval(
+        model,
+        tasks=tasks,
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        microbatch_seqs=microbatch_seqs,
+        dtype=dtype,
+        out=out,
+    )

@@ -101,7 +101,6 @@ def _expected(corpus: Corpus | None, split: str | None, max_documents: int | Non
 def _with_bar(
     model: LoadedModel, documents: Iterable[EvaluationDocument], microbatch_seqs: int, n_expected: int | None
 ) -> Iterator[tuple[EvaluationDocument, Evaluation]]:
-    bar = LiveBar("evaluating", n_expected)
     scores = score_documents(
         model.decoder,
         model.state,
@@ -109,12 +108,10 @@ def _with_bar(
         bos_id=model.tokenizer.bos_id,
         microbatch_seqs=microbatch_seqs,
     )
-    try:
+    with LiveBar("evaluating", n_expected) as bar:
         for n_done, pair in enumerate(scores, start=1):
             yield pair
             bar.update(n_done, f"evaluating: {n_done:,} documents")
-    finally:
-        bar.close()
 
 
 def _print_table(by_source: dict[str, Evaluation], total: Evaluation) -> None:
