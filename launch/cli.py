@@ -312,6 +312,7 @@ def prune(
 
 app.command(cli_evaluate.evaluate)
 app.command(cli_evaluate.lm_eval)
+app.command(cli_evaluate.routes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -90,3 +90,42 @@ def lm_eval(
         dtype=dtype,
         out=out,
     )
+
+
+def routes(
+    model: Model,
+    text: Annotated[str | None, Parameter(help="Some words, in quotes.")] = None,
+    /,
+    *,
+    corpus: Annotated[
+        Path | None, Parameter(help="A corpus of `turnout prepare`, whose documents are counted instead.")
+    ] = None,
+    split: Split = None,
+    max_documents: Annotated[
+        int | None, Parameter(help="Only so many, taken from the sources in turn.")
+    ] = None,
+    microbatch_seqs: Microbatch = 8,
+    dtype: DType = "float32",
+    out: Annotated[
+        Path | None, Parameter(help="Of a text: a figure, FILE.svg or FILE.png. Of a corpus: a directory.")
+    ] = None,
+) -> None:
+    """Which experts each token of a text takes, layer by layer; or which tokens the experts of a corpus get.
+
+    Of a text: one row per token, one column per expert layer, with ids and weights of its experts. Of a
+    corpus: the share of each expert's rows by source and by class of token, against that of all tokens.
+
+    Example: turnout routes runs/first "def add(a, b): return a + b" --out routes.svg
+    """
+    from launch.routes import run_routes
+
+    run_routes(
+        model,
+        text,
+        corpus=corpus,
+        split=split,
+        max_documents=max_documents,
+        microbatch_seqs=microbatch_seqs,
+        dtype=dtype,
+        out=out,
+    )

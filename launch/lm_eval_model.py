@@ -24,10 +24,9 @@ from training.config import SampleConfig
 from training.errors import ConfigError
 from training.evaluate import score_documents
 from training.generate import continue_prompts
-from training.scoring import score_windows
+from training.scoring import ARRANGED_BATCHES, score_windows
 
 DEFAULT_NEW_TOKENS = 256  # as in lm_eval's own models
-SCORED_BATCHES = 32  # between two steps of the progress bar
 Scored = tuple[float, bool]
 
 
@@ -79,7 +78,7 @@ class TurnoutLM(TemplateLM):
     ) -> list[Scored]:
         windows = [self._window(context, continuation) for _, context, continuation in requests]
         answers: list[Scored] = []
-        per_round = SCORED_BATCHES * self.microbatch_seqs
+        per_round = ARRANGED_BATCHES * self.microbatch_seqs
         with LiveBar("scoring continuations", len(windows)) as bar:
             for start in range(0, len(windows), per_round):
                 scores = score_windows(

@@ -20,11 +20,9 @@ from moe.balance import RouterState
 from moe.model import Decoder
 from training.objective import token_nll
 from training.parallel import Groups
-from training.scoring import score_windows, sequence_logits
+from training.scoring import ARRANGED_BATCHES, score_windows, sequence_logits
 
 MAX_EXPONENT = 700.0  # exp of more does not fit into a float
-# Short windows find company among the windows of so many micro-batches; documents come out as late as that.
-ARRANGED_BATCHES = 32
 
 
 @dataclass(frozen=True)

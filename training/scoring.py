@@ -18,6 +18,9 @@ from moe.config import ModelConfig
 from moe.model import Decoder
 from training.objective import token_nll
 
+# Short windows find company among the windows of so many micro-batches; answers come as late as that.
+ARRANGED_BATCHES = 32
+
 
 @dataclass(frozen=True)
 class WindowScores:
@@ -33,14 +36,12 @@ class WindowScores:
     is_greedy: Tensor
 
 
-def sequence_logits(
-    decoder: Decoder, sequences: Sequence[Sequence[Window]], state: RouterState, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return logits [n, S, V / tp.size] and targets [n, S] of sequences, each of one or more windows.
+def lay_out(sequences: Sequence[Sequence[Window]], seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, targets and doc_ids [n, S] of sequences, each of one or more windows.
 
     Without sequences there is an empty one, because ranks must call the model equally often.
     """
-    shape = (max(1, len(sequences)), decoder.cfg.seq_len)
+    shape = (max(1, len(sequences)), seq_len)
     tokens, doc_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE_INDEX)
     for i, windows in enumerate(sequences):
@@ -52,6 +53,14 @@ def sequence_logits(
             # Padding is of the last document, which it follows, so that one window needs no mask.
             doc_ids[i, start:] = number
             start = here.stop
+    return tokens, targets, doc_ids
+
+
+def sequence_logits(
+    decoder: Decoder, sequences: Sequence[Sequence[Window]], state: RouterState, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return logits [n, S, V / tp.size] and targets [n, S] of sequences, each of one or more windows."""
+    tokens, targets, doc_ids = lay_out(sequences, decoder.cfg.seq_len)
     tokens, targets = tokens.to(device), targets.to(device)
     hidden, _ = decoder(tokens, doc_ids, targets != IGNORE_INDEX, state)
     return decoder.logits(hidden), targets
@@ -72,7 +81,7 @@ def score_windows(
             decoder, [[windows[i] for i in row] for row in batch], state, device
         )
         is_counted = (targets != IGNORE_INDEX).flatten()
-        owners = torch.from_numpy(_owners(batch, windows))
+        owners = torch.from_numpy(owners_of(batch, windows))
         counted_nll = token_nll(logits, targets, decoder.tp)[is_counted].double().cpu()
         is_missed = (logits.argmax(-1) != targets).flatten()[is_counted].long().cpu()
         nll.index_add_(0, owners, counted_nll)
@@ -103,7 +112,7 @@ def arrange(windows: Sequence[Window], cfg: ModelConfig) -> list[list[int]]:
     return sequences
 
 
-def _owners(sequences: Sequence[Sequence[int]], windows: Sequence[Window]) -> np.ndarray:
+def owners_of(sequences: Sequence[Sequence[int]], windows: Sequence[Window]) -> np.ndarray:
     """Return which window each counted target is of, in the order of the sequences, int64."""
     order = np.asarray([i for row in sequences for i in row], dtype=np.int64)
     return np.repeat(order, [np.count_nonzero(windows[i].targets != IGNORE_INDEX) for i in order])
