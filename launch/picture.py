@@ -55,7 +55,9 @@ class Picture:
 
     def _svg(self) -> str:
         size = f'width="{self.width:g}" height="{self.height:g}"'
-        lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">']
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" xml:space="preserve">'
+        ]
         lines.append(f'<rect {size} fill="#ffffff"/>')
         for box in self.boxes:
             place = f'x="{box.x:g}" y="{box.y:g}" width="{box.width:g}" height="{box.height:g}"'

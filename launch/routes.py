@@ -215,11 +215,17 @@ def _tree(found: Specialisation, first_layer: int) -> dict[str, object]:
     }
 
 
+def _told_apart(found: Specialisation) -> list[str]:
+    """Return the kinds with several groups: of a single source there is nothing to tell."""
+    return [kind for kind in KINDS if len(found.of_kind(kind)) > 1]
+
+
 def _print_summary(found: Specialisation, first_layer: int) -> None:
     """Print of each layer how much its experts tell, and its sharpest specialist of each kind."""
-    table = Table("layer", *(f"{kind}: {what}" for kind in KINDS for what in ("bits", "sharpest expert")))
+    kinds = _told_apart(found)
+    table = Table("layer", *(f"{kind}: {what}" for kind in kinds for what in ("bits", "sharpest expert")))
     columns = []
-    for kind in KINDS:
+    for kind in kinds:
         bits_M, (shares_MGE, shares_G) = found.information_bits(kind), found.shares(kind)
         names = [printable(found.groups[g][1]) for g in found.of_kind(kind)]
         column = []
@@ -238,7 +244,7 @@ def _print_summary(found: Specialisation, first_layer: int) -> None:
 def _corpus_picture(found: Specialisation, first_layer: int) -> Picture:
     """One panel per layer: groups against experts, coloured by the share in the expert over that of all."""
     n_layers, _, n_experts = found.counts_MGE.shape
-    kinds = [kind for kind in KINDS if len(found.of_kind(kind)) > 1]
+    kinds = _told_apart(found)
     n_groups = sum(len(found.of_kind(kind)) for kind in kinds)
     width = max(8.0, min(40.0, 1200 / n_experts))
     panel = (n_groups + 3) * ROW
