@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Column, Table
+
 from data.errors import DataError
 from data.files import write_atomically
+from launch.evaluate import print_table
 from launch.loaded import DType, check_out_file
-from training.errors import ConfigError
+from training.errors import ConfigError, printable
 
 
 def run_lm_eval(
@@ -41,7 +44,7 @@ def run_lm_eval(
     try:
         # Imported here because they are an optional dependency.
         import lm_eval
-        from lm_eval.utils import handle_non_serializable, make_table
+        from lm_eval.utils import handle_non_serializable
 
         from launch.lm_eval_model import TurnoutLM
     except ModuleNotFoundError as err:
@@ -54,13 +57,26 @@ def run_lm_eval(
     results = lm_eval.simple_evaluate(
         model=model, tasks=loaded, limit=limit, num_fewshot=num_fewshot, task_manager=manager
     )
-    print(make_table(results))
-    if "groups" in results:
-        print(make_table(results, "groups"))
+    _print_results(results)
     if out is not None:
         text = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)
         write_atomically(out, (text + "\n").encode())
         print(f"results and samples: {out}")
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    """Print a row for each metric of each task or group; lm_eval keys them as "acc,none"."""
+    table = Table("task", "metric", "filter", *(Column(c, justify="right") for c in ("value", "stderr", "n")))
+    for task, metrics in (results["results"] | results.get("groups", {})).items():
+        n_samples = results.get("n-samples", {}).get(task, {}).get("effective", "")
+        for key, value in metrics.items():
+            metric, comma, chosen_by = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            numbers = (value, metrics.get(f"{metric}_stderr,{chosen_by}"))
+            words = [f"{number:.4f}" if isinstance(number, float) else "" for number in numbers]
+            table.add_row(printable(task), metric, chosen_by, *words, str(n_samples))
+    print_table(table)
 
 
 def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, list[Any]]:

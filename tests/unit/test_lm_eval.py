@@ -74,7 +74,8 @@ def run_task(saved: SavedRun, task: str, *more: object) -> dict[str, Any]:
 
 def test_bits_per_byte_equal_those_of_evaluate(saved: SavedRun, capsys: pytest.CaptureFixture[str]) -> None:
     results = run_task(saved, "own_text")["results"]["own_text"]
-    assert "own_text" in capsys.readouterr().out
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "bits_per_byte" in line)
+    assert f" {results['bits_per_byte,none']:.4f} " in row and "own_text" in row
     out = saved.place / "scores.json"
     assert turnout("evaluate", saved.run_dir, saved.place / "mixed.jsonl", "--out", out) == 0
     want = json.loads(out.read_text())["total"]
