@@ -12,8 +12,8 @@ from launch.cli import main
 from moe.balance import RouterState
 from moe.model import Decoder
 from tests.models import random_state, tiny_decoder
-from tests.runs import run_config
 from tests.run_with_model import save_model
+from tests.runs import run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 
 MODEL = {"vocab_size": 300, "seq_len": 16, "n_layers": 3, "d_ff": 24, "n_dense_layers": 1}
