@@ -6,7 +6,7 @@ the last one, when it is not full, is moved back to keep a full context.
 Bits per byte = sum of nll in nats / (ln 2 * UTF-8 bytes of the text).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from data.corpus import Corpus
 from data.errors import DataError
 from data.loader import IGNORE_INDEX
+from data.sources import Source, iterate_documents
+from data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Window:
 class EvaluationDocument:
     source: str
     ids: np.ndarray  # int64, without bos and eos
-    n_bytes: int  # UTF-8 length of the decoded text
+    n_bytes: int  # UTF-8 length of the text
+    origin: str  # which document it is, for reports: "file.jsonl:12", or "valid:3" of a corpus
 
 
 def rolling_windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, bos_id: int) -> list[Window]:
@@ -45,6 +48,21 @@ def rolling_windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, bos_id: in
     return windows
 
 
+def text_documents(sources: Iterable[Source], tokenizer: Tokenizer) -> Iterator[EvaluationDocument]:
+    """Yield the documents of raw texts, in turn from each source, as `evaluation_documents` does."""
+    streams = [(source.name, iterate_documents(source)) for source in sources]
+    while streams:
+        unfinished = []
+        for name, stream in streams:
+            document = next(stream, None)
+            if document is None:
+                continue
+            ids = np.asarray(tokenizer.encode(document.text), dtype=np.int64)
+            yield EvaluationDocument(name, ids, document.n_bytes, document.origin)
+            unfinished.append((name, stream))
+        streams = unfinished
+
+
 def evaluation_documents(corpus: Corpus, split: str = "valid") -> Iterator[EvaluationDocument]:
     """Yield the documents of a split, in turn from each source, so that any first few are of all sources."""
     streams = corpus.split(split)
@@ -60,4 +78,4 @@ def evaluation_documents(corpus: Corpus, split: str = "valid") -> Iterator[Evalu
                 continue
             ids = stream.document(number)[1:-1].astype(np.int64)
             n_bytes = len(tokenizer.decode(ids.tolist()).encode("utf-8"))
-            yield EvaluationDocument(stream.name, ids, n_bytes)
+            yield EvaluationDocument(stream.name, ids, n_bytes, f"{split}:{number}")

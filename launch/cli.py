@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from data.errors import DataError
+from launch import cli_evaluate
 from launch.cli_generate import generate
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
 from launch.slurm import SlurmError
@@ -311,6 +312,9 @@ def prune(
 
 
 app.command(generate)
+app.command(cli_evaluate.evaluate)
+app.command(cli_evaluate.lm_eval)
+app.command(cli_evaluate.routes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,25 +1,28 @@
-"""Held-out loss, free of side effects: no gradient, no router statistic and no random state is touched.
+"""The loss of documents, without side effects: no gradient, router statistic or random state is touched.
 
 Convention (lm-eval's rolling log-likelihood, without a second BOS): each document is scored alone, BOS first,
 in windows of seq_len tokens that score each token once (data/windows.py), and the sum of its tokens' -log2 p
-is divided by the UTF-8 bytes of its text.
+is divided by the UTF-8 bytes of its text. `evaluate` is the held-out loss of a run, over its ranks;
+`score_documents` is of any documents, one by one, in one process.
 """
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
 
 from data.corpus import Corpus
 from data.errors import DataError
 from data.loader import IGNORE_INDEX
-from data.windows import Window, evaluation_documents, rolling_windows
+from data.windows import EvaluationDocument, Window, evaluation_documents, rolling_windows
 from moe.balance import RouterState
 from moe.model import Decoder
 from training.objective import token_nll
 from training.parallel import Groups
+from training.scoring import ARRANGED_BATCHES, score_windows, sequence_logits
+
+MAX_EXPONENT = 700.0  # exp of more does not fit into a float
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,20 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
-        return self.nll / self.n_tokens
+        """Nats per token; NaN where none was scored."""
+        return self.nll / self.n_tokens if self.n_tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nll / math.log(2) / self.n_bytes
+        return self.nll / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; infinite where it is too large for a float."""
+        return math.exp(self.loss) if self.loss < MAX_EXPONENT else math.inf
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        return Evaluation(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def evaluation_windows(
@@ -79,7 +90,10 @@ def evaluate(
     decoder.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=groups.device)
     for batch in _rank_batches(windows, groups, microbatch_seqs):
-        sums += _score(decoder, batch, router_state, groups.device)
+        sequences = [[window] for window in batch]
+        logits, targets = sequence_logits(decoder, sequences, router_state, groups.device)
+        nll = token_nll(logits, targets, decoder.tp)
+        sums += torch.stack([nll.double().sum(), (targets != IGNORE_INDEX).sum().double()])
     decoder.train(was_training)
     assert torch.equal(torch.get_rng_state(), random_before), "evaluation drew random numbers"
     assert _equal(router_state, state_before), "evaluation changed the router state"
@@ -97,20 +111,39 @@ def _rank_batches(windows: list[Window], groups: Groups, microbatch_seqs: int) -
         yield windows[start : start + per_round][groups.dp_rank :: dp]
 
 
-def _score(decoder: Decoder, windows: Iterable[Window], state: RouterState, device: torch.device) -> Tensor:
-    """Return [nll, scored tokens] of some windows, fp64."""
-    seq_len, rows = decoder.cfg.seq_len, list(windows)
-    n_rows = max(1, len(rows))
-    tokens = torch.zeros(n_rows, seq_len, dtype=torch.int64)
-    targets = torch.full((n_rows, seq_len), IGNORE_INDEX)
-    for i, window in enumerate(rows):
-        tokens[i, : len(window.inputs)] = torch.as_tensor(window.inputs)
-        targets[i, : len(window.targets)] = torch.as_tensor(window.targets)
-    tokens, targets, doc_ids = tokens.to(device), targets.to(device), torch.zeros_like(tokens)
-    is_counted = targets != IGNORE_INDEX
-    hidden, _ = decoder(tokens, doc_ids, is_counted, state)
-    nll = token_nll(decoder.logits(hidden), targets, decoder.tp)
-    return torch.stack([nll.double().sum(), is_counted.sum().double()])
+def score_documents(
+    decoder: Decoder,
+    state: RouterState,
+    documents: Iterable[EvaluationDocument],
+    *,
+    bos_id: int,
+    microbatch_seqs: int,
+) -> Iterator[tuple[EvaluationDocument, Evaluation]]:
+    """Yield the sums of each document, in their order. A document of no tokens is one of no loss."""
+    pending: list[tuple[EvaluationDocument, list[Window]]] = []
+    n_windows = 0
+    for document in documents:
+        windows = rolling_windows(document.ids, seq_len=decoder.cfg.seq_len, bos_id=bos_id)
+        pending.append((document, windows))
+        n_windows += len(windows)
+        if n_windows >= ARRANGED_BATCHES * microbatch_seqs:
+            yield from _scored(decoder, state, pending, microbatch_seqs)
+            pending, n_windows = [], 0
+    yield from _scored(decoder, state, pending, microbatch_seqs)
+
+
+def _scored(
+    decoder: Decoder,
+    state: RouterState,
+    pending: list[tuple[EvaluationDocument, list[Window]]],
+    microbatch_seqs: int,
+) -> Iterator[tuple[EvaluationDocument, Evaluation]]:
+    flat = [window for _, windows in pending for window in windows]
+    scores = score_windows(decoder, flat, state, microbatch_seqs=microbatch_seqs)
+    sizes = [len(windows) for _, windows in pending]
+    sums = zip(pending, scores.nll.split(sizes), scores.n_tokens.split(sizes), strict=True)
+    for (document, _), nll, n_tokens in sums:
+        yield document, Evaluation(float(nll.sum()), int(n_tokens.sum()), document.n_bytes, 1)
 
 
 def _copy(state: RouterState) -> RouterState:

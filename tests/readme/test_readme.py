@@ -34,7 +34,7 @@ ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the reader's own files, which README.md calls docs/ and src.jsonl.gz."""
+    """A directory with the reader's own files, which README.md calls docs/, src.jsonl.gz and tasks/."""
     directory = tmp_path_factory.mktemp("reader")
     library = sorted(Path(json.__file__).parents[1].glob("*.py"))[:40]
     (directory / "docs").mkdir()
@@ -43,6 +43,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with gzip.open(directory / "src.jsonl.gz", "wt", encoding="utf-8") as file:
         for source in library[20:]:
             file.write(json.dumps({"text": source.read_text(encoding="utf-8")}) + "\n")
+    (directory / "tasks").mkdir()
+    (task,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (directory / "tasks" / "own_text.yaml").write_text(task)
     return directory
 
 

@@ -7,11 +7,11 @@ import torch
 
 from data.corpus import Corpus
 from data.windows import evaluation_documents
-from moe.balance import RouterState
 from moe.model import Decoder
 from tests.layouts import groups_of
 from tests.models import random_state, tiny_config, tiny_decoder
 from tests.ranks import join_alone
+from tests.unit.by_hand import nll_by_hand
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.evaluate import Evaluation, evaluate
 from training.parallel import Layout
@@ -32,7 +32,7 @@ def one_rank() -> None:
 
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return tiny_decoder(CFG, dtype=torch.float32, gain=3.0)
+    return tiny_decoder(CFG, dtype=torch.float32, gain=8.0)
 
 
 def run(decoder: Decoder, corpus: Corpus, *, max_documents: int | None = None) -> Evaluation:
@@ -41,30 +41,11 @@ def run(decoder: Decoder, corpus: Corpus, *, max_documents: int | None = None) -
     return evaluate(decoder, corpus, state, groups, microbatch_seqs=4, max_documents=max_documents)
 
 
-@torch.no_grad()
-def nll_by_hand(decoder: Decoder, ids: list[int], bos_id: int, state: RouterState) -> float:
-    """Score one document window by window, one sequence at a time, with a plain log-softmax."""
-    stream, total, seq_len = [bos_id, *ids], 0.0, CFG.seq_len
-    for first in range(0, len(ids), seq_len):
-        end = min(first + seq_len, len(ids))
-        begin = max(0, end - seq_len)
-        window = stream[begin:end]
-        padded = torch.zeros(1, seq_len, dtype=torch.int64)
-        padded[0, : len(window)] = torch.tensor(window)
-        hidden, _ = decoder(
-            padded, torch.zeros_like(padded), torch.ones_like(padded, dtype=torch.bool), state
-        )
-        logprobs = decoder.logits(hidden)[0].double().log_softmax(-1)
-        for position in range(first, end):
-            total -= float(logprobs[position - begin, stream[position + 1]])
-    return total
-
-
 def test_sums_equal_scoring_by_hand(decoder: Decoder, corpus: Corpus) -> None:
     documents = list(evaluation_documents(corpus))
     assert any(len(d.ids) > 2 * CFG.seq_len for d in documents), "some document needs several windows"
     bos_id = corpus.load_tokenizer().bos_id
-    want = sum(nll_by_hand(decoder, d.ids.tolist(), bos_id, random_state(CFG)) for d in documents)
+    want = sum(nll_by_hand(decoder, random_state(CFG), d.ids.tolist(), bos_id) for d in documents)
     got = run(decoder, corpus)
     assert got.nll == pytest.approx(want, rel=1e-6)
     assert got.n_tokens == sum(len(d.ids) for d in documents)

@@ -1,0 +1,159 @@
+"""A model of ours for EleutherAI's lm-evaluation-harness, registered there as "turnout".
+
+    import launch.lm_eval_model
+    lm_eval.simple_evaluate(model="turnout", model_args={"path": "runs/first"}, tasks=["arc_easy"])
+
+Every text begins with bos, once, as in training. Rolling log-likelihoods are those of `turnout evaluate`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from data.errors import DataError
+from data.loader import IGNORE_INDEX
+from data.windows import EvaluationDocument, Window
+from launch.console import LiveBar
+from launch.loaded import DType, load_model
+from training.config import SampleConfig
+from training.errors import ConfigError
+from training.evaluate import score_documents
+from training.generate import continue_prompts
+from training.scoring import ARRANGED_BATCHES, score_windows
+
+DEFAULT_NEW_TOKENS = 256  # as in lm_eval's own models
+Scored = tuple[float, bool]
+
+
+@register_model("turnout")
+class TurnoutLM(TemplateLM):
+    """path: a run, a checkpoint or an export. batch_size: sequences that the model takes at once."""
+
+    def __init__(self, path: str | Path, *, dtype: DType = "float32", batch_size: int | str = 8) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or not int(batch_size):
+            raise ConfigError(f"batch_size={batch_size} must be a number of sequences, such as 8")
+        self.model, self.dtype, self.microbatch_seqs = (
+            load_model(Path(path), dtype=dtype),
+            dtype,
+            int(batch_size),
+        )
+
+    @property
+    def max_length(self) -> int:
+        return self.model.decoder.cfg.seq_len
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.model.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.model.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm_eval's caches of requests are told apart by."""
+        return self.model.tokenizer.sha256
+
+    def get_model_info(self) -> dict[str, str]:
+        """What lm_eval writes into its results."""
+        return {"model_path": str(self.model.place), "model_dtype": self.dtype}
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the ids of the text alone; text never becomes a control id, whatever it spells."""
+        return self.model.tokenizer.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        return [self.prefix_token_id, *context_ids], continuation_ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[Scored]:
+        windows = [self._window(context, continuation) for _, context, continuation in requests]
+        answers: list[Scored] = []
+        per_round = ARRANGED_BATCHES * self.microbatch_seqs
+        with LiveBar("scoring continuations", len(windows)) as bar:
+            for start in range(0, len(windows), per_round):
+                scores = score_windows(
+                    self.model.decoder,
+                    windows[start : start + per_round],
+                    self.model.state,
+                    microbatch_seqs=self.microbatch_seqs,
+                )
+                answers += zip((-scores.nll).tolist(), scores.is_greedy.tolist(), strict=True)
+                bar.update(len(answers))
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def _window(self, context: list[int], continuation: list[int]) -> Window:
+        """Return the one window that scores a continuation; of a long context it keeps the tail."""
+        if len(continuation) > self.max_length:
+            raise DataError(
+                f"a continuation of {len(continuation)} tokens does not fit into the model's "
+                f"seq_len={self.max_length}; leave this task out, or score its text by bits per byte"
+            )
+        stream = torch.tensor([*context, *continuation][-(self.max_length + 1) :]).numpy()
+        targets = stream[1:].copy()
+        targets[: len(targets) - len(continuation)] = IGNORE_INDEX
+        return Window(stream[:-1], targets)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        texts = [request.args[0] for request in requests]
+        documents = (
+            EvaluationDocument("", torch.tensor(self.tok_encode(text)).numpy(), len(text.encode()), str(i))
+            for i, text in enumerate(texts)
+        )
+        scored = score_documents(
+            self.model.decoder,
+            self.model.state,
+            documents,
+            bos_id=self.prefix_token_id,
+            microbatch_seqs=self.microbatch_seqs,
+        )
+        answers = []
+        with LiveBar("scoring texts", len(texts)) as bar:
+            for text, (_, evaluation) in zip(texts, scored, strict=True):
+                answers.append(-evaluation.nll)
+                self.cache_hook.add_partial("loglikelihood_rolling", (text,), -evaluation.nll)
+                bar.update(len(answers))
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        answers = []
+        with LiveBar("generating", len(requests)) as bar:
+            for request in requests:
+                prompt, wanted = request.args
+                answers.append(self._generate(prompt, wanted))
+                self.cache_hook.add_partial("generate_until", (prompt, wanted), answers[-1])
+                bar.update(len(answers))
+        return answers
+
+    def _generate(self, prompt: str, wanted: dict[str, Any]) -> str:
+        """Continue a prompt up to the first of the stop sequences, which is left out."""
+        n_tokens = int(wanted.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+        if not 0 < n_tokens < self.max_length:
+            raise DataError(
+                f"max_gen_toks={n_tokens} must leave room for a prompt in the model's seq_len="
+                f"{self.max_length}; set generation_kwargs.max_gen_toks of the task"
+            )
+        temperature = float(wanted.get("temperature", 1.0)) if wanted.get("do_sample") else 0.0
+        cfg = SampleConfig(
+            prompts=(prompt,),
+            n_tokens=n_tokens,
+            temperature=temperature,
+            top_p=float(wanted.get("top_p", 1.0)),
+        )
+        model = self.model
+        (text,) = continue_prompts(model.decoder, model.tokenizer, model.state, cfg, seed=0)
+        until = wanted.get("until") or []
+        for stop in [until] if isinstance(until, str) else until:
+            text = text.split(stop)[0] if stop else text
+        return text

@@ -1,0 +1,74 @@
+"""A saved model in memory, with its tokenizer, for commands that only read it. One process, one device."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data.corpus import Corpus, open_corpus
+from data.errors import DataError
+from data.tokenizer import Tokenizer, load_tokenizer
+from launch.saved import open_weights
+from moe.balance import RouterState
+from moe.counts import n_params
+from moe.model import Decoder
+from training.errors import CheckpointError, ConfigError
+from training.weights import load_decoder
+
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """place: the directory that the weights were read from."""
+
+    place: Path
+    decoder: Decoder
+    state: RouterState
+    tokenizer: Tokenizer
+
+
+def load_model(path: Path, *, dtype: DType) -> LoadedModel:
+    """Load a run's newest intact checkpoint, a checkpoint or an export, and print what was loaded.
+
+    The model goes to the GPU where there is one.
+    """
+    weights = open_weights(path)
+    cfg, tokenizer = weights.cfg, load_tokenizer(weights.tokenizer_path)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise CheckpointError(
+            f"{weights.tokenizer_path}: has {tokenizer.vocab_size} tokens where the model has "
+            f"{cfg.vocab_size}; put the model's own tokenizer there"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The grouped product wants rows of whole 16 bytes; the loop takes any size.
+    backend = "reference" if cfg.d_model % 8 or cfg.d_expert % 8 else "grouped"
+    decoder, state = load_decoder(weights, device=device, dtype=getattr(torch, dtype), expert_backend=backend)
+    print(
+        f"{weights.place}: {n_params(cfg):,} parameters as {dtype} on {device}, experts by {backend}, "
+        f"windows of {cfg.seq_len} tokens"
+    )
+    return LoadedModel(weights.place, decoder, state, tokenizer)
+
+
+def open_corpus_for(model: LoadedModel, path: Path) -> Corpus:
+    """Open a corpus that has the model's tokens. Raises DataError where it has others."""
+    corpus = open_corpus(path, verify="size")
+    if corpus.manifest.tokenizer_sha256 != model.tokenizer.sha256:
+        raise DataError(
+            f"{path}: was tokenised by {corpus.manifest.tokenizer_sha256[:16]}.., but {model.place} has the "
+            f"tokenizer {model.tokenizer.sha256[:16]}..; evaluate its texts, or prepare them with "
+            f"--tokenizer {model.tokenizer.path}"
+        )
+    return corpus
+
+
+def check_out_file(out: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Raise ConfigError where --out names a file of another kind, or in no directory."""
+    if out is None:
+        return
+    if out.suffix not in suffixes:
+        raise ConfigError(f"--out {out} must end in {' or '.join(suffixes)}")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out} must be a file in a directory that exists; make {out.parent}")
