@@ -20,10 +20,11 @@ from data.loader import IGNORE_INDEX
 from data.windows import EvaluationDocument, Window
 from launch.console import LiveBar
 from launch.loaded import DType, load_model
-from training.config import SampleConfig
+from moe.cache import CachedDecoder
 from training.errors import ConfigError
 from training.evaluate import score_documents
-from training.generate import continue_prompts
+from training.generate import Options, stream_encoded
+from training.sampling import Sampling
 from training.scoring import ARRANGED_BATCHES, score_windows
 
 DEFAULT_NEW_TOKENS = 256  # as in lm_eval's own models
@@ -38,11 +39,9 @@ class TurnoutLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdecimal() or not int(batch_size):
             raise ConfigError(f"batch_size={batch_size} must be a number of sequences, such as 8")
-        self.model, self.dtype, self.microbatch_seqs = (
-            load_model(Path(path), dtype=dtype),
-            dtype,
-            int(batch_size),
-        )
+        self.model, self.dtype = load_model(Path(path), dtype=dtype), dtype
+        self.microbatch_seqs = int(batch_size)
+        self._writer = CachedDecoder(self.model.decoder, self.model.state)
 
     @property
     def max_length(self) -> int:
@@ -145,15 +144,16 @@ class TurnoutLM(TemplateLM):
                 f"{self.max_length}; set generation_kwargs.max_gen_toks of the task"
             )
         temperature = float(wanted.get("temperature", 1.0)) if wanted.get("do_sample") else 0.0
-        cfg = SampleConfig(
-            prompts=(prompt,),
-            n_tokens=n_tokens,
-            temperature=temperature,
-            top_p=float(wanted.get("top_p", 1.0)),
-        )
-        model = self.model
-        (text,) = continue_prompts(model.decoder, model.tokenizer, model.state, cfg, seed=0)
+        top_p = float(wanted["top_p"]) if temperature and "top_p" in wanted else None
         until = wanted.get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
-            text = text.split(stop)[0] if stop else text
-        return text
+        options = Options(
+            max_tokens=n_tokens,
+            sampling=Sampling(temperature=temperature, top_p=top_p),
+            stop=tuple(filter(None, [until] if isinstance(until, str) else until)),
+        )
+        ids = [self.prefix_token_id, *self.tok_encode(prompt)]
+        # A prompt keeps its tail where it would not leave room for the continuation.
+        pieces = stream_encoded(
+            self._writer, self.model.tokenizer, [ids[-(self.max_length - n_tokens) :]], options
+        )
+        return "".join(piece.text for piece in pieces)

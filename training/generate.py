@@ -64,8 +64,15 @@ def stream_texts(
     Raises ConfigError for a prompt that leaves no room, CheckpointError where the logits are not finite.
     """
     encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    yield from stream_encoded(model, tokenizer, encoded, options)
+
+
+def stream_encoded(
+    model: CachedDecoder, tokenizer: Tokenizer, encoded: list[list[int]], options: Options
+) -> Iterator[TextPiece]:
+    """Do as stream_texts, for prompts that are tokens, the one that begins a text included."""
     _check_room(encoded, model.max_positions)
-    n_rows = len(prompts) * options.n_samples
+    n_rows = len(encoded) * options.n_samples
     for first in range(0, n_rows, ROWS_AT_ONCE):
         rows = range(first, min(first + ROWS_AT_ONCE, n_rows))
         yield from _stream_rows(model, tokenizer, encoded, rows, options)
