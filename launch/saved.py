@@ -1,0 +1,40 @@
+"""What a path of a user holds: a run, one of its checkpoints, or an exported model."""
+
+import sys
+from pathlib import Path
+
+from launch.checkpoints import check_run_dir, is_checkpoint, newest_intact, no_checkpoint_yet, verified
+from launch.run_dir import read_config
+from training.checkpoint_dir import list_checkpoints
+from training.errors import CheckpointError
+from training.export.reader import HfWeights, is_hf_directory
+from training.weights import CheckpointWeights, Weights
+
+
+def open_weights(path: Path) -> Weights:
+    """Return the weights of a run (its newest intact checkpoint), a checkpoint, or a Hugging Face directory.
+
+    Checkpoints are verified first, byte by byte, and that is told on
+    stderr. Raises ConfigError where the path is
+    none of these or its model is one that Turnout does not compute, and CheckpointError where it is damaged.
+    """
+    if is_hf_directory(path):
+        return HfWeights(path)
+    return open_checkpoint(path)
+
+
+def open_checkpoint(path: Path) -> CheckpointWeights:
+    """Return the weights of a checkpoint, or of a run's newest intact one, after verifying every byte."""
+    if is_checkpoint(path):
+        _say(verified(path))
+    else:
+        check_run_dir(path)
+        if not list_checkpoints(path):
+            raise CheckpointError(f"{no_checkpoint_yet(path)}, so there are no weights to read")
+        path = newest_intact(path, _say)
+    return CheckpointWeights(path, read_config(path).model)
+
+
+def _say(text: str) -> None:
+    # Not to stdout, where commands that read a model print what it says.
+    print(text, file=sys.stderr, flush=True)
