@@ -23,19 +23,17 @@ CLASSES: dict[Architecture, str] = {
 def choose_architecture(cfg: ModelConfig, *, has_bias: bool) -> Architecture:
     """Return the first architecture that computes what the model computes.
 
-    has_bias: some router's bias is not 0. Raises ConfigError with what stands against the nearest one.
+    has_bias: some router's bias is not 0. Raises ConfigError with what stands against the nearest.
     """
     faults = {architecture: obstacles(architecture, cfg, has_bias=has_bias) for architecture in ROUTED}
     for architecture, found in faults.items():
         if not found:
             return architecture
-    nearest = min(ROUTED, key=lambda architecture: len(faults[architecture]))
-    reasons = "; ".join(faults[nearest])
-    others = ", ".join(f"{a} by {len(faults[a])}" for a in ROUTED if a != nearest)
-    raise ConfigError(
-        f"no Hugging Face architecture holds this model; the nearest is {nearest}, but {reasons} "
-        f"(that differs in {len(faults[nearest])}, {others})"
-    )
+    fewest = min(map(len, faults.values()))
+    nearest = [
+        f"{name}, but {', and '.join(found)}" for name, found in faults.items() if len(found) == fewest
+    ]
+    raise ConfigError(f"no Hugging Face architecture holds this model; nearest is {'; or '.join(nearest)}")
 
 
 def obstacles(architecture: Architecture, cfg: ModelConfig, *, has_bias: bool) -> list[str]:

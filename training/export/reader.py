@@ -52,7 +52,10 @@ class HfWeights:
     def read(self, name: str, expert: int | None = None) -> Tensor:
         """Return a parameter, or one expert's part of it, fp32 on the CPU. Raises CheckpointError."""
         if is_expert(name) and expert is None:
-            return torch.stack([self.read(name, i) for i in range(self.cfg.n_experts)])
+            whole = torch.empty(parameter_shapes(self.cfg)[name])
+            for i, part in enumerate(whole):
+                part.copy_(self.read(name, i))
+            return whole
         if (slot := self._slots.get((name, expert))) is not None:
             return self._files.read(slot.name)
         shape = parameter_shapes(self.cfg)[name]
