@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -128,13 +129,23 @@ def _bar(out: Path, n_bytes: int) -> Iterator[Callable[[int], None]]:
 def prove_gguf(
     path: Path, rounded: Weights, architecture: Architecture, kind: Kind, held_out: HeldOut
 ) -> str:
-    """Return in words how the file compares: by llama.cpp's logits, or by tensors. Raises ExportError."""
+    """Return in words how the file compares, tensor by tensor and by llama.cpp's logits. Raises ExportError.
+
+    llama.cpp rounds activations, too, where matrices are bf16 or Q8_0. So there it loads the file, and
+    computes with a twin that holds the same numbers in fp32.
+    """
     proof = check_read_back(path, rounded, architecture, kind)
     if not client_gguf.has_llama_cpp():
-        return proof
+        return (
+            f"{proof}; no logits were compared, for llama.cpp was not at hand (pip install llama-cpp-python)"
+        )
     expected = expected_logits(rounded, held_out.tokens)
-    found = client_gguf.llama_cpp_logits(path, held_out.tokens)
-    return check_logits(found, expected, client=client_gguf.client_name(), held_out=held_out)
+    with TemporaryDirectory(dir=path.parent) as twin:
+        if kind != Kind.F32:
+            client_gguf.check_loads(path)
+            path = write_gguf(rounded, architecture, Path(twin), kind=Kind.F32)
+        found = client_gguf.llama_cpp_logits(path, held_out.tokens)
+    return f"{proof}; {check_logits(found, expected, client=client_gguf.client_name(), held_out=held_out)}"
 
 
 def prove_huggingface(directory: Path, weights: Weights, expected: Expected, held_out: HeldOut) -> str:

@@ -16,7 +16,7 @@ from training.export.tokenizer_files import PROBES
 
 @torch.no_grad()
 def transformers_logits(directory: Path, tokens: Tensor) -> Tensor:
-    """Return the client's fp32 logits [n, seq_len, V] of tokens [n, seq_len].
+    """Return the client's fp32 logits [n, length, V] of tokens [n, length].
 
     Raises ExportError where it cannot load the model, misses a tensor, or finds one that it does not know.
     """

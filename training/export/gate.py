@@ -5,7 +5,7 @@ and the order of sums is all that remains. Unlike the writer the gate needs memo
 fp32: ours first, and when that is gone the client's.
 
 Where two experts of a token are within TIE of each other, rounding alone may choose the other one, and from
-that token on nothing can be compared: a sequence counts up to its first such token.
+that token on nothing can be compared: a row counts up to its first such token.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,16 @@ from training.errors import ExportError
 from training.weights import Weights, load_decoder
 
 TOLERANCE = 1e-4  # of a logit, absolute
-TIE = 3e-5  # of the larger of two scores
-N_TOKENS = 1024  # at least one sequence
+TIE = 1e-5  # of the largest score
+N_TOKENS = 2048
+ROW_TOKENS = 256  # many short rows: each is compared up to its first tie
 MIN_COMPARED = 16
 SEED = 20_240_229
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The tokens [n, seq_len] on which an export is tried, and what to call them."""
+    """The tokens [n, length] on which an export is tried, and what to call them."""
 
     tokens: Tensor
     words: str
@@ -39,12 +40,21 @@ class HeldOut:
 class Expected:
     """What our model computes of some tokens.
 
-    logits     [n, seq_len, V] fp32
-    is_clear   [n, seq_len] bool: no two experts were too close, here or before
+    logits     [n, length, V] fp32
+    is_clear   [n, length] bool: no two experts were too close, here or before
     """
 
     logits: Tensor
     is_clear: Tensor
+
+
+class _Shortened:
+    """Weights of a decoder for shorter sequences: a position is turned the same in all of them."""
+
+    def __init__(self, weights: Weights, seq_len: int) -> None:
+        self.place, self.tokenizer_path = weights.place, weights.tokenizer_path
+        self.cfg = weights.cfg.model_copy(update={"seq_len": seq_len})
+        self.read, self.read_bias = weights.read, weights.read_bias
 
 
 class Rounded:
@@ -63,26 +73,30 @@ class Rounded:
 
 def random_tokens(cfg: ModelConfig) -> HeldOut:
     """Return the same tokens for every model of a vocabulary and length."""
-    shape = (max(1, -(-N_TOKENS // cfg.seq_len)), cfg.seq_len)
-    tokens = torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
+    tokens = torch.randint(cfg.vocab_size, _shape(cfg), generator=torch.Generator().manual_seed(SEED))
     return HeldOut(tokens, f"{tokens.numel():,} pseudo-random tokens")
 
 
 def held_out_tokens(cfg: ModelConfig, corpus: Corpus) -> HeldOut | None:
     """Return text that no step has trained on; None where the corpus has too little of it."""
-    n_seqs = max(1, -(-N_TOKENS // cfg.seq_len))
+    n_rows, length = _shape(cfg)
     for stream in corpus.split("valid"):
-        if stream.n_tokens >= n_seqs * cfg.seq_len:
-            tokens = torch.as_tensor(stream.read(0, n_seqs * cfg.seq_len).astype("int64"))
-            words = f"held-out text of {corpus.path}"
-            return HeldOut(tokens.view(n_seqs, cfg.seq_len), words)
+        if stream.n_tokens >= n_rows * length:
+            tokens = torch.as_tensor(stream.read(0, n_rows * length).astype("int64"))
+            return HeldOut(tokens.view(n_rows, length), f"held-out text of {corpus.path}")
     return None
+
+
+def _shape(cfg: ModelConfig) -> tuple[int, int]:
+    """Return how many rows of which length are tried: a sliding window has to have slid over half of one."""
+    length = min(cfg.seq_len, max(ROW_TOKENS, 2 * (cfg.sliding_window or 0)))
+    return -(-N_TOKENS // length), length
 
 
 @torch.no_grad()
 def expected_logits(weights: Weights, tokens: Tensor) -> Expected:
-    """Return what our model makes of tokens [n, seq_len], each sequence one document."""
-    decoder, state = load_decoder(weights)
+    """Return what our model makes of tokens [n, length], each row one document."""
+    decoder, state = load_decoder(_Shortened(weights, tokens.size(1)))
     close: list[Tensor] = []
 
     def note(router: nn.Module, arguments: tuple, _: object) -> None:
@@ -114,7 +128,7 @@ def _is_close(router: Router, x_TD: Tensor, bias_E: Tensor) -> Tensor:
 
 
 def check_logits(found: Tensor, expected: Expected, *, client: str, held_out: HeldOut) -> str:
-    """Return in words how close the client's logits [n, seq_len, V] are. Raises ExportError."""
+    """Return in words how close the client's logits [n, length, V] are. Raises ExportError."""
     is_clear, n_vocab = expected.is_clear, expected.logits.size(-1)
     n_compared = int(is_clear.sum())
     if n_compared < min(MIN_COMPARED, is_clear.numel()):
