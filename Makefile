@@ -24,7 +24,8 @@ demo: setup
 test: setup
 	$(BIN)/pytest tests
 
-# Clients of exports that .venv cannot have beside its own. Each gets an environment that adds to .venv.
+# Clients of exports that .venv cannot have beside its own. Each gets an environment that adds to .venv, of which pip
+# says, rightly, that the two do not go together: only the exports are tried in it.
 test-transformers4: $(VENV)-transformers4/installed
 	$(VENV)-transformers4/bin/python -m pytest tests/clients/test_transformers4.py
 

@@ -190,10 +190,10 @@ def test_held_out_text_is_used_where_there_is_enough(tmp_path: Path, tokenizer: 
     cfg = variant_weights("mixtral-gqa", tokenizer).cfg
     rich = make_corpus(tmp_path / "rich", {"a": make_texts(200)}, valid_frac=0.3)
     held_out = held_out_tokens(cfg, rich)
-    assert held_out is not None and held_out.tokens.shape == (50, 41)
+    assert held_out is not None and held_out.tokens.shape == (25, 41)
     assert "held-out text" in held_out.words
     stream = rich.split("valid")[0]
-    assert held_out.tokens.flatten().tolist() == stream.read(0, 50 * 41).tolist()
+    assert held_out.tokens.flatten().tolist() == stream.read(0, 25 * 41).tolist()
     poor = make_corpus(tmp_path / "poor", {"a": make_texts(20)}, valid_frac=0.1)
     assert held_out_tokens(cfg, poor) is None
 

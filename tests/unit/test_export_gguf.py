@@ -14,6 +14,7 @@ from training.errors import ConfigError, ExportError
 from training.export.client_gguf import check_read_back, has_llama_cpp
 from training.export.gate import Rounded
 from training.export.gguf_file import GGUF_FILE, KINDS, Kind, check_gguf, to_stored, write_gguf
+from training.export.huggingface import write_huggingface
 
 HELD = [
     "mixtral-gqa",
@@ -43,6 +44,15 @@ def test_every_tensor_reads_back(
     assert sorted(path.name for path in out.iterdir()) == ["README.md", GGUF_FILE]
     said = capsys.readouterr().out
     assert ("computes the same" in said) if has_llama_cpp() else ("llama.cpp was not at hand" in said)
+
+
+def test_a_hugging_face_directory_can_be_exported_too(tokenizer: Path, tmp_path: Path) -> None:
+    weights = variant_weights("glm4-qk-norm-mha-tied", tokenizer)
+    (source := tmp_path / "hf").mkdir()
+    write_huggingface(weights, "glm4_moe", source, dtype=torch.float32)
+    run_export(source, tmp_path / "out", "gguf", "float32")
+    path = tmp_path / "out" / GGUF_FILE
+    assert "all 51 tensors" in check_read_back(path, weights, "glm4_moe", Kind.F32)
 
 
 def test_heads_turn_where_ggml_looks_for_them(tokenizer: Path, tmp_path: Path) -> None:

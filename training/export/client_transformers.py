@@ -25,7 +25,11 @@ def transformers_logits(directory: Path, tokens: Tensor) -> Tensor:
     with _quiet():
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
+                directory,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,  # a stranger's directory may hold a pickle beside them
             )
         except Exception as err:  # whatever a client raises, the directory is not to be handed over
             raise ExportError(f"{client_name()} cannot load it: {err}") from err

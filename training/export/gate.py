@@ -22,8 +22,8 @@ from training.weights import Weights, load_decoder
 
 TOLERANCE = 1e-4  # of a logit, absolute
 TIE = 1e-5  # of the largest score
-N_TOKENS = 2048
-ROW_TOKENS = 256  # many short rows: each is compared up to its first tie
+N_TOKENS = 1024
+ROW_TOKENS = 128  # many short rows: each is compared up to its first tie
 MIN_COMPARED = 16
 SEED = 20_240_229
 
