@@ -12,7 +12,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_made_up(tmp_path_factory.mktemp("made-up"), SMALL)
 
 
-@pytest.mark.parametrize("form", ["hf bfloat16", "gguf q8_0", "import"])
+@pytest.mark.parametrize("form", ["hf bfloat16", "gguf float32", "import"])
 def test_memory_is_bounded(form: str, checkpoint: Path) -> None:
     n_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
     bound = 1.3 * largest_bytes(SMALL) + CONSTANT_BYTES

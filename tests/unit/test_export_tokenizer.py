@@ -1,6 +1,9 @@
 """The exported tokenizer and generated text: what a user of transformers types gives what training would."""
 
+import argparse
 import json
+import json.decoder
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, train_tokenizer
 from launch.export import run_export
 from tests.exports import DecoderWeights, save_weights, variant_config
 from tests.models import random_state, tiny_decoder
@@ -29,7 +32,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TEXTS = [*PROBES, "a<s>b</s> <unk>", "\u2581 under\u2581score", *make_texts(30), Path(__file__).read_text()]
 
 
-def test_sentencepiece_ids_are_the_same(tokenizer: Path, tmp_path: Path) -> None:
+def test_sentencepiece_ids_are_the_same(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    # Enough pieces, of real text, that the order of merges matters.
+    tokenizer = tmp_path_factory.mktemp("rich") / "tokenizer.model"
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, json.decoder, shlex)]
+    train_tokenizer(texts, vocab_size=1500, out=tokenizer, n_threads=1)
     write_files(tokenizer, tmp_path, seq_len=9999)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "tokenizer.json",
@@ -37,7 +44,7 @@ def test_sentencepiece_ids_are_the_same(tokenizer: Path, tmp_path: Path) -> None
         "tokenizer_config.json",
     ]
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tokenizer)
-    for text in TEXTS:
+    for text in (*TEXTS, *texts):
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids, text
         assert theirs(text).input_ids == [ours.bos_id, *ids]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from data.corpus import Corpus
@@ -60,6 +61,8 @@ def test_import_of_an_export_is_the_checkpoint(
     assert cfg.model.model_copy(update={"balance": weights.cfg.balance}) == weights.cfg
     assert verify_checkpoint(path).kinds == ("master",)
     assert differing(CheckpointWeights(path, cfg.model), weights) == []
+    loads = load_file(path / "router.safetensors")["load_frac"]
+    assert torch.equal(loads, torch.full_like(loads, 1 / cfg.model.n_experts))
 
 
 def dense_model(kind: str, **changes: Any) -> PreTrainedModel:
