@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-transformers4 test-llamacpp lint bench clean
 
 setup: $(VENV)/installed
 
@@ -26,6 +26,25 @@ test: setup
 # Jobs are mostly waited for, so two tests run at once, each on a cluster of its own.
 	$(BIN)/pytest tests/slurm --numprocesses 2
 
+# Clients of exports that .venv cannot have beside its own. Each gets an environment that adds to .venv, of which pip
+# says, rightly, that the two do not go together: only the exports are tried in it.
+test-transformers4: $(VENV)-transformers4/installed
+	$(VENV)-transformers4/bin/python -m pytest tests/clients/test_transformers4.py
+
+test-llamacpp: $(VENV)-llamacpp/installed
+	$(VENV)-llamacpp/bin/python -m pytest tests/clients/test_llamacpp.py
+
+$(VENV)-transformers4/installed: CLIENT := 'transformers==4.57.6' 'huggingface_hub<1.0'
+# Compiles llama.cpp: minutes, and it needs a C++ compiler.
+$(VENV)-llamacpp/installed: CLIENT := 'llama-cpp-python==0.3.36'
+
+$(VENV)-%/installed: | setup
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/turnout.pth"
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENT)
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +54,4 @@ bench: setup
 	$(BIN)/python -m tests.bench
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-llamacpp build *.egg-info

@@ -5,9 +5,10 @@ All but prune only read. A checkpoint may be a stranger's, so its words are prin
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -190,7 +191,10 @@ def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is
         kept = f"all {len(n_bytes)} checkpoints of {run_dir} are kept"
         print(f"nothing to remove: {kept}" if n_bytes else no_checkpoint_yet(run_dir))
         return
-    spared = _newest_intact(run_dir)
+    try:
+        spared = newest_intact(run_dir, partial(print, flush=True))
+    except CheckpointError as err:
+        raise CheckpointError(f"nothing was removed: {err}") from err
     if spared in old:
         print(f"{spared}: kept, because it is the newest that is intact")
     removed = [path for path in old if path != spared]
@@ -203,17 +207,17 @@ def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is
     print(f"{freed} {'would be ' if is_dry else ''}freed, {n_kept} of {len(n_bytes)} checkpoints kept")
 
 
-def _newest_intact(run_dir: Path) -> Path:
+def newest_intact(run_dir: Path, say: Callable[[str], None]) -> Path:
     """Return the newest checkpoint whose every byte is right. Raises CheckpointError where there is none."""
     faults: list[str] = []
     for path in list_checkpoints(run_dir):
         try:
-            print(verified(path), flush=True)
+            say(verified(path))
             return path
         except CheckpointError as err:
             faults.append(str(err))
-            print(f"damaged: {err}", flush=True)
-    raise CheckpointError(f"nothing was removed: {none_intact(run_dir, faults)}")
+            say(f"damaged: {err}")
+    raise CheckpointError(none_intact(run_dir, faults))
 
 
 def is_checkpoint(directory: Path) -> bool:

@@ -12,9 +12,10 @@ from rich.console import Console
 from data.errors import DataError
 from launch import cli_evaluate
 from launch.cli_generate import generate
+from launch.cli_weights import export, import_
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
 from launch.slurm import SlurmError
-from training.errors import CheckpointError, ConfigError, printable
+from training.errors import CheckpointError, ConfigError, ExportError, printable
 
 app = App(
     name="turnout",
@@ -244,6 +245,9 @@ def doctor(
     sys.exit(examine(recipe, overrides, nproc=nproc, layouts=layouts))
 
 
+app.command(export)
+app.command(import_, name="import")
+
 checkpoint = App(
     name="checkpoint", help="Look at the checkpoints of a run, verify them, and remove old ones."
 )
@@ -325,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{' '.join(str(err).split())} (`turnout --help` shows the usage)", BAD_CONFIG)
     except (CheckpointError, ConfigError, DataError) as err:
         _fail(str(err), exit_code(err))
-    except SlurmError as err:
+    except (SlurmError, ExportError) as err:
         _fail(str(err), OTHER)
     except OSError as err:
         where = f"{err.filename}: " if err.filename else ""

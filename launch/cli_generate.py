@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 def generate(
     path: Annotated[
-        Path, Parameter(help="A run directory, for its newest intact checkpoint, or a checkpoint.")
+        Path, Parameter(help="A run directory, for its newest intact checkpoint, a checkpoint or an export.")
     ],
     /,
     *prompts: Annotated[str, Parameter(help="Texts to continue; without one stdin is read.")],

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import load_tokenizer
-from launch.saved import open_weights
+from launch.saved import load_tokenizer_of, open_weights
 from moe.cache import CachedDecoder
 from moe.config import ModelConfig
 from moe.counts import n_params
@@ -125,12 +124,7 @@ def write_texts(
 ) -> None:
     """Load a model and print what it writes. Raises ConfigError, CheckpointError or DataError."""
     weights = open_weights(path)
-    tokenizer = load_tokenizer(weights.tokenizer_path)
-    if tokenizer.vocab_size > weights.cfg.vocab_size:
-        raise CheckpointError(
-            f"{weights.place}: its tokenizer has {tokenizer.vocab_size} tokens, its model "
-            f"{weights.cfg.vocab_size}; put the tokenizer there that the model was trained with"
-        )
+    tokenizer = load_tokenizer_of(weights)
     with _loaded(weights, placement) as model:
         start_s, ends, n_tokens = time.perf_counter(), Counter[str](), 0
         n_texts = len(prompts) * options.n_samples

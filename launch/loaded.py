@@ -8,12 +8,12 @@ import torch
 
 from data.corpus import Corpus, open_corpus
 from data.errors import DataError
-from data.tokenizer import Tokenizer, load_tokenizer
-from launch.saved import open_weights
+from data.tokenizer import Tokenizer
+from launch.saved import load_tokenizer_of, open_weights
 from moe.balance import RouterState
 from moe.counts import n_params
 from moe.model import Decoder
-from training.errors import CheckpointError, ConfigError
+from training.errors import ConfigError
 from training.weights import load_decoder
 
 DType = Literal["float32", "bfloat16"]
@@ -35,12 +35,7 @@ def load_model(path: Path, *, dtype: DType) -> LoadedModel:
     The model goes to the GPU where there is one.
     """
     weights = open_weights(path)
-    cfg, tokenizer = weights.cfg, load_tokenizer(weights.tokenizer_path)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise CheckpointError(
-            f"{weights.tokenizer_path}: has {tokenizer.vocab_size} tokens where the model has "
-            f"{cfg.vocab_size}; put the model's own tokenizer there"
-        )
+    cfg, tokenizer = weights.cfg, load_tokenizer_of(weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The grouped product wants rows of whole 16 bytes; the loop takes any size.
     backend = "reference" if cfg.d_model % 8 or cfg.d_expert % 8 else "grouped"

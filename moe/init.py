@@ -32,16 +32,16 @@ def init_weights(decoder: Decoder, *, seed: int, first_expert: int = 0) -> None:
         std = cfg.init_std / math.sqrt(2 * cfg.n_layers) if is_residual else cfg.init_std
         if is_expert(name):
             for local_id, expert in enumerate(parameter):
-                expert.copy_(_normal(expert.shape, std, f"{name}.{first_expert + local_id}", seed))
+                expert.copy_(initial_values(expert.shape, std, f"{name}.{first_expert + local_id}", seed))
         else:
             split, shape = split_of(name), list(parameter.shape)
             if split is not None:
                 shape[split.dim] *= decoder.tp.size
-            whole = _normal(shape, std, name, seed)
+            whole = initial_values(shape, std, name, seed)
             parameter.copy_(own_part(whole, split, decoder.tp.size, decoder.tp.rank))
 
 
-def _normal(shape: Sequence[int], std: float, name: str, seed: int) -> Tensor:
+def initial_values(shape: Sequence[int], std: float, name: str, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     # Drawn in fp32 on the CPU whatever the target, so that device and dtype change nothing but rounding.

@@ -6,10 +6,8 @@ library's.
 """
 
 import hashlib
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,7 @@ from training.checkpoint_manifest import (
 from training.disk import Buffer, Disk
 from training.errors import CheckpointError, printable
 from training.pieces import Piece, overlaps
-
-CHUNK_BYTES = 16 << 20
+from training.tensor_stream import CHUNK_BYTES, Stored, safetensors_chunks
 
 
 def key_of(kind: str, name: str) -> str:
@@ -40,11 +37,23 @@ def key_of(kind: str, name: str) -> str:
 
 def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     """Write fp32 host tensors as a safetensors file, flushed; return its size and SHA-256. Raises OSError."""
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    # partial, and not a lambda, which would see the last tensor only.
+    stored = {key: Stored(tuple(t.shape), t.dtype, partial(_itself, t)) for key, t in tensors.items()}
+    return write_stored(disk, path, stored)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def write_stored(disk: Disk, path: Path, stored: Mapping[str, Stored]) -> FileEntry:
+    """Write tensors that are read when it is their turn, as write_tensors does."""
     digest, n_bytes = hashlib.sha256(), 0
 
     def hashed() -> Iterator[Buffer]:
         nonlocal n_bytes
-        for chunk in _chunks(tensors):
+        for chunk in safetensors_chunks(stored):
             digest.update(chunk)
             n_bytes += len(chunk)
             yield chunk
@@ -57,22 +66,6 @@ def write_bytes(disk: Disk, path: Path, content: bytes) -> FileEntry:
     """Write a small file, flushed; return its size and SHA-256. Raises OSError."""
     disk.write(path, [content])
     return FileEntry(n_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
-    """Yield the header, then the tensors in its order (github.com/huggingface/safetensors, "Format")."""
-    header, end = {}, 0
-    for key, tensor in tensors.items():
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
-        begin, end = end, end + 4 * tensor.numel()
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
-        raw = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
-        for begin in range(0, len(raw), CHUNK_BYTES):
-            yield raw[begin : begin + CHUNK_BYTES]
 
 
 def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | None = None) -> None:

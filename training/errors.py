@@ -31,6 +31,10 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; the earlier ones are as they were."""
 
 
+class ExportError(RuntimeError):
+    """What was written is not the model it was written from; it was removed."""
+
+
 def printable(text: str, n_chars: int = 300) -> str:
     """Return a stranger's words fit for one line of a terminal."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:n_chars])

@@ -21,6 +21,9 @@ from training.checkpoint_tensors import TensorReader
 from training.errors import CheckpointError
 from training.pieces import Piece
 
+# What a reader maps at most before it lets go: pages of a mapped file count as a process's own memory.
+MAPPED_BYTES = 32 << 20
+
 
 class Weights(Protocol):
     """What holds a model.
@@ -70,18 +73,26 @@ class CheckpointWeights:
                 f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed"
             )
         self.tokenizer_path = directory / names[0]
-        self._reader = TensorReader(directory, self.manifest)
+        self._reader, self._n_mapped = TensorReader(directory, self.manifest), 0
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
         shape, matrix = self.shapes[name], self.manifest.tensors[name].matrix
-        wanted = Piece(0, matrix.row_width, 0, matrix.n_rows * matrix.row_width)
+        first_col, width = 0, matrix.row_width
         if expert is not None:
             assert is_expert(name), "only experts are stacked"
             shape = shape[1:]
-            wanted = Piece(expert * prod(shape), prod(shape), 0, prod(shape))
+            first_col, width = expert * prod(shape), prod(shape)
         out = torch.empty(prod(shape))
-        self._reader.read_piece(name, MASTER, wanted, out)
+        for start in range(0, out.numel(), MAPPED_BYTES // 4):
+            stop = min(start + MAPPED_BYTES // 4, out.numel())
+            self._let_go()
+            self._reader.read_piece(name, MASTER, Piece(first_col, width, start, stop), out[start:stop])
+            self._n_mapped += 4 * (stop - start)
         return out.view(shape)
+
+    def _let_go(self) -> None:
+        if self._n_mapped >= MAPPED_BYTES:
+            self._reader, self._n_mapped = TensorReader(self.place, self.manifest), 0
 
     def read_bias(self) -> Tensor:
         bias_ME = torch.empty(self.cfg.n_moe_layers, self.cfg.n_experts)

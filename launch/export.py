@@ -1,0 +1,178 @@
+"""`turnout export`: from a checkpoint to files that other programs load, proven before they get a name."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+
+from data.corpus import Corpus, open_corpus
+from data.errors import DataError
+from data.tokenizer import load_tokenizer
+from launch.console import LiveBar
+from launch.run_dir import read_config
+from launch.saved import open_weights
+from training.checkpoint_manifest import CONFIG_FILE
+from training.disk import Disk
+from training.errors import ConfigError
+from training.export import client_gguf
+from training.export.architectures import choose_architecture
+from training.export.card import CARD, model_card, origin_of
+from training.export.client_gguf import check_read_back
+from training.export.client_transformers import check_tokenizer, client_name, transformers_logits
+from training.export.gate import (
+    Expected,
+    HeldOut,
+    Rounded,
+    check_logits,
+    expected_logits,
+    held_out_tokens,
+    random_tokens,
+)
+from training.export.gguf_file import (
+    GGUF_FILE,
+    KINDS,
+    Kind,
+    check_gguf,
+    gguf_tensors,
+    to_stored,
+    write_gguf,
+)
+from training.export.huggingface import total_bytes, write_huggingface
+from training.export.naming import Architecture
+from training.export.publish import check_free, publish_export
+from training.weights import CheckpointWeights, Weights
+
+Format = Literal["hf", "gguf"]
+Dtype = Literal["float32", "bfloat16", "q8_0"]
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
+    """Write the files of one format, check them, and say what was checked.
+
+    Raises ConfigError where the format cannot hold the model, CheckpointError for a damaged checkpoint, and
+    ExportError where the client computes something else; then nothing is left.
+    """
+    check_free(out)
+    if dtype == "q8_0" and to != "gguf":
+        raise ConfigError(f"--dtype {dtype} is a form of GGUF's; use --format gguf, or --dtype bfloat16")
+    if (checkpoint / CONFIG_FILE).is_file():  # before a checkpoint of many GB is verified
+        choose_architecture(read_config(checkpoint).model, has_bias=False)
+    weights = open_weights(checkpoint)
+    architecture = choose_architecture(weights.cfg, has_bias=bool(weights.read_bias().any()))
+    corpus = corpus_of(weights)
+    held_out = (corpus and held_out_tokens(weights.cfg, corpus)) or random_tokens(weights.cfg)
+    if to == "hf":
+        export_huggingface(weights, architecture, out, TORCH_DTYPES[dtype], held_out)
+    else:
+        export_gguf(weights, architecture, out, KINDS[dtype], held_out)
+    print(f"exported to {out}", flush=True)
+
+
+def export_huggingface(
+    weights: Weights, architecture: Architecture, out: Path, dtype: torch.dtype, held_out: HeldOut
+) -> None:
+    words = str(dtype).removeprefix("torch.")
+
+    def write(directory: Path) -> None:
+        with _bar(out, total_bytes(architecture, weights, dtype)) as on_written:
+            write_huggingface(weights, architecture, directory, dtype=dtype, on_written=on_written)
+
+    def check(directory: Path) -> None:
+        expected = expected_logits(Rounded(weights, lambda _, x: x.to(dtype).float()), held_out.tokens)
+        proof = prove_huggingface(directory, weights, expected, held_out)
+        files = f"A `{architecture}` in {words}, for transformers 4.57 and newer."
+        write_card(directory, weights, files, proof)
+
+    publish_export(out, write, check)
+
+
+def export_gguf(
+    weights: Weights, architecture: Architecture, out: Path, kind: Kind, held_out: HeldOut
+) -> None:
+    check_gguf(weights.cfg, architecture, kind, weights.tokenizer_path)
+    rounded = Rounded(weights, partial(to_stored, kind))
+
+    def write(directory: Path) -> None:
+        n_bytes = sum(tensor.n_bytes for tensor in gguf_tensors(architecture, weights.cfg, kind))
+        with _bar(out, n_bytes) as on_written:
+            write_gguf(weights, architecture, directory, kind=kind, on_written=on_written)
+
+    def check(directory: Path) -> None:
+        proof = prove_gguf(directory / GGUF_FILE, rounded, architecture, kind, held_out)
+        files = f"A `{architecture}` in {kind.name}, for llama.cpp: {GGUF_FILE}."
+        write_card(directory, weights, files, proof)
+
+    publish_export(out, write, check)
+
+
+@contextmanager
+def _bar(out: Path, n_bytes: int) -> Iterator[Callable[[int], None]]:
+    bar, n_written = LiveBar(f"writing {out.name}", n_bytes), 0
+
+    def on_written(n: int) -> None:
+        nonlocal n_written
+        n_written += n
+        bar.update(n_written)
+
+    try:
+        yield on_written
+    finally:
+        bar.close()
+
+
+def prove_gguf(
+    path: Path, rounded: Weights, architecture: Architecture, kind: Kind, held_out: HeldOut
+) -> str:
+    """Return in words how the file compares, tensor by tensor and by llama.cpp's logits. Raises ExportError.
+
+    llama.cpp rounds activations, too, where matrices are bf16 or Q8_0. So there it loads the file, and
+    computes with a twin that holds the same numbers in fp32.
+    """
+    proof = check_read_back(path, rounded, architecture, kind)
+    if not client_gguf.has_llama_cpp():
+        return (
+            f"{proof}; no logits were compared, for llama.cpp was not at hand (pip install llama-cpp-python)"
+        )
+    expected = expected_logits(rounded, held_out.tokens)
+    with TemporaryDirectory(dir=path.parent) as twin:
+        if kind != Kind.F32:
+            client_gguf.check_loads(path)
+            path = write_gguf(rounded, architecture, Path(twin), kind=Kind.F32)
+        found = client_gguf.llama_cpp_logits(path, held_out.tokens)
+    return f"{proof}; {check_logits(found, expected, client=client_gguf.client_name(), held_out=held_out)}"
+
+
+def prove_huggingface(directory: Path, weights: Weights, expected: Expected, held_out: HeldOut) -> str:
+    """Return in words how the client's logits and token ids compare. Raises ExportError."""
+    tokenizer = load_tokenizer(weights.tokenizer_path)
+    known = [[i for i in row if i < tokenizer.vocab_size] for row in held_out.tokens.tolist()]
+    check_tokenizer(directory, tokenizer, [tokenizer.decode(ids) for ids in known])
+    found = transformers_logits(directory, held_out.tokens)
+    return check_logits(found, expected, client=client_name(), held_out=held_out)
+
+
+def write_card(directory: Path, weights: Weights, files: str, gate: str) -> None:
+    """Write the model card, and say how the files were proven."""
+    print(gate, flush=True)
+    origin = origin_of(weights.place, weights.manifest) if isinstance(weights, CheckpointWeights) else None
+    command = ["turnout", *sys.argv[1:]]
+    text = model_card(weights.cfg, origin, files=files, command=command, gate=gate)
+    Disk().write(directory / CARD, [text.encode()])
+
+
+def corpus_of(weights: Weights) -> Corpus | None:
+    """Return the corpus that a checkpoint was trained on, where it still lies where its config says."""
+    if not isinstance(weights, CheckpointWeights):
+        return None
+    path = Path(read_config(weights.place).data.corpus)
+    try:
+        corpus = open_corpus(path, verify="size")
+    except (DataError, OSError):
+        return None
+    return corpus if corpus.manifest.corpus_hash == weights.manifest.data.corpus_hash else None

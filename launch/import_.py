@@ -1,0 +1,101 @@
+"""`turnout import`: a model of Hugging Face as a run that has not taken its first step."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.corpus import Corpus
+from data.files import sha256_of
+from launch.preflight import check_corpus
+from launch.run_dir import attachments, create_run_dir
+from launch.settings import check_config, load_config
+from moe.config import ModelConfig
+from training.config import RunConfig
+from training.errors import ConfigError
+from training.export.client_transformers import client_name, transformers_logits
+from training.export.gate import check_logits, expected_logits, held_out_tokens, random_tokens
+from training.export.publish import check_free, publish_export
+from training.export.reader import HfWeights
+from training.export.to_checkpoint import write_first_checkpoint
+from training.weights import CheckpointWeights
+
+
+def run_import(
+    source: Path, recipe: str, overrides: Sequence[str], *, run_dir: Path, n_upcycled: int | None
+) -> None:
+    """Make a run of a Hugging Face directory, to be gone on with by `turnout train --resume`.
+
+    The model is the directory's; what it says nothing of is the recipe's: balancing, sequence length, data,
+    optimizer. n_upcycled: make so many experts of each layer of a dense model, with the recipe's routing.
+
+    Raises ConfigError, DataError or CheckpointError for what cannot be imported, and ExportError where the
+    run would compute something else than transformers does; then nothing is left.
+    """
+    check_free(run_dir, "--run-dir")
+    wanted = load_config(recipe, overrides)
+    experts = None if n_upcycled is None else upcycled_settings(wanted.model, n_upcycled)
+    weights = HfWeights(source, experts=experts, seed=wanted.train.seed)
+    cfg = with_model(wanted, imported_model(weights.cfg, wanted.model), str(source))
+    corpus = check_corpus(cfg)
+    check_same_tokenizer(source, corpus)
+    weights.cfg = cfg.model
+
+    def write(directory: Path) -> None:
+        create_run_dir(directory, cfg, corpus, nproc=1)
+        write_first_checkpoint(weights, directory, attachments(directory, cfg))
+
+    def check(directory: Path) -> None:
+        held_out = held_out_tokens(cfg.model, corpus) or random_tokens(cfg.model)
+        (path,) = (directory / "checkpoints").iterdir()
+        expected = expected_logits(CheckpointWeights(path, cfg.model), held_out.tokens)
+        found = transformers_logits(source, held_out.tokens)
+        print(check_logits(found, expected, client=client_name(), held_out=held_out), flush=True)
+
+    publish_export(run_dir, write, check)
+    print(f"imported as {run_dir}; turnout train {run_dir}/config.toml --run-dir {run_dir} --resume goes on")
+
+
+def upcycled_settings(model: ModelConfig, n_experts: int) -> dict[str, object]:
+    """Return the settings of the experts. Raises ConfigError where they would not compute the dense layer.
+
+    Equal experts do only if the weights of a token sum to 1 (Komatsuzaki et al. 2022, 2212.05055, section 3).
+    """
+    router = model.router
+    faults = {
+        "model.router.normalize=true": not router.normalize,
+        "model.router.scale=1.0": router.scale != 1.0,
+        "model.router.capacity_factor=none": router.capacity_factor is not None,
+    }
+    if wrong := [setting for setting, is_wrong in faults.items() if is_wrong]:
+        raise ConfigError(
+            f"--upcycle {n_experts}: the model would not begin as the dense one; use {', '.join(wrong)}"
+        )
+    return {"n_experts": n_experts, "top_k": model.top_k, "router": router.model_dump()}
+
+
+def imported_model(found: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+    """Return the model found, at the recipe's sequence length and with its balancing."""
+    if wanted.seq_len > found.seq_len:
+        raise ConfigError(
+            f"model.seq_len={wanted.seq_len} is more than the {found.seq_len} positions of the model; use at "
+            f"most {found.seq_len}"
+        )
+    window = found.sliding_window
+    if window is not None and window >= wanted.seq_len:
+        print(f"sliding window of {window} left out: it hides nothing at model.seq_len={wanted.seq_len}")
+        window = None
+    changes = {"seq_len": wanted.seq_len, "balance": wanted.balance, "sliding_window": window}
+    return found.model_copy(update=changes)
+
+
+def with_model(cfg: RunConfig, model: ModelConfig, origin: str) -> RunConfig:
+    return check_config({**cfg.model_dump(), "model": model.model_dump()}, origin)
+
+
+def check_same_tokenizer(source: Path, corpus: Corpus) -> None:
+    """Raise ConfigError where the corpus was not tokenised with a tokenizer of the directory."""
+    files = [path for name in ("tokenizer.model", "tokenizer.json") if (path := source / name).is_file()]
+    if corpus.manifest.tokenizer_sha256 not in map(sha256_of, files):
+        raise ConfigError(
+            f"{corpus.path}: its tokenizer is not {files[0]}, so its ids mean other text; "
+            f"prepare a corpus with --tokenizer {files[0]}"
+        )

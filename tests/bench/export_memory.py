@@ -1,0 +1,115 @@
+"""How much memory writing an export and an import takes, against the largest tensor: `python -m
+tests.bench.export_memory` makes a checkpoint of 2 GB and measures each in a process of its own.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe.config import ModelConfig
+from tests.exports import save_weights
+from tests.models import tiny_config
+from tests.unit.data_fixtures import write_tokenizer
+from training.checkpoint_manifest import Attached, DataIdentity
+from training.export.gguf_file import KINDS, write_gguf
+from training.export.huggingface import write_huggingface
+from training.export.reader import HfWeights
+from training.export.to_checkpoint import write_first_checkpoint
+from training.weights import CheckpointWeights, parameter_shapes
+
+MIB = 1 << 20
+FORMS = ("hf float32", "hf bfloat16", "gguf float32", "gguf q8_0", "import")
+# Of the process, whatever the model: 32 MiB of a mapped file, chunks of 16 MiB, and what they leave behind.
+CONSTANT_BYTES = 128 * MIB
+LARGE = {"n_layers": 6, "d_model": 1024, "n_heads": 8, "n_kv_heads": 4, "d_head": 128, "vocab_size": 64_000}
+LARGE |= {"n_experts": 12, "d_expert": 2048, "seq_len": 64}
+SMALL = {**LARGE, "n_layers": 3, "d_model": 512, "d_expert": 1024}
+
+
+class MadeUpWeights:
+    """Weights that are numbered when they are read, and nowhere else."""
+
+    def __init__(self, cfg: ModelConfig, tokenizer_path: Path) -> None:
+        self.place, self.cfg, self.tokenizer_path = Path("memory"), cfg, tokenizer_path
+        self._shapes = parameter_shapes(cfg)
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        shape = self._shapes[name] if expert is None else self._shapes[name][1:]
+        return torch.linspace(-1, 1, prod(shape)).view(shape)
+
+    def read_bias(self) -> Tensor:
+        return torch.zeros(self.cfg.n_moe_layers, self.cfg.n_experts)
+
+
+def save_made_up(place: Path, sizes: dict[str, int]) -> Path:
+    """Write a checkpoint of these sizes, and a Hugging Face directory beside it for `import`."""
+    weights = MadeUpWeights(tiny_config(**sizes), write_tokenizer(place))
+    (place / "source").mkdir()
+    write_huggingface(weights, "mixtral", place / "source", dtype=torch.float32)
+    return save_weights(weights, place / "run")
+
+
+def largest_bytes(sizes: dict[str, int]) -> int:
+    return 4 * max(prod(shape) for shape in parameter_shapes(tiny_config(**sizes)).values())
+
+
+def measure(checkpoint: Path, sizes: dict[str, int], form: str) -> tuple[int, float]:
+    """Return the bytes by which a writer's process grows at most, and its seconds."""
+    words = [sys.executable, "-m", "tests.bench.export_memory", str(checkpoint), json.dumps(sizes), form]
+    said = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert said.returncode == 0, said.stderr
+    extra, seconds = json.loads(said.stdout.splitlines()[-1])
+    return extra, seconds
+
+
+def write_one(checkpoint: Path, sizes: dict[str, int], form: str) -> None:
+    """Write one form and print by how much the resident memory grew, mapped pages included."""
+    cfg = tiny_config(**sizes)
+    weights = CheckpointWeights(checkpoint, cfg)
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as name:
+        out = Path(name)
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        start_s = time.perf_counter()
+        if form == "import":
+            attached = Attached(
+                DataIdentity(corpus_hash="none", tokenizer_sha256="none"), {"config.toml": b""}
+            )
+            write_first_checkpoint(HfWeights(checkpoint.parents[2] / "source"), out, attached)
+        elif form.startswith("gguf"):
+            write_gguf(weights, "mixtral", out, kind=KINDS[form.split()[1]])
+        else:
+            write_huggingface(weights, "mixtral", out, dtype=getattr(torch, form.split()[1]))
+        print(json.dumps([_status("VmHWM") - before, time.perf_counter() - start_s]))
+
+
+def _status(key: str) -> int:
+    """Return a size of this process from /proc, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+def main() -> None:
+    if len(sys.argv) == 4:
+        write_one(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])
+        return
+    largest = largest_bytes(LARGE)
+    with tempfile.TemporaryDirectory() as place:
+        checkpoint = save_made_up(Path(place), LARGE)
+        total = sum(path.stat().st_size for path in checkpoint.iterdir())
+        print(f"checkpoint {total / MIB:,.0f} MiB, largest tensor {largest / MIB:,.0f} MiB")
+        print("| written | extra memory MiB | of the largest tensor | s |\n|---|---|---|---|")
+        for form in FORMS:
+            extra, seconds = measure(checkpoint, LARGE, form)
+            print(f"| {form} | {extra / MIB:,.0f} | {extra / largest:.2f} | {seconds:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

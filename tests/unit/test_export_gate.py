@@ -1,0 +1,220 @@
+"""A broken export is caught by the gate, whatever broke it, and leaves nothing behind."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch.cli import main
+from tests.exports import DecoderWeights, save_weights, variant_weights
+from tests.unit.data_fixtures import make_corpus, make_texts, write_tokenizer
+from training.errors import ConfigError, ExportError
+from training.export import gguf_file, huggingface
+from training.export.gate import (
+    MIN_COMPARED,
+    Expected,
+    check_logits,
+    expected_logits,
+    held_out_tokens,
+    random_tokens,
+)
+from training.export.naming import Slot, slots
+from training.export.publish import publish_export
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def with_slots(change: Callable[[Slot], Slot | None]) -> dict[tuple[Any, str], Any]:
+    def broken(architecture: Any, cfg: Any) -> Iterator[Slot]:
+        return (new for slot in slots(architecture, cfg) if (new := change(slot)) is not None)
+
+    return {(huggingface, "slots"): broken}
+
+
+def swap_experts(slot: Slot) -> Slot:
+    if slot.ours == "blocks.1.moe.experts.up" and slot.index in (2, 3):
+        return replace(slot, index=5 - slot.index)
+    return slot
+
+
+def shift_bias(slot: Slot) -> Slot:
+    return replace(slot, index=1) if slot.kind == "bias" and slot.index == 0 else slot
+
+
+def swap_norms(slot: Slot) -> Slot:
+    swapped = {"blocks.0.attn_norm.weight": "blocks.0.ffn_norm.weight"}
+    return replace(slot, ours=swapped.get(slot.ours, slot.ours))
+
+
+def permute_q(weights: Any, slot: Slot) -> Tensor:
+    values = READ_SLOT(weights, slot)
+    return values.flip(0) if slot.ours == "blocks.2.attn.q.weight" else values
+
+
+def change_theta(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+    tree = TO_CONFIG(*arguments, **keywords)
+    tree["rope_parameters"]["rope_theta"] *= 1.01
+    return tree
+
+
+def change_eos(*arguments: Any, **keywords: Any) -> None:
+    WRITE_TOKENIZER(*arguments, **keywords)
+    path = arguments[1] / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"eos_token": "</s>"', '"eos_token": "<s>"'))
+
+
+def split_no_more(*arguments: Any, **keywords: Any) -> None:
+    WRITE_TOKENIZER(*arguments, **keywords)
+    path = arguments[1] / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"split_special_tokens": true', '"split_special_tokens": false'))
+
+
+READ_SLOT, TO_CONFIG, WRITE_TOKENIZER = (
+    huggingface.read_slot,
+    huggingface.to_hf_config,
+    huggingface.write_tokenizer,
+)
+NAME_OF_HEAD = "lm_head.weight"
+LOGITS = "largest logit difference"
+SABOTAGE: dict[str, tuple[str, dict[tuple[Any, str], Any], str]] = {
+    "experts swapped": ("mixtral-gqa", with_slots(swap_experts), LOGITS),
+    "rows of q permuted": ("qwen3-gqa", {(huggingface, "read_slot"): permute_q}, LOGITS),
+    "rope_theta changed": ("mixtral-gqa", {(huggingface, "to_hf_config"): change_theta}, LOGITS),
+    "bias of another layer": ("glm4-all", with_slots(shift_bias), LOGITS),
+    "norms swapped": ("glm4-plain", with_slots(swap_norms), LOGITS),
+    "tensor missing": ("mixtral-gqa", with_slots(lambda s: None if s.name == NAME_OF_HEAD else s), "missing"),
+    "tensor unknown": (
+        "qwen3-gqa",
+        with_slots(lambda s: replace(s, name="other") if s.name.endswith("0.mlp.gate.weight") else s),
+        "missing|unexpected",
+    ),
+    "other end of text": ("mixtral-gqa", {(huggingface, "write_tokenizer"): change_eos}, "begin and end"),
+    "text becomes control": (
+        "mixtral-gqa",
+        {(huggingface, "write_tokenizer"): split_no_more},
+        "tokenises 'a<s>b</s> c' differently",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_sabotage_is_caught_and_leaves_nothing(
+    name: str,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    variant, patches, words = SABOTAGE[name]
+    checkpoint = save_weights(variant_weights(variant, tokenizer), tmp_path / "run")
+    command = ["export", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--format", "hf"]
+    with monkeypatch.context() as patched:
+        for (module, attribute), value in patches.items():
+            patched.setattr(module, attribute, value)
+        with pytest.raises(SystemExit) as end:
+            main(command)
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1
+    assert any(word in said[-1] for word in words.split("|")), said[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_gguf_of_other_settings_is_caught(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save_weights(variant_weights("mixtral-gqa", tokenizer), tmp_path / "run")
+    command = ["export", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--format", "gguf"]
+    settings = gguf_file._add_settings
+
+    def broken(writer: Any, architecture: Any, cfg: Any, kind: Any) -> None:
+        settings(writer, architecture, cfg.model_copy(update={"rope_theta": 20_000.0}), kind)
+
+    for attribute, value, words in (
+        ("_add_settings", broken, "llama.rope.freq_base was written as 20000.0 where the model has 10000.0"),
+        ("to_neighbours", lambda rows, n_heads: rows, "blk.0.attn_q.weight is not the tensor"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(gguf_file, attribute, value)
+            with pytest.raises(SystemExit) as end:
+                main(command)
+        assert end.value.code == 1 and words in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def expected(n_tokens: int = 40, **changes: Any) -> Expected:
+    logits = torch.randn(1, n_tokens, 5, generator=torch.Generator().manual_seed(0))
+    return replace(Expected(logits, torch.ones(1, n_tokens, dtype=torch.bool)), **changes)
+
+
+def test_gate_lets_no_number_pass_that_is_none(tokenizer: Path) -> None:
+    held_out, want = random_tokens(variant_weights("mixtral-gqa", tokenizer).cfg), expected()
+    assert "largest logit difference 0 " in check_logits(want.logits, want, client="it", held_out=held_out)
+    for value in (torch.nan, torch.inf, float(want.logits[0, 7, 2]) + 2e-4):
+        found = want.logits.clone()
+        found[0, 7, 2] = value
+        with pytest.raises(ExportError, match="it computes another model"):
+            check_logits(found, want, client="it", held_out=held_out)
+    is_clear = torch.arange(40).unsqueeze(0) < MIN_COMPARED
+    few = replace(want, is_clear=is_clear)
+    assert f"over {MIN_COMPARED} tokens" in check_logits(want.logits, few, client="it", held_out=held_out)
+    with pytest.raises(ExportError, match="only 15 of 40 tokens could be compared"):
+        fewer = replace(want, is_clear=torch.arange(40).unsqueeze(0) < MIN_COMPARED - 1)
+        check_logits(want.logits, fewer, client="it", held_out=held_out)
+
+
+def test_tokens_after_a_tie_do_not_count(tokenizer: Path) -> None:
+    """Of two experts with one router row either may be the last chosen: from there on nothing is compared."""
+    weights = variant_weights("mixtral-gqa", tokenizer)
+    tokens = random_tokens(weights.cfg).tokens
+    clear = expected_logits(weights, tokens)
+    assert clear.is_clear.float().mean() > 0.9
+    assert tied_share(weights, tokens) < clear.is_clear.float().mean() / 2
+
+
+def tied_share(weights: DecoderWeights, tokens: Tensor) -> float:
+    router = weights.parameters["blocks.1.moe.router.weight"]
+    router[3] = router[2]
+    is_clear = expected_logits(weights, tokens).is_clear
+    assert (is_clear.long().diff(dim=1) <= 0).all(), "once a sequence is unclear it stays so"
+    return float(is_clear.float().mean())
+
+
+def test_held_out_text_is_used_where_there_is_enough(tmp_path: Path, tokenizer: Path) -> None:
+    cfg = variant_weights("mixtral-gqa", tokenizer).cfg
+    rich = make_corpus(tmp_path / "rich", {"a": make_texts(200)}, valid_frac=0.3)
+    held_out = held_out_tokens(cfg, rich)
+    assert held_out is not None and held_out.tokens.shape == (25, 41)
+    assert "held-out text" in held_out.words
+    stream = rich.split("valid")[0]
+    assert held_out.tokens.flatten().tolist() == stream.read(0, 25 * 41).tolist()
+    poor = make_corpus(tmp_path / "poor", {"a": make_texts(20)}, valid_frac=0.1)
+    assert held_out_tokens(cfg, poor) is None
+
+
+def test_what_is_there_stays(tmp_path: Path) -> None:
+    (out := tmp_path / "out").mkdir()
+    (out / "mine").write_text("precious")
+    with pytest.raises(ConfigError, match="is there already"):
+        publish_export(out, lambda _: None, lambda _: None)
+    out.rename(tmp_path / "kept")
+
+    def meanwhile(_: Path) -> None:
+        (tmp_path / "kept").rename(out)
+
+    with pytest.raises(ConfigError, match="is there already"):
+        publish_export(out, meanwhile, lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        publish_export(tmp_path / "other", lambda _: None, lambda _: interrupt())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "mine").read_text() == "precious"
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt

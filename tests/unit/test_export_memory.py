@@ -1,0 +1,21 @@
+"""Writing takes the memory of the largest tensor and a constant, however large the model."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.bench.export_memory import CONSTANT_BYTES, SMALL, largest_bytes, measure, save_made_up
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_made_up(tmp_path_factory.mktemp("made-up"), SMALL)
+
+
+@pytest.mark.parametrize("form", ["hf bfloat16", "gguf float32", "import"])
+def test_memory_is_bounded(form: str, checkpoint: Path) -> None:
+    n_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
+    bound = 1.3 * largest_bytes(SMALL) + CONSTANT_BYTES
+    assert bound < 0.8 * n_bytes, "a writer that holds all of it would pass"
+    extra, _ = measure(checkpoint, SMALL, form)
+    assert extra < bound, f"{extra / 2**20:.0f} MiB"

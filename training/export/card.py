@@ -1,0 +1,93 @@
+"""The model card: what the weights are, where they come from, and how well they did."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe.config import ModelConfig
+from moe.counts import n_active_params, n_params
+from training.checkpoint_manifest import PROVENANCE_FILE, Manifest
+from training.errors import printable
+
+CARD = "README.md"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from; None where nothing was found that tells.
+
+    trained_by     the command of the run's newest start
+    bits_per_byte  of the validation split, at this step
+    """
+
+    step: int
+    tokens_seen: int
+    corpus_hash: str
+    trained_by: str | None
+    bits_per_byte: float | None
+
+
+def origin_of(checkpoint: Path, manifest: Manifest) -> Origin:
+    """Return what a checkpoint, and the run that it may still lie in, tell of it."""
+    state = manifest.state
+    return Origin(
+        step=state.step,
+        tokens_seen=state.tokens_seen,
+        corpus_hash=manifest.data.corpus_hash,
+        trained_by=_training_command(checkpoint / PROVENANCE_FILE),
+        bits_per_byte=_bits_per_byte(checkpoint.parent.parent / METRICS, state.step),
+    )
+
+
+def model_card(
+    cfg: ModelConfig, origin: Origin | None, *, files: str, command: Sequence[str], gate: str
+) -> str:
+    """Return the text of README.md. files: what they are; gate: how they were proven."""
+    facts = {
+        "parameters": f"{n_params(cfg):,}, of which a token uses {n_active_params(cfg):,}",
+        "layers": f"{cfg.n_layers}, {cfg.n_dense_layers} of them dense",
+        "experts": f"{cfg.n_experts}, {cfg.top_k} a token, and {cfg.n_shared_experts} shared",
+        "vocabulary": f"{cfg.vocab_size:,}",
+        "sequence length": f"{cfg.seq_len:,}",
+    }
+    if origin is not None:
+        facts["step"] = f"{origin.step:,}"
+        facts["tokens seen"] = f"{origin.tokens_seen:,}"
+        facts["corpus"] = f"`{printable(origin.corpus_hash)}`"
+        if origin.bits_per_byte is not None:
+            facts["held-out text"] = f"{origin.bits_per_byte:.4f} bits per byte"
+        if origin.trained_by is not None:
+            facts["trained by"] = f"`{printable(origin.trained_by, 2000)}`"
+    facts["exported by"] = f"`{printable(' '.join(command), 2000)}`"
+    facts["checked"] = gate
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n\n"
+        "# Mixture-of-Experts language model\n\n"
+        f"Pretrained with Turnout. {files}\n\n| | |\n|---|---|\n{rows}\n\n"
+        "It continues text; it was not tuned to follow instructions. Text never becomes a control token,\n"
+        "and every text of training began with the begin-of-text token.\n"
+    )
+
+
+def _training_command(path: Path) -> str | None:
+    try:
+        command = json.loads(path.read_bytes())["starts"][-1]["command"]
+        return " ".join(map(str, command))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _bits_per_byte(path: Path, step: int) -> float | None:
+    found: Any = None
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if "eval/bits_per_byte" in line and (row := json.loads(line)).get("step") == step:
+                    found = row["eval/bits_per_byte"]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return float(found) if isinstance(found, int | float) else None

@@ -1,0 +1,118 @@
+"""Any weights as the first checkpoint of a run, from which training goes on at every layout.
+
+Its optimizer has no state yet, as before a first update, and its router loads are uniform.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+
+from moe.balance import RouterState
+from moe.sharding import split_of
+from training.checkpoint_dir import checkpoint_path
+from training.checkpoint_manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MANIFEST_SUM,
+    MASTER,
+    ROUTER_FILE,
+    Attached,
+    FileEntry,
+    Manifest,
+    SavedAt,
+    TensorEntry,
+    TrainingState,
+    rank_file,
+    to_bytes,
+)
+from training.checkpoint_tensors import key_of, write_bytes, write_stored, write_tensors
+from training.disk import Disk
+from training.guard import GuardState
+from training.pieces import Matrix
+from training.shares import BIAS, LOAD_FRAC
+from training.tensor_stream import Stored
+from training.weights import Weights, parameter_shapes
+
+MAX_FILE_BYTES = 4 << 30
+
+
+def write_first_checkpoint(
+    weights: Weights, run_dir: Path, attached: Attached, *, max_file_bytes: int = MAX_FILE_BYTES
+) -> Path:
+    """Write step 0 of a run that nobody reads yet; return its path. One tensor is in memory at a time.
+
+    Raises CheckpointError where the weights cannot be read, OSError where the disk fails.
+    """
+    disk, directory = Disk(), checkpoint_path(run_dir, 0)
+    disk.make_directory(directory)
+    shapes, files, tensors = parameter_shapes(weights.cfg), dict[str, FileEntry](), dict[str, TensorEntry]()
+    # Each file looks as if a rank of its own had written it, which is all that a reader knows of ranks.
+    parts = list(_files(shapes, max_file_bytes))
+    for number, names in enumerate(parts):
+        stored = {
+            key_of(MASTER, name): Stored(
+                (prod(shapes[name]),), torch.float32, partial(_read_flat, weights, name)
+            )
+            for name in names
+        }
+        files[rank_file(number)] = write_stored(disk, directory / rank_file(number), stored)
+        for name in names:
+            matrix = Matrix.of(shapes[name], split_of(name))
+            whole = (number, 0, matrix.row_width, 0, prod(shapes[name]))
+            tensors[name] = TensorEntry(
+                shape=shapes[name], n_rows=matrix.n_rows, row_width=matrix.row_width, pieces=(whole,)
+            )
+    router = {BIAS: weights.read_bias(), LOAD_FRAC: RouterState.initial(weights.cfg).load_frac_ME}
+    flat = {name: values.flatten() for name, values in router.items()}
+    files[ROUTER_FILE] = write_tensors(disk, directory / ROUTER_FILE, flat)
+    for name, content in attached.files.items():
+        files[name] = write_bytes(disk, directory / name, content)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        saved_at=SavedAt(world_size=len(parts), tp=1, ep=1, zero_stage=1),
+        data=attached.data,
+        state=_first_state(),
+        kinds=(MASTER,),
+        tensors=dict(sorted(tensors.items())),
+        files=files,
+    )
+    text, check_sum = to_bytes(manifest)
+    write_bytes(disk, directory / MANIFEST, text)
+    write_bytes(disk, directory / MANIFEST_SUM, check_sum)
+    for place in (directory, directory.parent, run_dir):
+        disk.flush_directory(place)
+    return directory
+
+
+def _read_flat(weights: Weights, name: str) -> torch.Tensor:
+    return weights.read(name).flatten()
+
+
+def _first_state() -> TrainingState:
+    return TrainingState(
+        step=0,
+        tokens_seen=0,
+        n_skipped=0,
+        n_skipped_in_a_row=0,
+        n_interventions=0,
+        optimizer={},
+        loss_scaler={},
+        guard=asdict(GuardState.initial()),
+        skipped=(),
+    )
+
+
+def _files(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> Iterator[list[str]]:
+    """Cut the names into runs of at most max_bytes; a tensor that is larger has a file of its own."""
+    names, n_bytes = list[str](), 0
+    for name, shape in shapes.items():
+        if names and n_bytes + 4 * prod(shape) > max_bytes:
+            yield names
+            names, n_bytes = [], 0
+        names.append(name)
+        n_bytes += 4 * prod(shape)
+    yield names

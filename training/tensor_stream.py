@@ -1,0 +1,56 @@
+"""A safetensors file as a stream of bytes, so that no more of a tensor is in memory than its writer holds.
+
+Format: github.com/huggingface/safetensors, "Format".
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from training.disk import Buffer
+
+CHUNK_BYTES = 16 << 20
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: what the header says of it, and where its numbers come from when it is its turn."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def safetensors_chunks(
+    tensors: Mapping[str, Stored], metadata: Mapping[str, str] | None = None
+) -> Iterator[Buffer]:
+    """Yield the header, then the tensors in its order, each of them read when the ones before are written."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, stored in tensors.items():
+        begin, end = end, end + stored.n_bytes
+        shape, dtype = list(stored.shape), DTYPE_NAMES[stored.dtype]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for stored in tensors.values():
+        yield from _bytes_of(stored)
+
+
+def _bytes_of(stored: Stored) -> Iterable[Buffer]:
+    tensor = stored.read()
+    assert tensor.shape == stored.shape and tensor.is_contiguous() and tensor.device.type == "cpu"
+    # Converted a chunk at a time: a whole copy would be half the tensor again.
+    for chunk in tensor.flatten().split(CHUNK_BYTES // tensor.element_size()):
+        yield memoryview(chunk.to(stored.dtype).view(torch.uint8).numpy().data)
