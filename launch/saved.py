@@ -15,8 +15,9 @@ from training.weights import CheckpointWeights, Weights
 def open_weights(path: Path) -> Weights:
     """Return the weights of a run (its newest intact checkpoint), a checkpoint, or a Hugging Face directory.
 
-    Checkpoints are verified first, byte by byte, and that is told on stderr. Raises ConfigError where the path
-    is none of these or its model is one that Turnout does not compute, CheckpointError where it is damaged.
+    Checkpoints are verified first, byte by byte, and that is told on stderr. Raises ConfigError where the
+    path is none of these or its model is one that Turnout does not compute, CheckpointError where it is
+    damaged.
     """
     if is_hf_directory(path):
         return HfWeights(path)
