@@ -4,14 +4,13 @@ requeues the job, ends it, or stops with the reason.
 SLURM's warning and its end of a job arrive here, and become the stop file that the ranks look at.
 """
 
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,8 +18,10 @@ from pathlib import Path
 from types import FrameType
 
 from data.errors import DataError
+from data.manifest import read_manifest
 from launch.elastic import fit_to_nodes
 from launch.exit_codes import DONE, OTHER, exit_code
+from launch.limit import Limit
 from launch.local import Ended, free_port
 from launch.margin import measured_margin_s
 from launch.node import JobPlan, plan_nodes, read_stuck, write_plan
@@ -50,10 +51,8 @@ from training.status import read_status
 from training.stop import ask_to_stop
 
 POLL_S = 1
-# A limit may be changed while the job runs, and a later save take longer.
-LIMIT_EVERY_S = 60
-# By which the clocks of this node and the controller may differ, and SLURM be early.
-CLOCK_S = 2
+# After the limit, until a save is given up: SLURM kills what is left after KillWait, 30 s by default.
+GRACE_S = 20
 
 
 class Job:
@@ -64,13 +63,15 @@ class Job:
         self._submission = read_submission(directory)
         self._job_id = os.environ["SLURM_JOB_ID"]
         self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self._is_told = self._must_stop = False
+        self._must_stop = False
+        self._told_s: float | None = None
         self._limit = Limit(partial(end_time_s, self._job_id), self._margin_s, self._submission.warn_s)
 
     def run(self) -> int:
         """See one start through, and return the exit code of the batch script."""
         signal.signal(signal.SIGUSR1, self._on_warning)
         signal.signal(signal.SIGTERM, self._on_end)
+        self._limit.ask()
         records = self._records()
         if records and records[-1].ending is not None and records[-1].ending.action == "stop":
             say(f"not started: {records[-1].ending.decision}. Mend the cause, and submit the run again")
@@ -105,14 +106,18 @@ class Job:
         nodes, port = begin.nodes, free_port()
         # First: ranks of an earlier start may still run on a node that was cut off.
         start = claim(self._run_dir, start_dir, Layout(1))
+        cfg = load_config(str(self._directory / RECIPE_FILE))
+        read_manifest(Path(cfg.data.corpus))  # where it is gone, no node is to blame
         blamed, reasons = check_nodes(
             self._run_dir, self._directory, start_dir, nodes, port, self._submission
         )
-        if self._is_told:
+        if self._is_out_of_time():
+            words = "the time limit came before ranks could start: raise --time"
+            return ending("failed", self._run_dir, [words], failed_step=0)
+        if self._told_s is not None:
             return ending("told", self._run_dir)
         if reasons:
             return ending("unfit", self._run_dir, reasons, nodes=tuple(blamed))
-        cfg = load_config(str(self._directory / RECIPE_FILE))
         n_nodes, cfg = fit_to_nodes(cfg, len(nodes), self._submission.ranks_per_node)
         used, n_ranks = nodes[:n_nodes], n_nodes * self._submission.ranks_per_node
         if n_nodes < len(nodes):
@@ -144,8 +149,7 @@ class Job:
         )
         step = subprocess.Popen(command, cwd=start.start_dir)
         try:
-            # Once told to end there is no time to wait for the processes of a start that is over.
-            while step.poll() is None and not (self._is_told and is_over(start.start_dir)):
+            while step.poll() is None and not self._must_go(start.start_dir):
                 time.sleep(POLL_S)
                 self._look_around(start)
         finally:
@@ -154,9 +158,17 @@ class Job:
         # What the ranks left tells how it went, not srun's code, which is that of the last task killed.
         return Ended(is_done=True, stuck=read_stuck(start.start_dir))
 
+    def _must_go(self, start_dir: Path) -> bool:
+        """Return whether there is no time to wait for the processes of a start."""
+        if self._told_s is None:
+            return False
+        return is_over(start_dir) or (self._is_out_of_time() and time.time() - self._told_s > GRACE_S)
+
     def _look_around(self, start: Start) -> None:
         """Have the ranks stop where it is time to. Raises TakenOverError where the run has a later start."""
-        if not self._must_stop and self._limit.is_near():
+        # Not once told to end: SLURM then gives the present as the end.
+        is_near = self._told_s is None and self._limit.is_near()
+        if is_near and not self._must_stop:
             left_s, margin_s = self._limit.left_s(), self._limit.margin_s
             say(f"stopping: {left_s:.0f} s are left, and {margin_s:.0f} are needed to save")
             self._must_stop = True
@@ -177,7 +189,7 @@ class Job:
         if self._is_out_of_time():
             words = "the time limit came before the run had saved: raise --warn-s"
             return replace(end, reasons=(words, *end.reasons))
-        if self._is_told:
+        if self._told_s is not None:
             return replace(end, kind="told", reasons=())
         reasons = (*end.reasons, *named_nodes(end.reasons, plan))
         lost: list[str] = []
@@ -190,7 +202,7 @@ class Job:
 
     def _decide(self, this: StartRecord) -> Decision:
         records = [r for r in self._records() if r.directory != this.directory]
-        is_told = self._is_told and not self._is_out_of_time()
+        is_told = self._told_s is not None and not self._is_out_of_time()
         decision = decide([*records, this], max_failures=self._submission.max_failures, is_told=is_told)
         if decision.action == "requeue" and self._submission.is_chain:
             assert this.ending is not None
@@ -206,7 +218,7 @@ class Job:
 
     def _is_out_of_time(self) -> bool:
         """Return whether SLURM ends the job because of its time limit, after which it requeues nothing."""
-        return self._is_told and self._limit.is_reached()
+        return self._told_s is not None and self._limit.is_reached(self._told_s)
 
     def _act(self, decision: Decision, end: Ending, start_dir: Path) -> int:
         """Do as was decided, and write it down before; return the exit code."""
@@ -218,7 +230,8 @@ class Job:
             # SLURM ends this process and its children by it while the job is being requeued.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             try:
-                requeue(self._job_id, decision.excluded)
+                if words := requeue(self._job_id, decision.excluded):
+                    say(words)
             except SlurmError as err:
                 say(str(err))
                 write_ending(start_dir, replace(end, action="stop", decision=str(err)))
@@ -227,9 +240,11 @@ class Job:
     def _on_warning(self, signum: int, frame: FrameType | None) -> None:
         say("SLURM warns of the time limit: stopping")
         self._must_stop = True
+        self._limit.is_stale = True
 
     def _on_end(self, signum: int, frame: FrameType | None) -> None:
-        self._is_told = self._must_stop = True
+        self._must_stop = True
+        self._told_s = self._told_s or time.time()
 
 
 def is_over(start_dir: Path) -> bool:
@@ -246,38 +261,6 @@ def named_nodes(reasons: Sequence[str], plan: JobPlan) -> list[str]:
     for rank in map(int, re.findall(r"\d+", match[1])):
         ranks_of.setdefault(plan.nodes[rank // plan.nproc], []).append(rank)
     return ["; ".join(f"{name_ranks(ranks)} ran on {node}" for node, ranks in ranks_of.items())]
-
-
-class Limit:
-    """When a job must begin to save: before its time limit, by what its run's own steps and saves took.
-
-    end_s: asks when the limit is reached, Unix time, None without one; where SLURM does not answer, what it
-    said before stands. margin_s: asks for the seconds measured so far, None before there are any; warn_s then
-    stands for them.
-    """
-
-    def __init__(
-        self, end_s: Callable[[], float | None], margin_s: Callable[[], float | None], warn_s: float
-    ) -> None:
-        self._ask_end_s, self._ask_margin_s, self._warn_s = end_s, margin_s, warn_s
-        self._asked_s = -math.inf
-        self._end_s, self.margin_s = math.inf, warn_s
-
-    def left_s(self) -> float:
-        return self._end_s - time.time()
-
-    def is_reached(self) -> bool:
-        return self.left_s() < CLOCK_S
-
-    def is_near(self) -> bool:
-        if time.monotonic() - self._asked_s > LIMIT_EVERY_S:
-            self._asked_s = time.monotonic()
-            with suppress(OSError, SlurmError):
-                end_s = self._ask_end_s()
-                self._end_s = math.inf if end_s is None else end_s
-                margin_s = self._ask_margin_s()
-                self.margin_s = self._warn_s if margin_s is None else margin_s
-        return self.left_s() < self.margin_s
 
 
 def preflight(run_dir: Path, directory: Path) -> int:

@@ -108,10 +108,10 @@ def end_time_s(job_id: str) -> float | None:
     return None
 
 
-def requeue(job_id: str, excluded: Sequence[str] = ()) -> None:
+def requeue(job_id: str, excluded: Sequence[str] = ()) -> str:
     """Put this job back into the queue, away from some nodes. Its processes are then ended from outside.
 
-    Raises SlurmError, which says whether it is in the queue.
+    Return what went wrong although it is in the queue, or nothing. Raises SlurmError where it is not.
     """
     try:
         _insist("scontrol", "requeue", job_id)
@@ -119,14 +119,15 @@ def requeue(job_id: str, excluded: Sequence[str] = ()) -> None:
         way_out = "submit again, with --chain where the site requeues nothing"
         raise SlurmError(f"not requeued: {err}; {way_out}") from err
     if not excluded:
-        return
+        return ""
     # Nodes can be excluded only while a job waits. It does so for two minutes (cred_expire); not held, or it
     # would stay so if this process were ended in between.
     try:
         names = ",".join([*_excluded_nodes(job_id), *excluded])
         ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}")
     except SlurmError as err:
-        raise SlurmError(f"requeued, but not away from {', '.join(excluded)}: {err}") from err
+        return f"requeued, but not away from {', '.join(excluded)}: {err}"
+    return ""
 
 
 def _insist(*command: str) -> None:

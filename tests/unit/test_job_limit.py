@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import Limit, named_nodes
+from launch.job import named_nodes
+from launch.limit import Limit
 from launch.margin import N_RECENT, REQUEUE_S, SAFETY, measured_margin_s
 from launch.node import JobPlan
 from training.status import Status, write_status
@@ -45,11 +46,13 @@ def test_a_job_stops_in_time(left_s: float | None, measured_s: float | None, is_
 def test_the_limit_is_reached_when_slurm_says_so() -> None:
     times_s = [time.time() + 100]
     limit = Limit(lambda: times_s[0], lambda: None, warn_s=300)
-    assert not limit.is_reached(), "it was not asked for yet"
-    assert limit.is_near() and not limit.is_reached()
-    times_s = [time.time()]
-    limit = Limit(lambda: times_s[0], lambda: None, warn_s=300)
-    assert limit.is_near() and limit.is_reached()
+    assert not limit.is_reached(times_s[0]), "it was not asked for yet"
+    limit.ask()
+    assert limit.is_reached(times_s[0]) and not limit.is_reached(times_s[0] - 50)
+    times_s[0] -= 50
+    assert limit.is_near() and not limit.is_reached(times_s[0]), "it was asked for a moment ago"
+    limit.is_stale = True
+    assert limit.is_near() and limit.is_reached(times_s[0])
 
 
 def test_nodes_of_the_ranks_to_blame_are_named() -> None:
