@@ -1,5 +1,7 @@
 """The `turnout` command. Each command is a thin story; the exit codes are in launch/exit_codes.py."""
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -323,6 +325,8 @@ app.command(cli_evaluate.routes)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; every error a user can cause ends in one line on stderr and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale's encoding may not have a text's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments, exit_on_error=False, print_error=False, console=Console(soft_wrap=True))
     except CycloptsError as err:
@@ -331,11 +335,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(err), exit_code(err))
     except (SlurmError, ExportError) as err:
         _fail(str(err), OTHER)
+    except BrokenPipeError:
+        # Who read the output has had enough. What is left of it has nowhere to go, nor at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(OTHER)
     except OSError as err:
         where = f"{err.filename}: " if err.filename else ""
         _fail(f"{where}{err.strerror or err}", OTHER)
     except KeyboardInterrupt:
         _fail("interrupted", OTHER)
+    except (MemoryError, RuntimeError) as err:
+        if not isinstance(err, MemoryError) and type(err).__name__ != "OutOfMemoryError":  # torch's own
+            raise
+        _fail(f"out of memory: {err}; use a smaller model or batch, or --device-map auto to generate", OTHER)
     sys.exit(DONE)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +27,15 @@ CONVENTION = (
 )
 NOTHING = Evaluation(0.0, 0, 0, 0)
 UNFOLDED_COLUMNS = 100_000
+
+
+@dataclass(frozen=True)
+class ScoredDocument:
+    """What is kept of a document once its tokens have been scored."""
+
+    source: str
+    origin: str
+    sums: Evaluation
 
 
 def run_evaluate(
@@ -52,15 +62,16 @@ def run_evaluate(
     model = load_model(path, dtype=dtype)
     opened = None if corpus is None else open_corpus_for(model, corpus)
     documents = islice(documents_of(opened, split, sources, model), max_documents)
-    scored = list(_with_bar(model, documents, microbatch_seqs, _expected(opened, split, max_documents)))
-    if not any(evaluation.n_tokens for _, evaluation in scored):
+    scored = list(_with_bar(model, documents, microbatch_seqs, n_documents_of(opened, split, max_documents)))
+    if not any(document.sums.n_tokens for document in scored):
         raise DataError(f"{corpus or ', '.join(texts)}: holds no text to evaluate; name other files")
     by_source = sums_by_source(scored)
     total = sum(by_source.values(), NOTHING)
-    _print_table(by_source, total)
-    if out is not None:
+    if out is not None:  # before anything is printed, which may go into a pipe that is closed
         head = {"model": str(model.place), "dtype": dtype, "convention": CONVENTION}
         _write(out, head, scored, by_source, total)
+    _print_table(by_source, total)
+    if out is not None:
         print(f"by document: {out}")
 
 
@@ -84,14 +95,14 @@ def documents_of(
     return text_documents(sources, model.tokenizer)
 
 
-def sums_by_source(scored: Iterable[tuple[EvaluationDocument, Evaluation]]) -> dict[str, Evaluation]:
+def sums_by_source(scored: Iterable[ScoredDocument]) -> dict[str, Evaluation]:
     sums: dict[str, Evaluation] = {}
-    for document, evaluation in scored:
-        sums[document.source] = sums.get(document.source, NOTHING) + evaluation
+    for document in scored:
+        sums[document.source] = sums.get(document.source, NOTHING) + document.sums
     return sums
 
 
-def _expected(corpus: Corpus | None, split: str | None, max_documents: int | None) -> int | None:
+def n_documents_of(corpus: Corpus | None, split: str | None, max_documents: int | None) -> int | None:
     """Return how many documents there will be; None where only reading tells."""
     if corpus is None:
         return max_documents
@@ -101,7 +112,7 @@ def _expected(corpus: Corpus | None, split: str | None, max_documents: int | Non
 
 def _with_bar(
     model: LoadedModel, documents: Iterable[EvaluationDocument], microbatch_seqs: int, n_expected: int | None
-) -> Iterator[tuple[EvaluationDocument, Evaluation]]:
+) -> Iterator[ScoredDocument]:
     scores = score_documents(
         model.decoder,
         model.state,
@@ -110,8 +121,8 @@ def _with_bar(
         microbatch_seqs=microbatch_seqs,
     )
     with LiveBar("evaluating", n_expected) as bar:
-        for n_done, pair in enumerate(scores, start=1):
-            yield pair
+        for n_done, (document, sums) in enumerate(scores, start=1):
+            yield ScoredDocument(document.source, document.origin, sums)
             bar.update(n_done, f"evaluating: {n_done:,} documents")
 
 
@@ -143,12 +154,12 @@ def print_table(table: Table) -> None:
 def _write(
     out: Path,
     head: dict[str, str],
-    scored: Sequence[tuple[EvaluationDocument, Evaluation]],
+    scored: Sequence[ScoredDocument],
     by_source: dict[str, Evaluation],
     total: Evaluation,
 ) -> None:
     """Write one JSON object, or to .jsonl a line for each document, each source and the total."""
-    documents = [{"source": d.source, "document": d.origin, **to_numbers(sums)} for d, sums in scored]
+    documents = [{"source": d.source, "document": d.origin, **to_numbers(d.sums)} for d in scored]
     sources = [{"source": name, **to_numbers(sums)} for name, sums in by_source.items()]
     if out.suffix == ".json":
         tree = {**head, "total": to_numbers(total), "sources": sources, "documents": documents}

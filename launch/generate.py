@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from launch.loaded import check_text, expert_backend
 from launch.saved import load_tokenizer_of, open_weights
 from moe.cache import CachedDecoder
 from moe.config import ModelConfig
@@ -89,7 +90,7 @@ def read_prompts(given: Sequence[str], files: Sequence[Path]) -> list[str]:
     A file's last newline is its editor's, and not part of the prompt. Raises ConfigError.
     """
     for i, prompt in enumerate(given, start=1):
-        _check_text(prompt, f"prompt {i}")
+        check_text(prompt, f"prompt {i}")
     prompts = [*given, *(_decode(_read(path), str(path)) for path in files)]
     if prompts:
         return prompts
@@ -110,13 +111,6 @@ def _decode(raw: bytes, where: str) -> str:
         return raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as err:
         raise ConfigError(f"{where}: byte {err.start} is not UTF-8; give text in UTF-8") from err
-
-
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as err:  # bytes of the command line that are no text
-        raise ConfigError(f"{where}: character {err.start} is not UTF-8; give text in UTF-8") from err
 
 
 def write_texts(
@@ -165,8 +159,7 @@ def _loaded(weights: Weights, placement: Placement) -> Iterator[CachedDecoder]:
 
 def _expert_backend(cfg: ModelConfig, device: torch.device) -> str:
     # For a few tokens a CPU is faster with a loop over experts; a GPU would wait for it in every layer.
-    is_grouped = device.type == "cuda" and not (cfg.d_model % 8 or cfg.d_expert % 8)
-    return "grouped" if is_grouped else "reference"
+    return expert_backend(cfg) if device.type == "cuda" else "reference"
 
 
 def _printing(

@@ -14,6 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from data.errors import DataError
 from data.loader import IGNORE_INDEX
@@ -28,6 +29,7 @@ from training.sampling import Sampling
 from training.scoring import ARRANGED_BATCHES, score_windows
 
 DEFAULT_NEW_TOKENS = 256  # as in lm_eval's own models
+KNOWN_KWARGS = {"do_sample", "max_gen_toks", "min_p", "temperature", "top_k", "top_p", "until"}
 Scored = tuple[float, bool]
 
 
@@ -128,32 +130,38 @@ class TurnoutLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         answers = []
         with LiveBar("generating", len(requests)) as bar:
-            for request in requests:
+            for i, request in enumerate(requests):
                 prompt, wanted = request.args
-                answers.append(self._generate(prompt, wanted))
+                answers.append(self._generate(prompt, wanted, seed=i))
                 self.cache_hook.add_partial("generate_until", (prompt, wanted), answers[-1])
                 bar.update(len(answers))
         return answers
 
-    def _generate(self, prompt: str, wanted: dict[str, Any]) -> str:
-        """Continue a prompt up to the first of the stop sequences, which is left out."""
-        n_tokens = int(wanted.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+    def _generate(self, prompt: str, wanted: dict[str, Any], *, seed: int) -> str:
+        """Continue a prompt up to the first of the stop sequences, which is left out.
+
+        seed: differs from request to request, so that samples of one prompt do too.
+        """
+        given: dict[str, Any] = {**normalize_gen_kwargs(wanted, DEFAULT_NEW_TOKENS)}
+        if unknown := given.keys() - KNOWN_KWARGS:
+            raise DataError(
+                f"generation_kwargs {sorted(unknown)} are none of {sorted(KNOWN_KWARGS)}; drop them"
+            )
+        n_tokens = given["max_gen_toks"]
         if not 0 < n_tokens < self.max_length:
             raise DataError(
                 f"max_gen_toks={n_tokens} must leave room for a prompt in the model's seq_len="
                 f"{self.max_length}; set generation_kwargs.max_gen_toks of the task"
             )
-        temperature = float(wanted.get("temperature", 1.0)) if wanted.get("do_sample") else 0.0
-        top_p = float(wanted["top_p"]) if temperature and "top_p" in wanted else None
-        until = wanted.get("until") or []
+        sampling = Sampling(temperature=0.0)
+        if given["do_sample"] and given["temperature"]:
+            cuts = {name: given[name] for name in ("top_k", "top_p", "min_p") if given.get(name)}
+            sampling = Sampling(temperature=float(given["temperature"]), **cuts)
         options = Options(
-            max_tokens=n_tokens,
-            sampling=Sampling(temperature=temperature, top_p=top_p),
-            stop=tuple(filter(None, [until] if isinstance(until, str) else until)),
+            max_tokens=n_tokens, sampling=sampling, seed=seed, stop=tuple(filter(None, given["until"]))
         )
         ids = [self.prefix_token_id, *self.tok_encode(prompt)]
         # A prompt keeps its tail where it would not leave room for the continuation.
-        pieces = stream_encoded(
-            self._writer, self.model.tokenizer, [ids[-(self.max_length - n_tokens) :]], options
-        )
+        tail = ids[-(self.max_length - n_tokens) :]
+        pieces = stream_encoded(self._writer, self.model.tokenizer, [tail], options)
         return "".join(piece.text for piece in pieces)

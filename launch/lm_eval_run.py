@@ -13,7 +13,7 @@ from data.errors import DataError
 from data.files import write_atomically
 from launch.evaluate import print_table
 from launch.loaded import DType, check_out_file
-from training.errors import ConfigError, printable
+from training.errors import CheckpointError, ConfigError, printable
 
 
 def run_lm_eval(
@@ -54,13 +54,26 @@ def run_lm_eval(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, loaded = _load_tasks(names, include_path)
     model = TurnoutLM(path, dtype=dtype, batch_size=microbatch_seqs)
-    results = lm_eval.simple_evaluate(
-        model=model, tasks=loaded, limit=limit, num_fewshot=num_fewshot, task_manager=manager
-    )
-    _print_results(results)
-    if out is not None:
+    try:
+        results = lm_eval.simple_evaluate(
+            model=model, tasks=loaded, limit=limit, num_fewshot=num_fewshot, task_manager=manager
+        )
+    except (CheckpointError, ConfigError, DataError):
+        raise
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as err:  # what a task's own code can do wrong
+        raise DataError(
+            f"--tasks {tasks}: {type(err).__name__}: {err}; mend the task, or its options"
+        ) from err
+    if out is not None:  # before anything is printed, which may go into a pipe that is closed
         text = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)
         write_atomically(out, (text + "\n").encode())
+    _print_results(results)
+    if out is not None:
         print(f"results and samples: {out}")
 
 

@@ -11,6 +11,7 @@ from data.errors import DataError
 from data.tokenizer import Tokenizer
 from launch.saved import load_tokenizer_of, open_weights
 from moe.balance import RouterState
+from moe.config import ModelConfig
 from moe.counts import n_params
 from moe.model import Decoder
 from training.errors import ConfigError
@@ -37,8 +38,7 @@ def load_model(path: Path, *, dtype: DType) -> LoadedModel:
     weights = open_weights(path)
     cfg, tokenizer = weights.cfg, load_tokenizer_of(weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The grouped product wants rows of whole 16 bytes; the loop takes any size.
-    backend = "reference" if cfg.d_model % 8 or cfg.d_expert % 8 else "grouped"
+    backend = expert_backend(cfg)
     decoder, state = load_decoder(weights, device=device, dtype=getattr(torch, dtype), expert_backend=backend)
     print(
         f"{weights.place}: {n_params(cfg):,} parameters as {dtype} on {device}, experts by {backend}, "
@@ -57,6 +57,19 @@ def open_corpus_for(model: LoadedModel, path: Path) -> Corpus:
             f"--tokenizer {model.tokenizer.path}"
         )
     return corpus
+
+
+def expert_backend(cfg: ModelConfig) -> str:
+    """Return how to compute experts of many tokens: the grouped product wants rows of whole 16 bytes."""
+    return "reference" if cfg.d_model % 8 or cfg.d_expert % 8 else "grouped"
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise ConfigError for bytes of the command line that are no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise ConfigError(f"{where}: character {err.start} is not UTF-8; give text in UTF-8") from err
 
 
 def check_out_file(out: Path | None, suffixes: tuple[str, ...]) -> None:

@@ -15,11 +15,12 @@ from data.files import write_atomically
 from data.tokenizer import Tokenizer
 from data.windows import EvaluationDocument, evaluation_documents
 from launch.console import LiveBar
-from launch.evaluate import print_table
-from launch.loaded import DType, LoadedModel, check_out_file, load_model, open_corpus_for
+from launch.evaluate import n_documents_of, print_table
+from launch.loaded import DType, LoadedModel, check_out_file, check_text, load_model, open_corpus_for
 from launch.picture import PICTURES, Picture, expert_colour, ratio_colour
 from training.errors import ConfigError, printable
-from training.routes import REPLACEMENT, Specialisation, TokenRoutes, count_routes, route_text
+from training.routes import Specialisation, TokenRoutes, count_routes, route_text
+from training.text_stream import REPLACEMENT
 
 KINDS = ("class", "source")
 COLUMNS = ("layer", "expert", "kind", "group", "rows", "share_of_expert", "share_of_tokens", "ratio")
@@ -43,6 +44,8 @@ def run_routes(
         raise ConfigError("give a text, in quotes, or a --corpus, but not both")
     if text == "":
         raise ConfigError("the text is empty; give some words, in quotes")
+    if text is not None:
+        check_text(text, "the text")
     for option, value in (("--split", split), ("--max-documents", max_documents)):
         if value is not None and corpus is None:
             raise ConfigError(f"{option} {value} has no effect without --corpus; drop it")
@@ -56,6 +59,10 @@ def run_routes(
     assert corpus is not None
     if out is None or (out.exists() and not out.is_dir()):
         raise ConfigError(f"--out {out}: with --corpus it names a directory for the figure and the tables")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"--out {out} cannot be made: {err.strerror or err}; name another place") from err
     _count_corpus(
         load_model(path, dtype=dtype), corpus, split or "valid", max_documents, microbatch_seqs, out
     )
@@ -150,20 +157,17 @@ def _count_corpus(
     out: Path,
 ) -> None:
     corpus = open_corpus_for(model, corpus_path)
-    streams = corpus.split(split)
-    n_documents = sum(stream.n_documents for stream in streams)
-    n_documents = n_documents if max_documents is None else min(n_documents, max_documents)
+    n_documents = n_documents_of(corpus, split, max_documents)
     with LiveBar("routing", n_documents) as bar:
         found = count_routes(
             model.decoder,
             model.state,
             _told(islice(evaluation_documents(corpus, split), max_documents), bar),
             model.tokenizer,
-            sources=[stream.name for stream in streams],
+            sources=[stream.name for stream in corpus.split(split)],
             microbatch_seqs=microbatch_seqs,
         )
     first_layer = model.decoder.cfg.n_layers - model.decoder.cfg.n_moe_layers
-    out.mkdir(parents=True, exist_ok=True)
     head = {
         "model": str(model.place),
         "corpus": str(corpus_path),

@@ -227,7 +227,8 @@ class CachedDecoder(nn.Module):
     @torch.no_grad()
     def extend(self, tokens: Sequence[int], cache: Cache) -> Tensor:
         """Add one token to each row of the cache, and return the logits after it, [B, V]."""
-        if self.cfg.sliding_window is None and max(cache.lengths) >= cache.n_slots:
+        is_ring = cache.n_slots == self.cfg.sliding_window
+        if max(cache.lengths) >= cache.n_slots and not is_ring:
             raise ValueError(f"a row holds {max(cache.lengths)} tokens, all that n_positions left room for")
         places = NextTokens.of(cache.lengths, cache.n_slots)
         hidden_BD = self._hidden(torch.tensor(tokens), torch.tensor(cache.lengths), places, cache)

@@ -18,6 +18,7 @@ from data.loader import IGNORE_INDEX
 from data.windows import EvaluationDocument, Window, evaluation_documents, rolling_windows
 from moe.balance import RouterState
 from moe.model import Decoder
+from training.errors import CheckpointError, printable
 from training.objective import token_nll
 from training.parallel import Groups
 from training.scoring import ARRANGED_BATCHES, score_windows, sequence_logits
@@ -45,8 +46,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Per token; infinite where it is too large for a float."""
-        return math.exp(self.loss) if self.loss < MAX_EXPONENT else math.inf
+        """Per token; infinite where it is too large for a float, NaN where no token was scored."""
+        return math.inf if self.loss > MAX_EXPONENT else math.exp(self.loss)
 
     def __add__(self, other: "Evaluation") -> "Evaluation":
         return Evaluation(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -119,7 +120,10 @@ def score_documents(
     bos_id: int,
     microbatch_seqs: int,
 ) -> Iterator[tuple[EvaluationDocument, Evaluation]]:
-    """Yield the sums of each document, in their order. A document of no tokens is one of no loss."""
+    """Yield the sums of each document, in their order. A document of no tokens is one of no loss.
+
+    Raises CheckpointError where the logits are not finite.
+    """
     pending: list[tuple[EvaluationDocument, list[Window]]] = []
     n_windows = 0
     for document in documents:
@@ -143,6 +147,11 @@ def _scored(
     sizes = [len(windows) for _, windows in pending]
     sums = zip(pending, scores.nll.split(sizes), scores.n_tokens.split(sizes), strict=True)
     for (document, _), nll, n_tokens in sums:
+        if not nll.isfinite().all():
+            raise CheckpointError(
+                f"the model's logits are not finite in document {printable(document.origin)} of "
+                f"{printable(document.source)}; train it again from an earlier checkpoint"
+            )
         yield document, Evaluation(float(nll.sum()), int(n_tokens.sum()), document.n_bytes, 1)
 
 

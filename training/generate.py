@@ -23,6 +23,8 @@ from training.text_stream import TextStream
 
 # Each row keeps its own cache, so more rows cost memory; a CPU gains little beyond these.
 ROWS_AT_ONCE = 32
+# Prompts go through the model side by side, so longer ones go in smaller company.
+PROMPT_TOKENS_AT_ONCE = 16_384
 
 End = Literal["end of text", "stop string", "max tokens", "seq_len"]
 
@@ -72,10 +74,19 @@ def stream_encoded(
 ) -> Iterator[TextPiece]:
     """Do as stream_texts, for prompts that are tokens, the one that begins a text included."""
     _check_room(encoded, model.max_positions)
-    n_rows = len(encoded) * options.n_samples
-    for first in range(0, n_rows, ROWS_AT_ONCE):
-        rows = range(first, min(first + ROWS_AT_ONCE, n_rows))
+    for rows in _in_batches([len(ids) for ids in encoded for _ in range(options.n_samples)]):
         yield from _stream_rows(model, tokenizer, encoded, rows, options)
+
+
+def _in_batches(lengths: Sequence[int]) -> Iterator[range]:
+    """Cut rows of prompts of these lengths into batches of bounded rows and tokens, of one row at least."""
+    first, n_tokens = 0, 0
+    for row, length in enumerate(lengths):
+        n_tokens += length
+        if row > first and (row - first == ROWS_AT_ONCE or n_tokens > PROMPT_TOKENS_AT_ONCE):
+            yield range(first, row)
+            first, n_tokens = row, length
+    yield range(first, len(lengths))
 
 
 def _check_room(encoded: Sequence[Sequence[int]], max_positions: int | None) -> None:

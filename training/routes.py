@@ -1,13 +1,13 @@
 """Which experts tokens take: the routing of every expert layer, taken out of the routers by hooks.
 
 The model is as it was once the hooks are gone. Every token of a document is routed once, from bos to eos, in
-the windows in which evaluation scores it, so that it has the same context.
+windows such as evaluation's, the last of which keeps a full context.
 
 Shapes
   T tokens   K top_k   M expert layers   E n_experts   G groups of tokens
 """
 
-import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from moe.balance import RouterState, RouterStats
 from moe.model import Decoder
 from moe.router import Router, Routing
 from training.scoring import ARRANGED_BATCHES, arrange, lay_out, owners_of
+from training.text_stream import REPLACEMENT
 
 TOKEN_CLASSES = ("whitespace", "letters", "digits", "punctuation", "other", "control")
-REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,17 @@ def token_class(token_id: int, tokenizer: Tokenizer) -> str:
     if token_id in (tokenizer.bos_id, tokenizer.eos_id):
         return "control"
     text = tokenizer.decode([token_id])
-    inner = text.strip()
     if not text or REPLACEMENT in text:
         return "other"
-    if not inner:
+    # Unicode's general categories: letters and the marks on them, numbers, punctuation and symbols.
+    kinds = {unicodedata.category(char)[0] for char in text.strip()}
+    if not kinds:
         return "whitespace"
-    if inner.isalpha():
+    if kinds <= {"L", "M"}:
         return "letters"
-    if inner.isdecimal():
+    if kinds <= {"N"}:
         return "digits"
-    return "punctuation" if not re.search(r"[^\W_]", inner) else "other"
+    return "punctuation" if kinds <= {"P", "S"} else "other"
 
 
 @dataclass(frozen=True)

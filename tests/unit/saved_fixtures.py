@@ -9,11 +9,12 @@ import torch
 
 from data.corpus import Corpus
 from launch.cli import main
+from launch.run_dir import create_run_dir
 from moe.balance import RouterState
 from moe.model import Decoder
 from tests.models import random_state, tiny_decoder
-from tests.run_with_model import save_model
 from tests.runs import run_config
+from tests.saved_models import save_model
 from tests.unit.data_fixtures import make_corpus, make_texts
 
 MODEL = {"vocab_size": 300, "seq_len": 16, "n_layers": 3, "d_ff": 24, "n_dense_layers": 1}
@@ -42,7 +43,8 @@ def make_saved_run(place: Path, **model: Any) -> SavedRun:
     )
     decoder = tiny_decoder(cfg.model, dtype=torch.float32, gain=4.0)
     state = random_state(cfg.model, bias=0.05)
-    save_model(place / "run", cfg, corpus, decoder, state)
+    create_run_dir(place / "run", cfg, corpus, nproc=1)
+    save_model(place / "run", cfg, decoder, state, corpus.tokenizer_path)
     return SavedRun(place, corpus, decoder, state)
 
 
