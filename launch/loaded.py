@@ -1,5 +1,6 @@
 """A saved model in memory, with its tokenizer, for commands that only read it. One process, one device."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ class LoadedModel:
 
 
 def load_model(path: Path, *, dtype: DType) -> LoadedModel:
-    """Load a run's newest intact checkpoint, a checkpoint or an export, and print what was loaded.
+    """Load a run's newest intact checkpoint, a checkpoint or an export, and say on stderr what was loaded.
 
     The model goes to the GPU where there is one.
     """
@@ -42,7 +43,8 @@ def load_model(path: Path, *, dtype: DType) -> LoadedModel:
     decoder, state = load_decoder(weights, device=device, dtype=getattr(torch, dtype), expert_backend=backend)
     print(
         f"{weights.place}: {n_params(cfg):,} parameters as {dtype} on {device}, experts by {backend}, "
-        f"windows of {cfg.seq_len} tokens"
+        f"windows of {cfg.seq_len} tokens",
+        file=sys.stderr,
     )
     return LoadedModel(weights.place, decoder, state, tokenizer)
 

@@ -115,7 +115,10 @@ def token_class(token_id: int, tokenizer: Tokenizer) -> str:
     """Return the class of a token by its text; what is of no one kind, or no whole character, is other."""
     if token_id in (tokenizer.bos_id, tokenizer.eos_id):
         return "control"
-    text = tokenizer.decode([token_id])
+    return class_of_text(tokenizer.decode([token_id]))
+
+
+def class_of_text(text: str) -> str:
     if not text or REPLACEMENT in text:
         return "other"
     # Unicode's general categories: letters and the marks on them, numbers, punctuation and symbols.

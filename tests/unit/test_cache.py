@@ -96,6 +96,14 @@ def test_without_a_window_seq_len_is_the_end() -> None:
             cached.prefill(prompts, 2)
 
 
+def test_a_window_that_did_not_fit_is_not_overrun() -> None:
+    _, _, _, cached = build(sliding_window=8)
+    _, cache = cached.prefill([[1, 2, 3]], 4)
+    cached.extend([1], cache)
+    with pytest.raises(ValueError, match="a row holds 4 tokens"):
+        cached.extend([1], cache)
+
+
 @pytest.mark.parametrize(("window", "n_slots"), [(4, 4), (None, 15)])
 def test_the_cache_is_kept_to_its_size(window: int | None, n_slots: int) -> None:
     cfg, _, _, cached = build(sliding_window=window)

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -16,8 +20,11 @@ from tests.unit.by_hand import nll_by_hand
 from tests.unit.data_fixtures import make_corpus, make_texts, write_jsonl
 from tests.unit.saved_fixtures import SavedRun, make_saved_run, turnout
 from training.checkpoint_dir import list_checkpoints
-from training.evaluate import score_documents
+from training.errors import CheckpointError
+from training.evaluate import Evaluation, score_documents
 from training.scoring import arrange, score_windows
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +168,29 @@ def test_bad_input_is_answered_in_one_line(
         capsys.readouterr()
     assert turnout("evaluate", *words) == code
     assert message in (said := capsys.readouterr().err.splitlines()[-1]), said
+
+
+def test_a_closed_pipe_loses_no_result(saved: SavedRun) -> None:
+    command = [sys.executable, "-m", "launch.cli", "evaluate", "run", "a.jsonl", "--out", "piped.json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.Popen(
+        command, cwd=saved.place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert done.stdout is not None and done.stderr is not None
+    done.stdout.close()
+    said = done.stderr.read()
+    assert done.wait(60) == 1 and "pipe" not in said and "Traceback" not in said, said
+    assert json.loads((saved.place / "piped.json").read_text())["total"]["n_tokens"] > 0
+
+
+def test_a_broken_model_is_told(saved: SavedRun) -> None:
+    documents = text_documents([Source("a", saved.place / "a.jsonl")], saved.corpus.load_tokenizer())
+    broken = deepcopy(saved.decoder)
+    with torch.no_grad():
+        broken.norm.weight.fill_(math.nan)
+    with pytest.raises(CheckpointError, match=r"not finite in document .*a\.jsonl.* of a"):
+        list(score_documents(broken, saved.state, documents, bos_id=1, microbatch_seqs=2))
+    assert math.isnan(Evaluation(0.0, 0, 1, 1).perplexity) and Evaluation(9e9, 1, 1, 1).perplexity == math.inf
 
 
 def test_a_damaged_checkpoint_is_refused(

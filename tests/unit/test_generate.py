@@ -14,9 +14,11 @@ from tests.unit.data_fixtures import write_tokenizer
 from training.config import SampleConfig
 from training.errors import CheckpointError, ConfigError
 from training.generate import (
+    PROMPT_TOKENS_AT_ONCE,
     ROWS_AT_ONCE,
     Options,
     TextPiece,
+    _in_batches,
     continue_prompts,
     stream_texts,
     whole_pass_logits,
@@ -116,6 +118,17 @@ def test_a_row_does_not_depend_on_the_others(tokenizer: Tokenizer) -> None:
     assert together != written(stream(tokenizer, seed=4))
     for row, prompt in enumerate(PROMPTS):
         assert written(stream(tokenizer, [prompt], seed=3 + row)) == [together[row]]
+
+
+def test_prompts_go_in_batches_of_bounded_tokens() -> None:
+    long = PROMPT_TOKENS_AT_ONCE // 2
+    assert list(_in_batches([3] * (2 * ROWS_AT_ONCE + 1))) == [range(0, 32), range(32, 64), range(64, 65)]
+    assert list(_in_batches([long, long, 1, 3 * long, 1])) == [
+        range(0, 2),
+        range(2, 3),
+        range(3, 4),
+        range(4, 5),
+    ]
 
 
 def test_samples_of_a_prompt_are_rows_of_their_own(tokenizer: Tokenizer) -> None:

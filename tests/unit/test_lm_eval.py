@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -145,15 +146,38 @@ def test_writing_stops_where_it_is_told(saved: SavedRun) -> None:
     assert got[0] == want[0].split(stop)[0] != want[0]
 
 
+def test_samples_of_one_prompt_differ(saved: SavedRun) -> None:
+    """Drawn from the most likely token alone, they are what nothing drawn would be."""
+    writing = WRITING.format(place=saved.place, n_tokens=6, until="[]")
+    drawn = "{do_sample: true, temperature: 3.0, max_new_tokens: 6, until: []}"
+    for name, options in (("drawn", drawn), ("top", drawn.replace("until", "top_k: 1, until"))):
+        text = re.sub("generation_kwargs: .*", f"generation_kwargs: {options}\nrepeats: 4", writing)
+        (saved.place / "tasks" / f"{name}.yaml").write_text(text.replace("own_writing", name))
+    answers = {}
+    for name in ("drawn", "top"):
+        samples = run_task(saved, name)["samples"][name]
+        (answers[name],) = [sample["resps"][0] for sample in samples if sample["doc_id"] == 0]
+    assert len({*answers["drawn"]}) == 4 and {*answers["top"]} == {
+        continue_by_hand(saved, QUESTIONS[0]["question"], 6)
+    }
+
+
 def test_what_a_task_gets_wrong_is_said(saved: SavedRun, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = saved.place / "tasks"
     (tasks / "lost.yaml").write_text(CHOICES.format(place="nowhere").replace("own_choices", "lost"))
     (tasks / "long.yaml").write_text(
         WRITING.format(place=saved.place, n_tokens=16, until="[]").replace("own_writing", "long")
     )
+    (tasks / "beams.yaml").write_text(
+        WRITING.format(place=saved.place, n_tokens="6, num_beams: 2", until="[]").replace(
+            "own_writing", "beams"
+        )
+    )
     for words, code, message in [
         (["--tasks", "lost"], 3, "--tasks lost: cannot be loaded"),
         (["--tasks", "long"], 3, "max_gen_toks=16 must leave room for a prompt in the model's seq_len=16"),
+        (["--tasks", "beams"], 3, "generation_kwargs ['num_beams'] are none of ['do_sample', "),
+        (["--tasks", "own_choices", "--num-fewshot", 9], 3, "--tasks own_choices: ValueError: "),
         (["--tasks", ","], 2, "names no task"),
         (["--tasks", "lost", "--limit", 0], 2, "--limit 0 must be at least 1"),
         (["--tasks", "lost", "--include-path", "nowhere"], 2, "--include-path nowhere is no directory"),

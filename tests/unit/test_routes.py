@@ -22,6 +22,7 @@ from tests.unit.data_fixtures import write_hf_tokenizer
 from tests.unit.saved_fixtures import SavedRun, make_saved_run, turnout
 from training.routes import (
     Specialisation,
+    class_of_text,
     count_routes,
     input_windows,
     recording_routes,
@@ -148,6 +149,21 @@ def test_tokens_have_the_class_of_their_text(saved: SavedRun, tmp_path: Path) ->
         )
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", "letters"),
+        ("\u4f60\u597d", "letters"),
+        ("\u0663", "digits"),
+        ("\u20ac", "punctuation"),
+        ("x1", "other"),
+        ("\x00", "other"),
+    ],
+)
+def test_text_of_any_script_has_a_class(text: str, name: str) -> None:
+    assert class_of_text(text) == name
+
+
 def test_what_an_expert_tells_is_measured_in_bits() -> None:
     groups = (("class", "letters"), ("class", "digits"), ("source", "a"))
     #  Layer 0: all letters go to expert 0 and all digits to expert 1; layer 1: both go anywhere.
@@ -225,11 +241,13 @@ BAD = [
     (["words", "--out", "x.pdf"], "must end in .svg or .png"),
     (["--corpus", "corpus"], "it names a directory"),
     (["--corpus", "corpus", "--out", "a.jsonl"], "it names a directory"),
+    (["--corpus", "corpus", "--out", "a.jsonl/x"], "--out a.jsonl/x cannot be made: Not a directory"),
+    (["the \udcff"], "the text: character 4 is not UTF-8"),
     (["--corpus", "corpus", "--out", "new", "--max-documents", "0"], "--max-documents 0 must be at least 1"),
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(case[0]) or "nothing" for case in BAD])
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[ascii(" ".join(case[0])) for case in BAD])
 def test_bad_input_is_answered_in_one_line(
     words: list[str], message: str, saved: SavedRun, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
