@@ -22,9 +22,9 @@ demo: setup
 	$(BIN)/turnout train tiny --run-dir $(RUN_DIR) --nproc 2
 
 test: setup
-	$(BIN)/pytest tests --ignore tests/slurm
-# Jobs are mostly waited for, so two tests run at once, each on a cluster of its own.
-	$(BIN)/pytest tests/slurm --numprocesses 2
+	$(BIN)/pytest tests/distributed
+# These take one core, or wait for jobs, so two files go at once; each has a SLURM cluster of its own.
+	$(BIN)/pytest tests --ignore tests/distributed --numprocesses 2 --dist loadfile
 
 # Clients of exports that .venv cannot have beside its own. Each gets an environment that adds to .venv, of which pip
 # says, rightly, that the two do not go together: only the exports are tried in it.
