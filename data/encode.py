@@ -9,11 +9,13 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -25,9 +27,6 @@ from data.tokenizer import Tokenizer, load_tokenizer, split_text
 PIECE_CHARS = 1 << 20
 BATCH_CHARS = 1 << 20
 BATCHES_PER_WORKER = 3
-
-# The tokenizer of a worker process, which serves one corpus and then ends.
-_worker_tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +72,17 @@ def _encode_batches(
         for batch in batches:
             yield batch, _encode_texts(tokenizer, [piece.text for piece in batch])
         return
-    # Spawned, not forked: the parent has the threads of torch, pyarrow and perhaps a progress bar.
-    # An executor, not a Pool, which waits for ever when one of its workers is killed.
-    with ProcessPoolExecutor(
-        n_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.path,)
-    ) as pool:
-        waiting: deque[tuple[list[_Piece], Future[list[np.ndarray]]]] = deque()
-        try:
-            for batch in batches:
-                waiting.append((batch, pool.submit(_encode_in_worker, [piece.text for piece in batch])))
-                if len(waiting) >= BATCHES_PER_WORKER * n_workers:
-                    yield _next_of(waiting)
-            while waiting:
+    workers = _Workers(n_workers, tokenizer.path)
+    waiting: deque[tuple[list[_Piece], Future[list[np.ndarray]]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, workers.submit([piece.text for piece in batch])))
+            if len(waiting) >= BATCHES_PER_WORKER * n_workers:
                 yield _next_of(waiting)
-        except BrokenProcessPool as err:
-            raise OSError(
-                f"a tokenising worker of {n_workers} died, most often for lack of memory; "
-                "run the same command again with fewer workers, it continues where it stopped"
-            ) from err
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            yield _next_of(waiting)
+    finally:
+        workers.close()
 
 
 def _next_of(
@@ -106,19 +96,77 @@ def _encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     return [np.array(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
 
 
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
-    assert _worker_tokenizer is not None
-    return _encode_texts(_worker_tokenizer, texts)
+class _Workers:
+    """Processes that tokenise, each asked through a pipe of its own by a thread of this one.
+
+    Not a ProcessPoolExecutor, which waits for ever for the rest of an answer in which a worker was killed.
+    """
+
+    def __init__(self, n_workers: int, tokenizer_path: Path) -> None:
+        # Spawned, not forked: the parent has the threads of torch, pyarrow and perhaps a progress bar.
+        context = get_context("spawn")
+        self._processes: list[BaseProcess] = []
+        self._idle: SimpleQueue[Connection] = SimpleQueue()
+        for _ in range(n_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, tokenizer_path), daemon=True)
+            process.start()
+            theirs.close()  # so that the worker's death is the end of what can be read
+            self._processes.append(process)
+            self._idle.put(ours)
+        self._threads = ThreadPoolExecutor(n_workers)
+
+    def submit(self, texts: list[str]) -> Future[list[np.ndarray]]:
+        return self._threads.submit(self._ask, texts)
+
+    def _ask(self, texts: list[str]) -> list[np.ndarray]:
+        worker = self._idle.get()
+        try:
+            worker.send(texts)
+            answer = worker.recv()
+        except (EOFError, OSError) as err:
+            raise OSError(
+                f"a tokenising worker of {len(self._processes)} died, most often for lack of memory; "
+                "run the same command again with fewer workers, it continues where it stopped"
+            ) from err
+        finally:
+            self._idle.put(worker)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the workers, also while they are at work."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        self._threads.shutdown()
 
 
-def _start_worker(tokenizer_path: Path) -> None:
-    global _worker_tokenizer
+def _serve(parent: Connection, tokenizer_path: Path) -> None:
+    """Answer each list of texts with their ids, or with what went wrong, for as long as the parent asks."""
+    tokenizer = _start_worker(tokenizer_path)
+    while True:
+        try:
+            texts = parent.recv()
+        except EOFError:
+            return
+        try:
+            answer: list[np.ndarray] | Exception = _encode_texts(tokenizer, texts)
+        except Exception as err:  # the parent raises it
+            answer = err
+        parent.send(answer)
+
+
+def _start_worker(tokenizer_path: Path) -> Tokenizer:
     # Ctrl-C reaches the whole process group; the parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The pool already has a process for each core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(tokenizer_path)
+    return load_tokenizer(tokenizer_path)
 
 
 def _die_with_parent() -> None:
