@@ -12,10 +12,9 @@ import torch
 
 from data.corpus import Corpus, open_corpus
 from data.errors import DataError
-from data.tokenizer import load_tokenizer
 from launch.console import LiveBar
 from launch.run_dir import read_config
-from launch.saved import open_weights
+from launch.saved import load_tokenizer_of, open_weights
 from training.checkpoint_manifest import CONFIG_FILE
 from training.disk import Disk
 from training.errors import ConfigError
@@ -64,6 +63,7 @@ def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
     if (checkpoint / CONFIG_FILE).is_file():  # before a checkpoint of many GB is verified
         choose_architecture(read_config(checkpoint).model, has_bias=False)
     weights = open_weights(checkpoint)
+    load_tokenizer_of(weights)  # raises for one of another model
     architecture = choose_architecture(weights.cfg, has_bias=bool(weights.read_bias().any()))
     corpus = corpus_of(weights)
     held_out = (corpus and held_out_tokens(weights.cfg, corpus)) or random_tokens(weights.cfg)
@@ -150,7 +150,7 @@ def prove_gguf(
 
 def prove_huggingface(directory: Path, weights: Weights, expected: Expected, held_out: HeldOut) -> str:
     """Return in words how the client's logits and token ids compare. Raises ExportError."""
-    tokenizer = load_tokenizer(weights.tokenizer_path)
+    tokenizer = load_tokenizer_of(weights)
     known = [[i for i in row if i < tokenizer.vocab_size] for row in held_out.tokens.tolist()]
     check_tokenizer(directory, tokenizer, [tokenizer.decode(ids) for ids in known])
     found = transformers_logits(directory, held_out.tokens)

@@ -185,7 +185,9 @@ def test_opening_asks_for_the_shapes_once(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asking builds the model; once for each tensor, a large one takes minutes to open."""
-    write_huggingface(variant_weights("mixtral-mha-tied", tokenizer), "mixtral", tmp_path, dtype=torch.float32)
+    write_huggingface(
+        variant_weights("mixtral-mha-tied", tokenizer), "mixtral", tmp_path, dtype=torch.float32
+    )
     n_asked = 0
 
     def counted(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -196,3 +198,11 @@ def test_opening_asks_for_the_shapes_once(
     monkeypatch.setattr(reader, "parameter_shapes", counted)
     assert HfWeights(tmp_path).cfg.tie_embeddings
     assert n_asked == 1
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    weights = variant_weights("mixtral-gqa", write_tokenizer(tmp_path, vocab_size=310))
+    checkpoint = save_weights(weights, tmp_path / "run")
+    for to in ("hf", "gguf"):
+        with pytest.raises(CheckpointError, match="has 310 tokens where the model has 300"):
+            run_export(checkpoint, tmp_path / "out", to, "float32")
