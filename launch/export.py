@@ -12,10 +12,9 @@ import torch
 
 from data.corpus import Corpus, open_corpus
 from data.errors import DataError
-from data.tokenizer import load_tokenizer
 from launch.console import LiveBar
 from launch.run_dir import read_config
-from launch.saved import open_weights
+from launch.saved import load_tokenizer_of, open_weights
 from training.checkpoint_manifest import CONFIG_FILE
 from training.disk import Disk
 from training.errors import ConfigError
@@ -25,11 +24,10 @@ from training.export.card import CARD, model_card, origin_of
 from training.export.client_gguf import check_read_back
 from training.export.client_transformers import check_tokenizer, client_name, transformers_logits
 from training.export.gate import (
-    Expected,
     HeldOut,
     Rounded,
     check_logits,
-    expected_logits,
+    choose_rows,
     held_out_tokens,
     random_tokens,
 )
@@ -45,6 +43,7 @@ from training.export.gguf_file import (
 from training.export.huggingface import total_bytes, write_huggingface
 from training.export.naming import Architecture
 from training.export.publish import check_free, publish_export
+from training.export.read_back import check_huggingface
 from training.weights import CheckpointWeights, Weights
 
 Format = Literal["hf", "gguf"]
@@ -64,6 +63,7 @@ def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
     if (checkpoint / CONFIG_FILE).is_file():  # before a checkpoint of many GB is verified
         choose_architecture(read_config(checkpoint).model, has_bias=False)
     weights = open_weights(checkpoint)
+    load_tokenizer_of(weights)  # raises for one of another model
     architecture = choose_architecture(weights.cfg, has_bias=bool(weights.read_bias().any()))
     corpus = corpus_of(weights)
     held_out = (corpus and held_out_tokens(weights.cfg, corpus)) or random_tokens(weights.cfg)
@@ -84,8 +84,8 @@ def export_huggingface(
             write_huggingface(weights, architecture, directory, dtype=dtype, on_written=on_written)
 
     def check(directory: Path) -> None:
-        expected = expected_logits(Rounded(weights, lambda _, x: x.to(dtype).float()), held_out.tokens)
-        proof = prove_huggingface(directory, weights, expected, held_out)
+        rounded = Rounded(weights, lambda _, x: x.to(dtype).float())
+        proof = prove_huggingface(directory, rounded, held_out)
         files = f"A `{architecture}` in {words}, for transformers 4.57 and newer."
         write_card(directory, weights, files, proof)
 
@@ -139,7 +139,7 @@ def prove_gguf(
         return (
             f"{proof}; no logits were compared, for llama.cpp was not at hand (pip install llama-cpp-python)"
         )
-    expected = expected_logits(rounded, held_out.tokens)
+    held_out, expected = choose_rows(rounded, held_out)
     with TemporaryDirectory(dir=path.parent) as twin:
         if kind != Kind.F32:
             client_gguf.check_loads(path)
@@ -148,13 +148,18 @@ def prove_gguf(
     return f"{proof}; {check_logits(found, expected, client=client_gguf.client_name(), held_out=held_out)}"
 
 
-def prove_huggingface(directory: Path, weights: Weights, expected: Expected, held_out: HeldOut) -> str:
-    """Return in words how the client's logits and token ids compare. Raises ExportError."""
-    tokenizer = load_tokenizer(weights.tokenizer_path)
+def prove_huggingface(directory: Path, rounded: Weights, held_out: HeldOut) -> str:
+    """Return in words how the directory compares, by the client's logits and token ids and number by number.
+
+    Raises ExportError.
+    """
+    held_out, expected = choose_rows(rounded, held_out)
+    tokenizer = load_tokenizer_of(rounded)
     known = [[i for i in row if i < tokenizer.vocab_size] for row in held_out.tokens.tolist()]
     check_tokenizer(directory, tokenizer, [tokenizer.decode(ids) for ids in known])
     found = transformers_logits(directory, held_out.tokens)
-    return check_logits(found, expected, client=client_name(), held_out=held_out)
+    proof = check_logits(found, expected, client=client_name(), held_out=held_out)
+    return f"{proof}; {check_huggingface(directory, rounded)}"
 
 
 def write_card(directory: Path, weights: Weights, files: str, gate: str) -> None:

@@ -12,7 +12,7 @@ from moe.config import ModelConfig
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.export.client_transformers import client_name, transformers_logits
-from training.export.gate import check_logits, expected_logits, held_out_tokens, random_tokens
+from training.export.gate import check_logits, choose_rows, held_out_tokens, random_tokens
 from training.export.publish import check_free, publish_export
 from training.export.reader import HfWeights
 from training.export.to_checkpoint import write_first_checkpoint
@@ -46,7 +46,7 @@ def run_import(
     def check(directory: Path) -> None:
         held_out = held_out_tokens(cfg.model, corpus) or random_tokens(cfg.model)
         (path,) = (directory / "checkpoints").iterdir()
-        expected = expected_logits(CheckpointWeights(path, cfg.model), held_out.tokens)
+        held_out, expected = choose_rows(CheckpointWeights(path, cfg.model), held_out)
         found = transformers_logits(source, held_out.tokens)
         print(check_logits(found, expected, client=client_name(), held_out=held_out), flush=True)
 

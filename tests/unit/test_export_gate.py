@@ -13,14 +13,16 @@ from launch.cli import main
 from tests.exports import DecoderWeights, save_weights, variant_weights
 from tests.unit.data_fixtures import make_corpus, make_texts, write_tokenizer
 from training.errors import ConfigError, ExportError
-from training.export import gguf_file, huggingface
+from training.export import gate, gguf_file, huggingface
 from training.export.gate import (
     MIN_COMPARED,
     Expected,
     check_logits,
+    choose_rows,
     expected_logits,
     held_out_tokens,
     random_tokens,
+    shortage,
 )
 from training.export.naming import Slot, slots
 from training.export.publish import publish_export
@@ -56,6 +58,22 @@ def swap_norms(slot: Slot) -> Slot:
 def permute_q(weights: Any, slot: Slot) -> Tensor:
     values = READ_SLOT(weights, slot)
     return values.flip(0) if slot.ours == "blocks.2.attn.q.weight" else values
+
+
+def nudge(name: str, index: int | None) -> Callable[[Any, Slot], Tensor]:
+    """Return a reader that is one bit off: what no logit shows."""
+
+    def nudged(weights: Any, slot: Slot) -> Tensor:
+        values = READ_SLOT(weights, slot).clone()
+        if slot.ours == name and slot.index == index:
+            values[1, 2] = values[1, 2].nextafter(torch.tensor(torch.inf))
+        return values
+
+    return nudged
+
+
+def change_length(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+    return {**TO_CONFIG(*arguments, **keywords), "max_position_embeddings": 42}
 
 
 def change_theta(*arguments: Any, **keywords: Any) -> dict[str, Any]:
@@ -94,6 +112,21 @@ SABOTAGE: dict[str, tuple[str, dict[tuple[Any, str], Any], str]] = {
         "qwen3-gqa",
         with_slots(lambda s: replace(s, name="other") if s.name.endswith("0.mlp.gate.weight") else s),
         "missing|unexpected",
+    ),
+    "a bit of an expert": (
+        "mixtral-mha-tied",
+        {(huggingface, "read_slot"): nudge("blocks.1.moe.experts.down", 4)},
+        "blocks.1.moe.experts.down of expert 4 was written with other numbers",
+    ),
+    "a bit of a matrix": (
+        "glm4-plain",
+        {(huggingface, "read_slot"): nudge("blocks.2.attn.o.weight", None)},
+        "blocks.2.attn.o.weight was written with other numbers",
+    ),
+    "other length": (
+        "qwen3-gqa",
+        {(huggingface, "to_hf_config"): change_length},
+        "config.json reads as model.seq_len=42 where the model has 41",
     ),
     "other end of text": ("mixtral-gqa", {(huggingface, "write_tokenizer"): change_eos}, "begin and end"),
     "text becomes control": (
@@ -161,12 +194,56 @@ def test_gate_lets_no_number_pass_that_is_none(tokenizer: Path) -> None:
         found[0, 7, 2] = value
         with pytest.raises(ExportError, match="it computes another model"):
             check_logits(found, want, client="it", held_out=held_out)
-    is_clear = torch.arange(40).unsqueeze(0) < MIN_COMPARED
-    few = replace(want, is_clear=is_clear)
-    assert f"over {MIN_COMPARED} tokens" in check_logits(want.logits, few, client="it", held_out=held_out)
-    with pytest.raises(ExportError, match="only 15 of 40 tokens could be compared"):
-        fewer = replace(want, is_clear=torch.arange(40).unsqueeze(0) < MIN_COMPARED - 1)
-        check_logits(want.logits, fewer, client="it", held_out=held_out)
+    few = replace(want, is_clear=first(MIN_COMPARED, 40))
+    assert f"over {MIN_COMPARED} of 40 tokens" in check_logits(
+        want.logits, few, client="it", held_out=held_out
+    )
+
+
+def first(n: int, n_tokens: int) -> Tensor:
+    return torch.arange(n_tokens).unsqueeze(0) < n
+
+
+@pytest.mark.parametrize(
+    ("n_clear", "n_tokens", "window", "fault"),
+    [
+        (32, 40, None, None),
+        (31, 40, None, "only 31 of 40 where 32 are needed"),
+        (8, 8, None, None),
+        (50, 1000, None, None),
+        (49, 1000, None, "only 49 of 1000 where 50 are needed"),
+        (33, 40, 32, None),
+        (32, 40, 32, "none past the sliding window of 32"),
+    ],
+)
+def test_enough_has_to_be_compared(
+    n_clear: int, n_tokens: int, window: int | None, fault: str | None
+) -> None:
+    found = shortage(expected(n_tokens, is_clear=first(n_clear, n_tokens)), window)
+    assert (found or "").startswith(fault or "") and (found is None) == (fault is None), found
+
+
+def test_other_rows_are_tried_where_the_first_do_not_do(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, n_tried = variant_weights("mixtral-window", tokenizer), 0
+    held_out = random_tokens(weights.cfg)
+
+    def tied_up_to(n: int) -> Callable[..., Expected]:
+        def made_up(_: Any, tokens: Tensor) -> Expected:
+            nonlocal n_tried
+            n_tried += 1
+            is_clear = torch.arange(tokens.size(1)).expand_as(tokens) < (41 if n_tried > n else 7)
+            return Expected(torch.zeros(*tokens.shape, 1), is_clear)
+
+        return made_up
+
+    monkeypatch.setattr(gate, "expected_logits", tied_up_to(2))
+    used, _ = choose_rows(weights, held_out)
+    assert n_tried == 3 and not torch.equal(used.tokens, held_out.tokens)
+    monkeypatch.setattr(gate, "expected_logits", tied_up_to(99))
+    with pytest.raises(ExportError, match="of 5 sets of rows: none past the sliding window of 7"):
+        choose_rows(weights, held_out)
 
 
 def test_tokens_after_a_tie_do_not_count(tokenizer: Path) -> None:

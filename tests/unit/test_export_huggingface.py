@@ -16,6 +16,7 @@ from tests.exports import VARIANTS, differing, save_weights, variant_config, var
 from tests.models import tiny_config
 from tests.unit.data_fixtures import write_tokenizer
 from training.errors import CheckpointError, ConfigError
+from training.export import reader
 from training.export.architectures import choose_architecture, from_hf_config, to_hf_config
 from training.export.huggingface import write_huggingface
 from training.export.naming import slots
@@ -178,3 +179,30 @@ def test_directories_of_others_are_refused_by_name(tokenizer: Path, tmp_path: Pa
     (out / "config.json").write_text(json.dumps({**config, "num_experts": 5, "num_local_experts": 5}))
     with pytest.raises(CheckpointError, match=r"experts\.5\.down_proj.*no place|is \(6, 64\) where"):
         HfWeights(out)
+
+
+def test_opening_asks_for_the_shapes_once(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking builds the model; once for each tensor, a large one takes minutes to open."""
+    write_huggingface(
+        variant_weights("mixtral-mha-tied", tokenizer), "mixtral", tmp_path, dtype=torch.float32
+    )
+    n_asked = 0
+
+    def counted(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+        nonlocal n_asked
+        n_asked += 1
+        return parameter_shapes(cfg)
+
+    monkeypatch.setattr(reader, "parameter_shapes", counted)
+    assert HfWeights(tmp_path).cfg.tie_embeddings
+    assert n_asked == 1
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    weights = variant_weights("mixtral-gqa", write_tokenizer(tmp_path, vocab_size=310))
+    checkpoint = save_weights(weights, tmp_path / "run")
+    for to in ("hf", "gguf"):
+        with pytest.raises(CheckpointError, match="has 310 tokens where the model has 300"):
+            run_export(checkpoint, tmp_path / "out", to, "float32")

@@ -109,9 +109,8 @@ class HfWeights:
             changes["n_shared_experts"] = 0
         if changes:
             self.cfg = ModelConfig.model_validate({**self.cfg.model_dump(), **changes})
-            self._slots = {
-                key: slot for key, slot in self._slots.items() if key[0] in parameter_shapes(self.cfg)
-            }
+            shapes = parameter_shapes(self.cfg)
+            self._slots = {key: slot for key, slot in self._slots.items() if key[0] in shapes}
 
     def _find_tokenizer(self) -> Path:
         for name in ("tokenizer.model", "tokenizer.json"):  # ids of the first are those of training
