@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def test_command_runs(
             main([*words[1:], "--dry-run"])
         said = capsys.readouterr()
         assert not end.value.code and said.out.strip(), said.err
+    if words[1] == "import":
+        load_config(words[2], [value for name, value in pairwise(words) if name == "--set"])
     if is_later_training(words) or words[1] == "import":
         words += [word for setting in FEWER_STEPS for word in ("--set", setting)]
     if "dense/" in words:
