@@ -4,8 +4,10 @@ Each fault must end as launch/requeue.py says, leave its words in the logs, and 
 """
 
 import json
+import math
 import re
 import signal
+import time
 
 import psutil
 import torch
@@ -49,8 +51,9 @@ def test_a_run_is_warned_saves_is_requeued_and_finishes(lab: Lab) -> None:
     settings = ["--set", "parallel.ep=4"]
     run = lab.submit("warned", "--time", "30", "--warn-s", "25", *settings, ranks=2)
     run.wait_for_progress(1)
-    # A limit that comes soon, whatever the speed of this machine; SLURM looks at limits twice a minute.
-    lab.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=1")
+    # A limit that comes soon, but not before SLURM, which looks at limits twice a minute, can warn of it.
+    elapsed_s = time.time() - run.starts[0].begin.began_s
+    lab.run("scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={math.ceil((elapsed_s + 45) / 60)}")
     run.wait_for_ending(1)
     run.wait_for(lambda: run.state() == "PENDING", "the requeue")
     lab.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=30")
