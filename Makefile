@@ -23,8 +23,9 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest tests/distributed
-# These take one core, or wait for jobs, so two files go at once; each has a SLURM cluster of its own.
-	$(BIN)/pytest tests --ignore tests/distributed --numprocesses 2 --dist loadfile
+# These take one core, or wait for jobs, so two files go at once, each with a SLURM cluster of its own; in their order,
+# which ends with many small ones.
+	$(BIN)/pytest tests --ignore tests/distributed --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Clients of exports that .venv cannot have beside its own. Each gets an environment that adds to .venv, of which pip
 # says, rightly, that the two do not go together: only the exports are tried in it.
