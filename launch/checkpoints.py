@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from launch.console import LiveBar
+from launch.options import check_at_least
 from training.checkpoint_dir import (
     CHECKPOINTS,
     list_checkpoints,
@@ -182,9 +183,7 @@ def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is
     what the run is writing has no such name yet; and what a restart would take up is the newest intact one.
     """
     check_run_dir(run_dir)
-    for option, value in (("--keep-last", keep_last), ("--keep-every-steps", keep_every_steps)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} {value} must be at least 1")
+    check_at_least(1, {"--keep-last": keep_last, "--keep-every-steps": keep_every_steps})
     n_bytes = {path: _bytes_in(path) for path in list_checkpoints(run_dir)}
     old = list_old(run_dir, keep_last=keep_last, keep_every_steps=keep_every_steps)
     if not old:

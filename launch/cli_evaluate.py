@@ -15,6 +15,7 @@ TextField = Annotated[
     str | None, Parameter(help="Field that holds the text in jsonl and parquet; default: text.")
 ]
 DType = Annotated[Literal["float32", "bfloat16"], Parameter(help="What the model computes in.")]
+MaxDocuments = Annotated[int | None, Parameter(help="Only so many, taken from the sources in turn.")]
 Microbatch = Annotated[int, Parameter(help="Sequences that the model takes at once.")]
 
 
@@ -27,9 +28,7 @@ def evaluate(
     ] = None,
     split: Split = None,
     text_field: TextField = None,
-    max_documents: Annotated[
-        int | None, Parameter(help="Only so many, taken from the sources in turn.")
-    ] = None,
+    max_documents: MaxDocuments = None,
     microbatch_seqs: Microbatch = 8,
     dtype: DType = "float32",
     out: Annotated[
@@ -101,9 +100,7 @@ def routes(
         Path | None, Parameter(help="A corpus of `turnout prepare`, whose documents are counted instead.")
     ] = None,
     split: Split = None,
-    max_documents: Annotated[
-        int | None, Parameter(help="Only so many, taken from the sources in turn.")
-    ] = None,
+    max_documents: MaxDocuments = None,
     microbatch_seqs: Microbatch = 8,
     dtype: DType = "float32",
     out: Annotated[

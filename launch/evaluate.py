@@ -16,7 +16,8 @@ from data.files import write_atomically
 from data.sources import Source, list_files
 from data.windows import EvaluationDocument, evaluation_documents, text_documents
 from launch.console import LiveBar
-from launch.loaded import DType, LoadedModel, check_out_file, load_model, open_corpus_for
+from launch.loaded import DType, LoadedModel, load_model, open_corpus_for
+from launch.options import check_at_least, check_out_file
 from launch.prepare import parse_sources
 from training.errors import ConfigError, printable
 from training.evaluate import Evaluation, score_documents
@@ -52,9 +53,7 @@ def run_evaluate(
 ) -> None:
     """Score texts or a corpus and print a table by source. Raises ConfigError, DataError, CheckpointError."""
     check_one_input(texts, corpus, split, text_field)
-    for option, value in (("--max-documents", max_documents), ("--microbatch-seqs", microbatch_seqs)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} {value} must be at least 1")
+    check_at_least(1, {"--max-documents": max_documents, "--microbatch-seqs": microbatch_seqs})
     check_out_file(out, (".json", ".jsonl"))
     sources = parse_sources(texts, (), text_field or "text")
     for source in sources:  # before the model is read, which can take minutes

@@ -40,7 +40,7 @@ from training.export.gguf_file import (
     to_stored,
     write_gguf,
 )
-from training.export.huggingface import total_bytes, write_huggingface
+from training.export.huggingface import dtype_words, total_bytes, write_huggingface
 from training.export.naming import Architecture
 from training.export.publish import check_free, publish_export
 from training.export.read_back import check_huggingface
@@ -48,7 +48,6 @@ from training.weights import CheckpointWeights, Weights
 
 Format = Literal["hf", "gguf"]
 Dtype = Literal["float32", "bfloat16", "q8_0"]
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
@@ -68,7 +67,7 @@ def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
     corpus = corpus_of(weights)
     held_out = (corpus and held_out_tokens(weights.cfg, corpus)) or random_tokens(weights.cfg)
     if to == "hf":
-        export_huggingface(weights, architecture, out, TORCH_DTYPES[dtype], held_out)
+        export_huggingface(weights, architecture, out, getattr(torch, dtype), held_out)
     else:
         export_gguf(weights, architecture, out, KINDS[dtype], held_out)
     print(f"exported to {out}", flush=True)
@@ -77,7 +76,7 @@ def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
 def export_huggingface(
     weights: Weights, architecture: Architecture, out: Path, dtype: torch.dtype, held_out: HeldOut
 ) -> None:
-    words = str(dtype).removeprefix("torch.")
+    words = dtype_words(dtype)
 
     def write(directory: Path) -> None:
         with _bar(out, total_bytes(architecture, weights, dtype)) as on_written:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from launch.loaded import check_text, expert_backend
+from launch.loaded import expert_backend
+from launch.options import check_at_least, check_text
 from launch.saved import load_tokenizer_of, open_weights
 from moe.cache import CachedDecoder
 from moe.config import ModelConfig
@@ -57,9 +58,7 @@ def options_of(
     sampling: Sampling, *, max_tokens: int, seed: int, n_samples: int, stop: tuple[str, ...]
 ) -> Options:
     """Raise ConfigError for a value out of its range, or one that could have no effect."""
-    for option, n in (("--max-tokens", max_tokens), ("--n-samples", n_samples), ("--top-k", sampling.top_k)):
-        if n is not None and n < 1:
-            raise ConfigError(f"{option} {n} must be at least 1")
+    check_at_least(1, {"--max-tokens": max_tokens, "--n-samples": n_samples, "--top-k": sampling.top_k})
     if not 0 <= seed < MAX_SEED:
         raise ConfigError(f"--seed {seed} must be 0 to {MAX_SEED - 1}")
     if sampling.temperature != 0 and not MIN_TEMPERATURE <= sampling.temperature <= 1 / MIN_TEMPERATURE:

@@ -1,7 +1,10 @@
 """`turnout import`: a model of Hugging Face as a run that has not taken its first step."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from tokenizers import Tokenizer as HfTokenizer
 
 from data.corpus import Corpus
 from data.files import sha256_of
@@ -18,6 +21,9 @@ from training.export.reader import HfWeights
 from training.export.to_checkpoint import write_first_checkpoint
 from training.weights import CheckpointWeights
 
+TAKEN_FROM_RECIPE = ("model.seq_len", "model.balance")
+UPCYCLED_FROM_RECIPE = ("model.top_k", "model.router")
+
 
 def run_import(
     source: Path, recipe: str, overrides: Sequence[str], *, run_dir: Path, n_upcycled: int | None
@@ -31,6 +37,7 @@ def run_import(
     run would compute something else than transformers does; then nothing is left.
     """
     check_free(run_dir, "--run-dir")
+    check_overrides(overrides, is_upcycled=n_upcycled is not None)
     wanted = load_config(recipe, overrides)
     experts = None if n_upcycled is None else upcycled_settings(wanted.model, n_upcycled)
     weights = HfWeights(source, experts=experts, seed=wanted.train.seed)
@@ -54,12 +61,28 @@ def run_import(
     print(f"imported as {run_dir}; turnout train {run_dir}/config.toml --run-dir {run_dir} --resume goes on")
 
 
+def check_overrides(overrides: Sequence[str], *, is_upcycled: bool) -> None:
+    """Raise ConfigError for a setting of the model, which is the directory's, and would have no effect."""
+    taken = (*TAKEN_FROM_RECIPE, *(UPCYCLED_FROM_RECIPE if is_upcycled else ()))
+    for path in (override.partition("=")[0].strip() for override in overrides):
+        if path.startswith("model.") and not any(path == one or path.startswith(f"{one}.") for one in taken):
+            raise ConfigError(
+                f"--set {path} has no effect: the model is the directory's, and of the recipe's only "
+                f"{', '.join(taken)} are taken; drop it"
+            )
+
+
 def upcycled_settings(model: ModelConfig, n_experts: int) -> dict[str, object]:
     """Return the settings of the experts. Raises ConfigError where they would not compute the dense layer.
 
     Equal experts do only if the weights of a token sum to 1 (Komatsuzaki et al. 2022, 2212.05055, section 3).
     """
     router = model.router
+    if model.top_k > n_experts:
+        raise ConfigError(
+            f"--upcycle {n_experts}: each token takes model.top_k={model.top_k} experts; make more of them, "
+            f"or --set model.top_k={n_experts}"
+        )
     faults = {
         "model.router.normalize=true": not router.normalize,
         "model.router.scale=1.0": router.scale != 1.0,
@@ -91,10 +114,20 @@ def with_model(cfg: RunConfig, model: ModelConfig, origin: str) -> RunConfig:
     return check_config({**cfg.model_dump(), "model": model.model_dump()}, origin)
 
 
+def _give_same_ids(one: Path, other: Path) -> bool:
+    """Return whether two tokenizers are one, but for what a tokenizer.json puts around a text."""
+    if sha256_of(one) == sha256_of(other):
+        return True
+    if (one.suffix, other.suffix) != (".json", ".json"):
+        return False
+    first, second = (json.loads(HfTokenizer.from_file(str(path)).to_str()) for path in (one, other))
+    return {**first, "post_processor": None} == {**second, "post_processor": None}
+
+
 def check_same_tokenizer(source: Path, corpus: Corpus) -> None:
     """Raise ConfigError where the corpus was not tokenised with a tokenizer of the directory."""
     files = [path for name in ("tokenizer.model", "tokenizer.json") if (path := source / name).is_file()]
-    if corpus.manifest.tokenizer_sha256 not in map(sha256_of, files):
+    if not any(_give_same_ids(corpus.tokenizer_path, path) for path in files):
         raise ConfigError(
             f"{corpus.path}: its tokenizer is not {files[0]}, so its ids mean other text; "
             f"prepare a corpus with --tokenizer {files[0]}"

@@ -12,7 +12,8 @@ from rich.table import Column, Table
 from data.errors import DataError
 from data.files import write_atomically
 from launch.evaluate import print_table
-from launch.loaded import DType, check_out_file
+from launch.loaded import DType
+from launch.options import check_at_least, check_out_file
 from training.errors import CheckpointError, ConfigError, printable
 
 
@@ -28,13 +29,8 @@ def run_lm_eval(
     out: Path | None,
 ) -> None:
     """Evaluate tasks and print lm_eval's table. Raises ConfigError, DataError or CheckpointError."""
-    for option, value, least in (
-        ("--limit", limit, 1),
-        ("--num-fewshot", num_fewshot, 0),
-        ("--microbatch-seqs", microbatch_seqs, 1),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"{option} {value} must be at least {least}")
+    check_at_least(1, {"--limit": limit, "--microbatch-seqs": microbatch_seqs})
+    check_at_least(0, {"--num-fewshot": num_fewshot})
     check_out_file(out, (".json",))
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:

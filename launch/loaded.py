@@ -15,7 +15,6 @@ from moe.balance import RouterState
 from moe.config import ModelConfig
 from moe.counts import n_params
 from moe.model import Decoder
-from training.errors import ConfigError
 from training.weights import load_decoder
 
 DType = Literal["float32", "bfloat16"]
@@ -64,21 +63,3 @@ def open_corpus_for(model: LoadedModel, path: Path) -> Corpus:
 def expert_backend(cfg: ModelConfig) -> str:
     """Return how to compute experts of many tokens: the grouped product wants rows of whole 16 bytes."""
     return "reference" if cfg.d_model % 8 or cfg.d_expert % 8 else "grouped"
-
-
-def check_text(text: str, where: str) -> None:
-    """Raise ConfigError for bytes of the command line that are no text."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as err:
-        raise ConfigError(f"{where}: character {err.start} is not UTF-8; give text in UTF-8") from err
-
-
-def check_out_file(out: Path | None, suffixes: tuple[str, ...]) -> None:
-    """Raise ConfigError where --out names a file of another kind, or in no directory."""
-    if out is None:
-        return
-    if out.suffix not in suffixes:
-        raise ConfigError(f"--out {out} must end in {' or '.join(suffixes)}")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out} must be a file in a directory that exists; make {out.parent}")

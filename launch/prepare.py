@@ -8,6 +8,7 @@ from data.manifest import CorpusManifest
 from data.prepare import prepare_corpus
 from data.sources import Source, embedded_sources
 from launch.console import PrepareConsole
+from launch.options import check_at_least
 from training.errors import ConfigError
 
 DEFAULT_VOCAB_SIZE = 32_768
@@ -36,8 +37,7 @@ def run_prepare(
         raise ConfigError(f"--vocab-size {vocab_size} must be positive; 32768 is usual")
     if embedded and (weights or text_field is not None):
         raise ConfigError("--weight and --text-field have no effect with --embedded; drop them")
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers {workers} must be at least 1")
+    check_at_least(1, {"--workers": workers})
     sources = embedded_sources() if embedded else parse_sources(inputs, weights, text_field or "text")
     console = PrepareConsole()
     try:

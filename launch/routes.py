@@ -16,7 +16,8 @@ from data.tokenizer import Tokenizer
 from data.windows import EvaluationDocument, evaluation_documents
 from launch.console import LiveBar
 from launch.evaluate import n_documents_of, print_table
-from launch.loaded import DType, LoadedModel, check_out_file, check_text, load_model, open_corpus_for
+from launch.loaded import DType, LoadedModel, load_model, open_corpus_for
+from launch.options import check_at_least, check_out_file, check_text
 from launch.picture import PICTURES, Picture, expert_colour, ratio_colour
 from training.errors import ConfigError, printable
 from training.routes import Specialisation, TokenRoutes, count_routes, route_text
@@ -49,9 +50,7 @@ def run_routes(
     for option, value in (("--split", split), ("--max-documents", max_documents)):
         if value is not None and corpus is None:
             raise ConfigError(f"{option} {value} has no effect without --corpus; drop it")
-    for option, number in (("--max-documents", max_documents), ("--microbatch-seqs", microbatch_seqs)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{option} {number} must be at least 1")
+    check_at_least(1, {"--max-documents": max_documents, "--microbatch-seqs": microbatch_seqs})
     if text is not None:
         check_out_file(out, PICTURES)
         _show_text(load_model(path, dtype=dtype), text, microbatch_seqs, out)

@@ -23,6 +23,7 @@ from launch.batch_script import (
 from launch.elastic import fit_to_nodes
 from launch.exit_codes import DONE, OTHER
 from launch.margin import measured_margin_s
+from launch.options import check_at_least
 from launch.plan import checkpoint_bytes
 from launch.preflight import check_corpus
 from launch.run_dir import create_run_dir, has_run
@@ -134,14 +135,8 @@ def check_wanted(wanted: Wanted) -> int:
         raise ConfigError(
             "name either --gpus-per-node N, one rank for each, or --ranks-per-node N for CPU ranks"
         )
-    for name, value in (
-        ("--gpus-per-node", gpus),
-        ("--ranks-per-node", ranks),
-        ("--chain", wanted.chain),
-        ("--max-failures", wanted.max_failures),
-    ):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} {value} must be at least 1")
+    counts = {"--gpus-per-node": gpus, "--ranks-per-node": ranks, "--chain": wanted.chain}
+    check_at_least(1, {**counts, "--max-failures": wanted.max_failures})
     if wanted.chain is not None and wanted.is_preflight:
         raise ConfigError("--chain has no effect with --preflight; drop one")
     if wanted.env_file is not None and not wanted.env_file.is_file():

@@ -8,12 +8,14 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from training.disk import Buffer
 
+Item = TypeVar("Item")
 CHUNK_BYTES = 16 << 20
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -29,6 +31,20 @@ class Stored:
     @property
     def n_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+def cut_by_bytes(
+    items: Iterable[Item], n_bytes_of: Callable[[Item], int], max_bytes: int
+) -> Iterator[list[Item]]:
+    """Cut tensors into files of at most max_bytes each; one that is larger has a file of its own."""
+    part, n_bytes = list[Item](), 0
+    for item in items:
+        if part and n_bytes + n_bytes_of(item) > max_bytes:
+            yield part
+            part, n_bytes = [], 0
+        part.append(item)
+        n_bytes += n_bytes_of(item)
+    yield part
 
 
 def safetensors_chunks(

@@ -7,7 +7,6 @@ import pytest
 from data.tokenizer import load_tokenizer
 from launch.export import run_export
 from tests.exports import save_weights, variant_weights
-from tests.unit.data_fixtures import write_tokenizer
 from tests.unit.test_export_gguf import HELD
 from training.errors import ExportError
 from training.export import client_gguf, gguf_file
@@ -16,11 +15,6 @@ from training.export.tokenizer_files import PROBES
 
 if not client_gguf.has_llama_cpp():
     pytest.skip("needs llama-cpp-python; `make test-llamacpp` has it", allow_module_level=True)
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("name", HELD)

@@ -10,16 +10,10 @@ from launch.export import run_export
 from moe.balance import RouterState
 from moe.model import Decoder
 from tests.exports import VARIANTS, save_weights, variant_weights
-from tests.unit.data_fixtures import write_tokenizer
 from training.weights import load_decoder
 
 if not transformers.__version__.startswith("4."):
     pytest.skip("needs transformers 4; `make test-transformers4` has it", allow_module_level=True)
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -13,7 +13,6 @@ from tests.exports import run_config_of, save_weights, variant_config, variant_w
 from tests.layouts import groups_of, with_parallel
 from tests.ranks import run_ranks
 from tests.runs import rank_share, uneven_batch
-from tests.unit.data_fixtures import write_tokenizer
 from training.batches import split_microbatches
 from training.checkpoint_dir import checkpoint_path, verify_checkpoint
 from training.checkpoint_manifest import Attached, DataIdentity
@@ -33,11 +32,6 @@ NAME = "glm4-all"
 CFG = run_config_of(variant_config(NAME).model_copy(update={"seq_len": 42, "vocab_size": 304}))
 LAYOUTS = [(Layout(1), 1), (Layout(2, tp=2), 2), (Layout(2, ep=2), 1), (Layout(4, tp=2, ep=4), 2)]
 STEP = 3
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def save_at(rank: int, layout: Layout, zero_stage: int, run_dir: Path, token: str, files: dict) -> None:

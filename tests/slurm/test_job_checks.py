@@ -3,11 +3,12 @@
 import re
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 from launch.starts import Ending
-from tests.slurm.lab import JobRun, Lab
+from tests.slurm.lab import JobRun, Lab, wait_for
 
 ONE_RANK = ["--set", "parallel.ep=1", "--set", "train.n_steps=40"]
 
@@ -86,6 +87,29 @@ def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, 
     assert ending(run, 2).reasons == (f"node {bad}: has numpy 9.9.9, not {metadata.version('numpy')}",)
     assert not list(run.starts[1].directory.glob("*.ledger")), "no rank was started"
     assert bad not in run.starts[2].begin.nodes
+
+
+def test_a_corpus_that_is_gone_is_no_nodes_fault(lab: Lab) -> None:
+    shutil.copytree(lab.place / "corpus", lab.place / "lost")
+    run = lab.submit(
+        "no-corpus", *ONE_RANK, "--set", "data.corpus=lost", "--sbatch", "begin=now+5", nodes="1"
+    )
+    shutil.rmtree(lab.place / "lost")
+    log = run.wait_until_gone()
+    (start,) = run.starts
+    assert start.ending is not None and (start.ending.action, start.ending.code) == ("stop", 3), log
+    assert "lost" in start.ending.reasons[0]
+
+
+def test_a_requeue_that_excludes_no_node_is_a_requeue(lab: Lab) -> None:
+    sleeping = lab.run(
+        "sbatch", "--parsable", "--requeue", "--output=/dev/null", "--wrap", "sleep 60"
+    ).strip()
+    wait_for(lambda: "RUNNING" in lab.run("scontrol", "show", "job", sleeping), "the job")
+    code = f"from launch.slurm import requeue; print(requeue('{sleeping}', ['nowhere']))"
+    said = lab.run(sys.executable, "-c", code)
+    assert said.startswith("requeued, but not away from nowhere: "), said
+    assert "PENDING" in lab.run("scontrol", "show", "job", sleeping)
 
 
 def test_a_crash_loop_stops_with_its_reason(lab: Lab, tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
 """A broken export is caught by the gate, whatever broke it, and leaves nothing behind."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from torch import Tensor
 
 from launch.cli import main
 from tests.exports import DecoderWeights, save_weights, variant_weights
-from tests.unit.data_fixtures import make_corpus, make_texts, write_tokenizer
+from tests.unit.data_fixtures import make_corpus, make_texts
 from training.errors import ConfigError, ExportError
 from training.export import gate, gguf_file, huggingface
+from training.export.client_gguf import check_read_back
 from training.export.gate import (
     MIN_COMPARED,
     Expected,
@@ -26,11 +29,6 @@ from training.export.gate import (
 )
 from training.export.naming import Slot, slots
 from training.export.publish import publish_export
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def with_slots(change: Callable[[Slot], Slot | None]) -> dict[tuple[Any, str], Any]:
@@ -179,6 +177,41 @@ def test_gguf_of_other_settings_is_caught(
                 main(command)
         assert end.value.code == 1 and words in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"router": {"score": "sigmoid", "scale": 9.0}}, "glm4moe.expert_weights_scale was written as 9.0 "),
+        ({"router": {"score": "sigmoid", "scale": 2.5, "normalize": False}}, "glm4moe.expert_weights_norm"),
+        ({"n_dense_layers": 0, "d_ff": None}, "glm4moe.feed_forward_length"),
+        ({"n_shared_experts": 5}, "glm4moe.expert_shared_count was written as 5 where the model has 1"),
+        ({"seq_len": 99}, "glm4moe.context_length was written as 99 where the model has 41"),
+    ],
+)
+def test_gguf_of_other_glm_settings_is_caught(
+    changes: dict[str, Any], words: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = variant_weights("glm4-all", tokenizer)
+    settings = gguf_file._add_settings
+    other = type(weights.cfg).model_validate({**weights.cfg.model_dump(), **changes})
+    monkeypatch.setattr(
+        gguf_file, "_add_settings", lambda writer, name, cfg, kind: settings(writer, name, other, kind)
+    )
+    path = gguf_file.write_gguf(weights, "glm4_moe", tmp_path, kind=gguf_file.Kind.F32)
+    with pytest.raises(ExportError, match=re.escape(words)):
+        check_read_back(path, weights, "glm4_moe", gguf_file.Kind.F32)
+
+
+def test_gguf_of_other_pieces_is_caught(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = variant_weights("mixtral-gqa", tokenizer)
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "is_byte", lambda self, i: False)
+    path = gguf_file.write_gguf(weights, "mixtral", tmp_path, kind=gguf_file.Kind.F32)
+    monkeypatch.undo()
+    with pytest.raises(ExportError, match="tokenizer.ggml.token_type was written as"):
+        check_read_back(path, weights, "mixtral", gguf_file.Kind.F32)
 
 
 def expected(n_tokens: int = 40, **changes: Any) -> Expected:

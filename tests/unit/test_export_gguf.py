@@ -5,11 +5,12 @@ from pathlib import Path
 
 import gguf
 import pytest
+import sentencepiece
 import torch
 
 from launch.export import run_export
 from tests.exports import VARIANTS, save_weights, variant_config, variant_weights
-from tests.unit.data_fixtures import write_hf_tokenizer, write_tokenizer
+from tests.unit.data_fixtures import make_texts, write_hf_tokenizer
 from training.errors import ConfigError, ExportError
 from training.export.client_gguf import check_read_back, has_llama_cpp
 from training.export.gate import Rounded
@@ -27,11 +28,6 @@ HELD = [
     "glm4-qk-norm-mha-tied",
     "glm4-not-normalised",
 ]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("name", HELD)
@@ -121,6 +117,12 @@ def test_a_tokenizer_json_and_rows_of_half_a_block_are_refused(tokenizer: Path, 
     other = write_hf_tokenizer(tmp_path / "tokenizer.json", special_tokens=["<s>", "</s>"])
     with pytest.raises(ConfigError, match="pre-tokenizers of published"):
         check_gguf(cfg, "mixtral", Kind.F32, other)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_texts(60)), model_prefix=str(tmp_path / "other"), vocab_size=300,
+        model_type="unigram", byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="with its model_type, normalization_rule_name, remove_extra"):
+        check_gguf(cfg, "mixtral", Kind.F32, tmp_path / "other.model")
     odd = cfg.model_copy(update={"d_expert": 40})
     with pytest.raises(ConfigError, match="d_expert=40 is not; use --dtype bfloat16"):
         check_gguf(odd, "mixtral", Kind.Q8_0, tokenizer)

@@ -24,11 +24,6 @@ from training.export.reader import HfWeights
 from training.weights import load_decoder, parameter_shapes
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_transformers_computes_the_same(name: str, tokenizer: Path, tmp_path: Path) -> None:
     weights = variant_weights(name, tokenizer)

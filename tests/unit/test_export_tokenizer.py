@@ -15,19 +15,13 @@ from data.tokenizer import load_tokenizer, train_tokenizer
 from launch.export import run_export
 from tests.exports import DecoderWeights, save_weights, variant_config
 from tests.models import random_state, tiny_decoder
-from tests.unit.data_fixtures import make_texts, write_hf_tokenizer, write_tokenizer
+from tests.unit.data_fixtures import make_texts, write_hf_tokenizer
 from training.config import SampleConfig
 from training.errors import ConfigError
 from training.export.tokenizer_files import PROBES
 from training.export.tokenizer_files import write_tokenizer as write_files
 from training.generate import continue_prompts
 from training.weights import load_decoder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
 
 TEXTS = [*PROBES, "a<s>b</s> <unk>", "\u2581 under\u2581score", *make_texts(30), Path(__file__).read_text()]
 
@@ -53,14 +47,34 @@ def test_sentencepiece_ids_are_the_same(tmp_path_factory: pytest.TempPathFactory
 
 
 def test_tokenizer_json_travels_as_it_is(tmp_path: Path) -> None:
+    """Where it puts a begin in front of a text; else it is made to, and nothing else is changed."""
     source = write_hf_tokenizer(tmp_path / "own.json", special_tokens=["<|endoftext|>", "<pad>"])
-    (out := tmp_path / "out").mkdir()
-    write_files(source, out, seq_len=9999)
-    assert (out / "tokenizer.json").read_bytes() == source.read_bytes()
-    theirs, ours = AutoTokenizer.from_pretrained(out), load_tokenizer(source)
-    for text in [*TEXTS, "a<|endoftext|>b"]:
-        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
-    assert theirs.eos_token_id == ours.eos_id
+    first, second = tmp_path / "first", tmp_path / "second"
+    for origin, out in ((source, first), (first / "tokenizer.json", second)):
+        out.mkdir()
+        write_files(origin, out, seq_len=9999)
+        theirs, ours = AutoTokenizer.from_pretrained(out), load_tokenizer(source)
+        for text in [*TEXTS, "a<|endoftext|>b"]:
+            assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
+            assert theirs.encode(text) == [ours.bos_id, *ours.encode(text)], text
+        assert theirs.eos_token_id == ours.eos_id
+    assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
+    before, after = (json.loads(path.read_bytes()) for path in (source, first / "tokenizer.json"))
+    assert (
+        before.pop("post_processor") is None and after.pop("post_processor") is not None and before == after
+    )
+
+
+def test_a_model_without_begin_begins_with_the_end(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_texts(60)), model_prefix=str(tmp_path / "no_bos"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    source = tmp_path / "no_bos.model"
+    write_files(source, tmp_path, seq_len=99)
+    ours, theirs = load_tokenizer(source), AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode("the train") == [ours.eos_id, *ours.encode("the train")]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +98,7 @@ def test_other_kinds_of_sentencepiece_are_refused(settings: dict, message: str, 
         sentence_iterator=iter(make_texts(60)), model_prefix=str(tmp_path / "other"), **{**plain, **settings}
     )
     (out := tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match=f"its {message} cannot be written as a tokenizer.json"):
+    with pytest.raises(ConfigError, match=f"with its {message} no other program would give the same ids"):
         write_files(tmp_path / "other.model", out, seq_len=9)
 
 

@@ -142,6 +142,10 @@ def test_what_cannot_be_imported_ends_in_one_line(
         ([*upcycle, "model.router.normalize=false"], "use model.router.normalize=true"),
         ([*upcycle, "model.router.scale=2.0"], "use model.router.scale=1.0"),
         (["--from", dense, "--upcycle", 1], "must be at least 2"),
+        ([*upcycle, "model.top_k=5"], "--upcycle 4: each token takes model.top_k=5 experts"),
+        ([*upcycle, "model.n_shared_experts=1"], "--set model.n_shared_experts has no effect"),
+        (["--from", source, "--set", "model.rope_theta=1e6"], "--set model.rope_theta has no effect"),
+        (["--from", source, "--set", "model.top_k=1"], "only model.seq_len, model.balance are taken"),
         (["--from", tmp_path], "config.json"),
     ]
     for words, message in cases:

@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.tokenizer import Tokenizer, load_tokenizer
 from moe.config import ModelConfig
 from training.errors import ExportError
 from training.export.gguf_file import ARCHITECTURES, GgufTensor, Kind, gguf_tensors
 from training.export.naming import Architecture
+from training.export.tokenizer_files import read_bpe
 from training.weights import Weights
+
+UNUSED = 5  # of a piece's type
 
 
 def has_llama_cpp() -> bool:
@@ -72,8 +76,8 @@ def check_read_back(path: Path, weights: Weights, architecture: Architecture, ki
     Shares with the writer only the names of tensors: experts are compared whole, and the heads of q and k by
     where RoPE looks for a pair. Raises ExportError.
     """
-    reader, cfg = gguf.GGUFReader(path), weights.cfg
-    _check_settings(reader, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[architecture]], cfg)
+    reader, cfg, tokenizer = gguf.GGUFReader(path), weights.cfg, load_tokenizer(weights.tokenizer_path)
+    _check_settings(reader, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[architecture]], cfg, tokenizer)
     found = {tensor.name: tensor for tensor in reader.tensors}
     wanted = {tensor.name: tensor for tensor in gguf_tensors(architecture, cfg, kind)}
     if found.keys() != wanted.keys():
@@ -112,7 +116,7 @@ def _truth(weights: Weights, tensor: GgufTensor, cfg: ModelConfig) -> Tensor:
     return whole[order]
 
 
-def _check_settings(reader: gguf.GGUFReader, arch: str, cfg: ModelConfig) -> None:
+def _check_settings(reader: gguf.GGUFReader, arch: str, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
     wanted: dict[str, object] = {
         "general.architecture": arch,
         f"{arch}.block_count": cfg.n_layers,
@@ -124,12 +128,40 @@ def _check_settings(reader: gguf.GGUFReader, arch: str, cfg: ModelConfig) -> Non
         f"{arch}.attention.layer_norm_rms_epsilon": cfg.norm_eps,
         f"{arch}.expert_count": cfg.n_experts,
         f"{arch}.expert_used_count": cfg.top_k,
+        f"{arch}.context_length": cfg.seq_len,
+        f"{arch}.vocab_size": cfg.vocab_size,
+        f"{arch}.attention.value_length": cfg.d_head,
+        f"{arch}.rope.dimension_count": cfg.d_head,
+        f"{arch}.feed_forward_length": cfg.d_expert if cfg.d_ff is None else cfg.d_ff,
+    }
+    if arch != "llama":
+        wanted[f"{arch}.expert_feed_forward_length"] = cfg.d_expert
+    if arch == "glm4moe":
+        wanted |= {
+            f"{arch}.expert_shared_count": max(1, cfg.n_shared_experts),
+            f"{arch}.leading_dense_block_count": cfg.n_dense_layers,
+            f"{arch}.expert_gating_func": 2,  # sigmoid
+            f"{arch}.expert_weights_scale": cfg.router.scale,
+            f"{arch}.expert_weights_norm": cfg.router.normalize,
+        }
+    # gguf numbers the types of pieces as sentencepiece does.
+    pieces = [(piece.piece, piece.type) for piece in read_bpe(tokenizer.path).pieces]
+    pieces += [(f"[UNUSED{i}]", UNUSED) for i in range(len(pieces), cfg.vocab_size)]
+    wanted |= {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece for piece, _ in pieces],
+        "tokenizer.ggml.token_type": [kind for _, kind in pieces],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
     }
     for key, value in wanted.items():
         field = reader.get_field(key)
         found = None if field is None else field.contents()
         is_same = np.float32(found) == np.float32(value) if isinstance(value, float) else found == value
         if not is_same:
+            here, there = (str(x)[:60] for x in (found, value))
             raise ExportError(
-                f"{key} was written as {found} where the model has {value}; nothing was exported"
+                f"{key} was written as {here} where the model has {there}; nothing was exported"
             )

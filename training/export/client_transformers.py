@@ -30,6 +30,10 @@ def transformers_logits(directory: Path, tokens: Tensor) -> Tensor:
                 output_loading_info=True,
                 local_files_only=True,
                 use_safetensors=True,  # a stranger's directory may hold a pickle beside them
+                # Nor is its config to choose code: its own, or kernels from somewhere.
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                return_dict=True,
             )
         except Exception as err:  # whatever a client raises, the directory is not to be handed over
             raise ExportError(f"{client_name()} cannot load it: {err}") from err
@@ -55,6 +59,7 @@ def check_tokenizer(directory: Path, ours: Tokenizer, texts: Sequence[str]) -> N
                 text
                 for text in (*PROBES, *spelled, *texts)
                 if theirs.encode(text, add_special_tokens=False) != ours.encode(text)
+                or theirs.encode(text) != [ours.bos_id, *ours.encode(text)]
             ]
         except Exception as err:
             raise ExportError(f"{client_name()} has no tokenizer of it: {err}") from err

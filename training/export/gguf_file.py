@@ -22,7 +22,7 @@ from training.disk import Buffer, Disk
 from training.errors import ConfigError
 from training.export.huggingface import counted, read_slot
 from training.export.naming import Architecture, Slot, slots
-from training.export.tokenizer_files import SPACE
+from training.export.tokenizer_files import SPACE, read_bpe
 from training.weights import Weights
 
 GGUF_FILE = "model.gguf"
@@ -80,6 +80,7 @@ def check_gguf(cfg: ModelConfig, architecture: Architecture, kind: Kind, tokeniz
             f"{tokenizer}: llama.cpp knows the pre-tokenizers of published tokenizer.json files only, and "
             "would split text otherwise than training did; GGUF needs a sentencepiece tokenizer.model"
         )
+    read_bpe(tokenizer)
     widths = {"d_model": cfg.d_model, "d_expert": cfg.d_expert, "n_heads * d_head": cfg.n_heads * cfg.d_head}
     widths |= {"d_ff": cfg.d_ff} if cfg.d_ff is not None else {}
     if kind == Kind.Q8_0 and (odd := [f"{name}={width}" for name, width in widths.items() if width % BLOCK]):
@@ -232,11 +233,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, vocab_size: int) -> None
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)
-    has_bos = model.bos_id() >= 0
-    writer.add_bos_token_id(model.bos_id() if has_bos else model.eos_id())
+    # Where there is none, documents begin with eos, as data/tokenizer.py has it.
+    writer.add_bos_token_id(model.bos_id() if model.bos_id() >= 0 else model.eos_id())
     writer.add_eos_token_id(model.eos_id())
     writer.add_unk_token_id(model.unk_id())
-    writer.add_add_bos_token(has_bos)
+    writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(_has_dummy_prefix(model))
 

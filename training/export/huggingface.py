@@ -23,12 +23,11 @@ from training.export.architectures import to_hf_config
 from training.export.naming import Architecture, Slot, slots
 from training.export.reader import CONFIG, INDEX
 from training.export.tokenizer_files import write_tokenizer
-from training.tensor_stream import Stored, safetensors_chunks
+from training.tensor_stream import Stored, cut_by_bytes, safetensors_chunks
 from training.weights import Weights
 
 MAX_SHARD_BYTES = 5 * 10**9
 GENERATION_CONFIG = "generation_config.json"
-DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def write_huggingface(
@@ -50,11 +49,11 @@ def write_huggingface(
     write_tokenizer(weights.tokenizer_path, directory, seq_len=cfg.seq_len)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = to_hf_config(
-        architecture, cfg, dtype=DTYPE_WORDS[dtype], bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
+        architecture, cfg, dtype=dtype_words(dtype), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
     )
     write_json(disk, directory / CONFIG, config)
     write_json(disk, directory / GENERATION_CONFIG, {**ids, "pad_token_id": tokenizer.eos_id})
-    shards = list(_shards(slots(architecture, cfg), dtype, max_shard_bytes))
+    shards = list(cut_by_bytes(slots(architecture, cfg), partial(_n_bytes, dtype), max_shard_bytes))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -65,7 +64,7 @@ def write_huggingface(
         chunks = safetensors_chunks(stored, {"format": "pt"})
         disk.write(directory / file, counted(chunks, on_written))
         weight_map |= dict.fromkeys(stored, file)
-    total = sum(_n_bytes(slot, dtype) for shard in shards for slot in shard)
+    total = sum(_n_bytes(dtype, slot) for shard in shards for slot in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(disk, directory / INDEX, index)
 
@@ -85,9 +84,13 @@ def dtype_of(slot: Slot, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if slot.kind == "bias" else dtype
 
 
+def dtype_words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def total_bytes(architecture: Architecture, weights: Weights, dtype: torch.dtype) -> int:
     """Return the bytes of all tensors."""
-    return sum(_n_bytes(slot, dtype) for slot in slots(architecture, weights.cfg))
+    return sum(_n_bytes(dtype, slot) for slot in slots(architecture, weights.cfg))
 
 
 def counted(chunks: Iterable[Buffer], on_written: Callable[[int], None] | None) -> Iterator[Buffer]:
@@ -102,17 +105,5 @@ def write_json(disk: Disk, path: Path, tree: dict[str, Any]) -> None:
     disk.write(path, [(json.dumps(tree, indent=2) + "\n").encode()])
 
 
-def _shards(names: Iterable[Slot], dtype: torch.dtype, max_bytes: int) -> Iterator[list[Slot]]:
-    """Cut the slots into runs of at most max_bytes; a tensor that is larger has a file of its own."""
-    shard, n_bytes = list[Slot](), 0
-    for slot in names:
-        if shard and n_bytes + _n_bytes(slot, dtype) > max_bytes:
-            yield shard
-            shard, n_bytes = [], 0
-        shard.append(slot)
-        n_bytes += _n_bytes(slot, dtype)
-    yield shard
-
-
-def _n_bytes(slot: Slot, dtype: torch.dtype) -> int:
+def _n_bytes(dtype: torch.dtype, slot: Slot) -> int:
     return prod(slot.shape) * dtype_of(slot, dtype).itemsize

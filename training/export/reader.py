@@ -52,15 +52,14 @@ class HfWeights:
     def read(self, name: str, expert: int | None = None) -> Tensor:
         """Return a parameter, or one expert's part of it, fp32 on the CPU. Raises CheckpointError."""
         if is_expert(name) and expert is None:
-            whole = torch.empty(parameter_shapes(self.cfg)[name])
+            whole = torch.empty(self._shapes[name])
             for i, part in enumerate(whole):
                 part.copy_(self.read(name, i))
             return whole
         if (slot := self._slots.get((name, expert))) is not None:
             return self._files.read(slot.name)
-        shape = parameter_shapes(self.cfg)[name]
         assert self.architecture in DENSE and name.endswith("router.weight"), name
-        return initial_values(shape, self.cfg.init_std, name, self._seed)
+        return initial_values(self._shapes[name], self.cfg.init_std, name, self._seed)
 
     def read_bias(self) -> Tensor:
         """Return the routers' bias, [M, E] fp32; zeros where the architecture has none."""
@@ -109,8 +108,8 @@ class HfWeights:
             changes["n_shared_experts"] = 0
         if changes:
             self.cfg = ModelConfig.model_validate({**self.cfg.model_dump(), **changes})
-            shapes = parameter_shapes(self.cfg)
-            self._slots = {key: slot for key, slot in self._slots.items() if key[0] in shapes}
+        self._shapes = parameter_shapes(self.cfg)
+        self._slots = {key: slot for key, slot in self._slots.items() if key[0] in self._shapes}
 
     def _find_tokenizer(self) -> Path:
         for name in ("tokenizer.model", "tokenizer.json"):  # ids of the first are those of training

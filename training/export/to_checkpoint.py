@@ -3,7 +3,6 @@
 Its optimizer has no state yet, as before a first update, and its router loads are uniform.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from math import prod
@@ -34,7 +33,7 @@ from training.disk import Disk
 from training.guard import GuardState
 from training.pieces import Matrix
 from training.shares import BIAS, LOAD_FRAC
-from training.tensor_stream import Stored
+from training.tensor_stream import Stored, cut_by_bytes
 from training.weights import Weights, parameter_shapes
 
 MAX_FILE_BYTES = 4 << 30
@@ -51,7 +50,7 @@ def write_first_checkpoint(
     disk.make_directory(directory)
     shapes, files, tensors = parameter_shapes(weights.cfg), dict[str, FileEntry](), dict[str, TensorEntry]()
     # Each file looks as if a rank of its own had written it, which is all that a reader knows of ranks.
-    parts = list(_files(shapes, max_file_bytes))
+    parts = list(cut_by_bytes(shapes, lambda name: 4 * prod(shapes[name]), max_file_bytes))
     for number, names in enumerate(parts):
         stored = {
             key_of(MASTER, name): Stored(
@@ -104,15 +103,3 @@ def _first_state() -> TrainingState:
         guard=asdict(GuardState.initial()),
         skipped=(),
     )
-
-
-def _files(shapes: dict[str, tuple[int, ...]], max_bytes: int) -> Iterator[list[str]]:
-    """Cut the names into runs of at most max_bytes; a tensor that is larger has a file of its own."""
-    names, n_bytes = list[str](), 0
-    for name, shape in shapes.items():
-        if names and n_bytes + 4 * prod(shape) > max_bytes:
-            yield names
-            names, n_bytes = [], 0
-        names.append(name)
-        n_bytes += 4 * prod(shape)
-    yield names

@@ -5,7 +5,6 @@ them it puts the begin-of-text token in front, as every document of training has
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.models import BPE
 
 from data.tokenizer import Tokenizer, load_tokenizer
+from training.disk import Disk
 from training.errors import ConfigError
 
 SPACE = "\u2581"  # what sentencepiece writes for a space
@@ -32,15 +32,18 @@ PROBES = (
 
 def write_tokenizer(source: Path, directory: Path, *, seq_len: int) -> None:
     """Write the tokenizer's files. Raises ConfigError for a sentencepiece model that cannot be expressed."""
-    tokenizer = load_tokenizer(source)
+    tokenizer, disk, content = load_tokenizer(source), Disk(), source.read_bytes()
     if source.suffix == ".model":
-        shutil.copyfile(source, directory / MODEL)
+        disk.write(directory / MODEL, [content])
         converted = to_hf_tokenizer(source)
         _check_ids(tokenizer, converted)
-        converted.save(str(directory / JSON))
+        content = converted.to_str().encode()
     else:
-        shutil.copyfile(source, directory / JSON)
         converted = HfTokenizer.from_file(str(source))
+    if converted.encode("a").ids != [tokenizer.bos_id, *tokenizer.encode("a")]:
+        _put_in_front(converted, tokenizer.bos_id)
+        content = converted.to_str().encode()
+    disk.write(directory / JSON, [content])
     bos, eos = converted.id_to_token(tokenizer.bos_id), converted.id_to_token(tokenizer.eos_id)
     config: dict[str, Any] = {
         # This class and no other: it is what both versions load from tokenizer.json alone.
@@ -52,16 +55,22 @@ def write_tokenizer(source: Path, directory: Path, *, seq_len: int) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": seq_len,
     }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    disk.write(directory / CONFIG, [(json.dumps(config, indent=2) + "\n").encode()])
 
 
-def to_hf_tokenizer(source: Path) -> HfTokenizer:
-    """Return a sentencepiece BPE model as one of `tokenizers`. Raises ConfigError for other kinds."""
+def _put_in_front(tokenizer: HfTokenizer, bos_id: int) -> None:
+    bos = tokenizer.id_to_token(bos_id)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bos_id)]
+    )
+
+
+def read_bpe(source: Path) -> Any:
+    """Return a sentencepiece model's ModelProto. Raises ConfigError where others cannot tokenise alike."""
     # Imported here because only this needs protobuf; Google's module warns where it is imported twice.
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(source.read_bytes())
-    model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     faults = {
         "model_type": trainer.model_type != trainer.BPE,
@@ -71,9 +80,17 @@ def to_hf_tokenizer(source: Path) -> HfTokenizer:
     }
     if wrong := [name for name, is_wrong in faults.items() if is_wrong]:
         raise ConfigError(
-            f"{source}: its {', '.join(wrong)} cannot be written as a tokenizer.json with the same ids; "
-            "what `turnout prepare` trains can (BPE, identity normalisation, no removed whitespace)"
+            f"{source}: with its {', '.join(wrong)} no other program would give the same ids; what `turnout "
+            "prepare` trains can be exported (BPE, identity normalisation, no removed whitespace)"
         )
+    return proto
+
+
+def to_hf_tokenizer(source: Path) -> HfTokenizer:
+    """Return a sentencepiece BPE model as one of `tokenizers`. Raises ConfigError for other kinds."""
+    proto = read_bpe(source)
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     pieces = [piece.piece for piece in proto.pieces]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     unk = pieces[model.unk_id()]
@@ -89,11 +106,6 @@ def to_hf_tokenizer(source: Path) -> HfTokenizer:
     converted.decoder = decoders.Sequence(undo)
     special = [piece.piece for piece in proto.pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)]
     converted.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
-    if model.bos_id() >= 0:
-        bos = pieces[model.bos_id()]
-        converted.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, model.bos_id())]
-        )
     return converted
 
 
