@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data.corpus import Corpus
+from data.corpus import Corpus, open_corpus
 from data.errors import DataError
 from data.files import write_atomically
 from data.sources import Source, list_files
 from data.windows import EvaluationDocument, evaluation_documents, text_documents
 from launch.console import LiveBar
-from launch.loaded import DType, LoadedModel, load_model, open_corpus_for
+from launch.loaded import DType, LoadedModel, load_model
 from launch.options import check_at_least, check_out_file
 from launch.prepare import parse_sources
 from training.errors import ConfigError, printable
@@ -58,8 +58,8 @@ def run_evaluate(
     sources = parse_sources(texts, (), text_field or "text")
     for source in sources:  # before the model is read, which can take minutes
         list_files(source)
-    model = load_model(path, dtype=dtype)
-    opened = None if corpus is None else open_corpus_for(model, corpus)
+    opened = None if corpus is None else open_corpus(corpus, verify="size")
+    model = load_model(path, dtype=dtype, corpus=opened)
     documents = islice(documents_of(opened, split, sources, model), max_documents)
     scored = list(_with_bar(model, documents, microbatch_seqs, n_documents_of(opened, split, max_documents)))
     if not any(document.sums.n_tokens for document in scored):

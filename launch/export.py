@@ -12,6 +12,7 @@ import torch
 
 from data.corpus import Corpus, open_corpus
 from data.errors import DataError
+from data.tokenizer import load_tokenizer
 from launch.console import LiveBar
 from launch.run_dir import read_config
 from launch.saved import load_tokenizer_of, open_weights
@@ -44,6 +45,7 @@ from training.export.huggingface import dtype_words, total_bytes, write_huggingf
 from training.export.naming import Architecture
 from training.export.publish import check_free, publish_export
 from training.export.read_back import check_huggingface
+from training.export.tokenizer_files import to_hf_tokenizer
 from training.weights import CheckpointWeights, Weights
 
 Format = Literal["hf", "gguf"]
@@ -59,8 +61,7 @@ def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
     check_free(out)
     if dtype == "q8_0" and to != "gguf":
         raise ConfigError(f"--dtype {dtype} is a form of GGUF's; use --format gguf, or --dtype bfloat16")
-    if (checkpoint / CONFIG_FILE).is_file():  # before a checkpoint of many GB is verified
-        choose_architecture(read_config(checkpoint).model, has_bias=False)
+    check_first(checkpoint, to, dtype)
     weights = open_weights(checkpoint)
     load_tokenizer_of(weights)  # raises for one of another model
     architecture = choose_architecture(weights.cfg, has_bias=bool(weights.read_bias().any()))
@@ -71,6 +72,29 @@ def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
     else:
         export_gguf(weights, architecture, out, KINDS[dtype], held_out)
     print(f"exported to {out}", flush=True)
+
+
+def check_first(checkpoint: Path, to: Format, dtype: Dtype) -> None:
+    """Raise ConfigError for what can be told before many GB are verified; what is damaged is told then."""
+    if not (checkpoint / CONFIG_FILE).is_file():
+        return
+    cfg = read_config(checkpoint).model
+    architecture = choose_architecture(cfg, has_bias=False)
+    tokenizer = next(checkpoint.glob("tokenizer.*"), None)
+    if tokenizer is None or not is_tokenizer(tokenizer):
+        return
+    if to == "gguf":
+        check_gguf(cfg, architecture, KINDS[dtype], tokenizer)
+    elif tokenizer.suffix == ".model":
+        to_hf_tokenizer(tokenizer)
+
+
+def is_tokenizer(path: Path) -> bool:
+    try:
+        load_tokenizer(path)
+    except DataError:
+        return False
+    return True
 
 
 def export_huggingface(
@@ -86,7 +110,7 @@ def export_huggingface(
         rounded = Rounded(weights, lambda _, x: x.to(dtype).float())
         proof = prove_huggingface(directory, rounded, held_out)
         files = f"A `{architecture}` in {words}, for transformers 4.57 and newer."
-        write_card(directory, weights, files, proof)
+        write_card(directory, weights, "transformers", files, proof)
 
     publish_export(out, write, check)
 
@@ -105,7 +129,7 @@ def export_gguf(
     def check(directory: Path) -> None:
         proof = prove_gguf(directory / GGUF_FILE, rounded, architecture, kind, held_out)
         files = f"A `{architecture}` in {kind.name}, for llama.cpp: {GGUF_FILE}."
-        write_card(directory, weights, files, proof)
+        write_card(directory, weights, "gguf", files, proof)
 
     publish_export(out, write, check)
 
@@ -143,7 +167,7 @@ def prove_gguf(
         if kind != Kind.F32:
             client_gguf.check_loads(path)
             path = write_gguf(rounded, architecture, Path(twin), kind=Kind.F32)
-        found = client_gguf.llama_cpp_logits(path, held_out.tokens)
+        found = client_gguf.llama_cpp_logits(path, held_out.rows)
     return f"{proof}; {check_logits(found, expected, client=client_gguf.client_name(), held_out=held_out)}"
 
 
@@ -154,19 +178,19 @@ def prove_huggingface(directory: Path, rounded: Weights, held_out: HeldOut) -> s
     """
     held_out, expected = choose_rows(rounded, held_out)
     tokenizer = load_tokenizer_of(rounded)
-    known = [[i for i in row if i < tokenizer.vocab_size] for row in held_out.tokens.tolist()]
+    known = [[i for i in row.tolist() if i < tokenizer.vocab_size] for row in held_out.rows]
     check_tokenizer(directory, tokenizer, [tokenizer.decode(ids) for ids in known])
-    found = transformers_logits(directory, held_out.tokens)
+    found = transformers_logits(directory, held_out.rows)
     proof = check_logits(found, expected, client=client_name(), held_out=held_out)
     return f"{proof}; {check_huggingface(directory, rounded)}"
 
 
-def write_card(directory: Path, weights: Weights, files: str, gate: str) -> None:
+def write_card(directory: Path, weights: Weights, library: str, files: str, gate: str) -> None:
     """Write the model card, and say how the files were proven."""
     print(gate, flush=True)
     origin = origin_of(weights.place, weights.manifest) if isinstance(weights, CheckpointWeights) else None
     command = ["turnout", *sys.argv[1:]]
-    text = model_card(weights.cfg, origin, files=files, command=command, gate=gate)
+    text = model_card(weights.cfg, origin, library=library, files=files, command=command, gate=gate)
     Disk().write(directory / CARD, [text.encode()])
 
 

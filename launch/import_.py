@@ -54,7 +54,7 @@ def run_import(
         held_out = held_out_tokens(cfg.model, corpus) or random_tokens(cfg.model)
         (path,) = (directory / "checkpoints").iterdir()
         held_out, expected = choose_rows(CheckpointWeights(path, cfg.model), held_out)
-        found = transformers_logits(source, held_out.tokens)
+        found = transformers_logits(source, held_out.rows)
         print(check_logits(found, expected, client=client_name(), held_out=held_out), flush=True)
 
     publish_export(run_dir, write, check)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from data.corpus import Corpus, open_corpus
+from data.corpus import Corpus
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 from launch.saved import load_tokenizer_of, open_weights
@@ -30,13 +30,16 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-def load_model(path: Path, *, dtype: DType) -> LoadedModel:
+def load_model(path: Path, *, dtype: DType, corpus: Corpus | None = None) -> LoadedModel:
     """Load a run's newest intact checkpoint, a checkpoint or an export, and say on stderr what was loaded.
 
-    The model goes to the GPU where there is one.
+    The model goes to the GPU where there is one. corpus: what it is to read. Raises DataError where that has
+    other tokens than the model.
     """
     weights = open_weights(path)
     cfg, tokenizer = weights.cfg, load_tokenizer_of(weights)
+    if corpus is not None:
+        check_same_tokens(corpus, tokenizer, weights.place)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = expert_backend(cfg)
     decoder, state = load_decoder(weights, device=device, dtype=getattr(torch, dtype), expert_backend=backend)
@@ -48,16 +51,14 @@ def load_model(path: Path, *, dtype: DType) -> LoadedModel:
     return LoadedModel(weights.place, decoder, state, tokenizer)
 
 
-def open_corpus_for(model: LoadedModel, path: Path) -> Corpus:
-    """Open a corpus that has the model's tokens. Raises DataError where it has others."""
-    corpus = open_corpus(path, verify="size")
-    if corpus.manifest.tokenizer_sha256 != model.tokenizer.sha256:
+def check_same_tokens(corpus: Corpus, tokenizer: Tokenizer, place: Path) -> None:
+    """Raise DataError where a corpus has other tokens than the model at a place."""
+    if corpus.manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
-            f"{path}: was tokenised by {corpus.manifest.tokenizer_sha256[:16]}.., but {model.place} has the "
-            f"tokenizer {model.tokenizer.sha256[:16]}..; evaluate its texts, or prepare them with "
-            f"--tokenizer {model.tokenizer.path}"
+            f"{corpus.path}: was tokenised by {corpus.manifest.tokenizer_sha256[:16]}.., but {place} has the "
+            f"tokenizer {tokenizer.sha256[:16]}..; evaluate its texts, or prepare them with "
+            f"--tokenizer {tokenizer.path}"
         )
-    return corpus
 
 
 def expert_backend(cfg: ModelConfig) -> str:

@@ -9,8 +9,10 @@ from xml.sax.saxutils import escape
 from PIL import Image, ImageDraw, ImageFont
 
 from data.files import write_atomically
+from training.errors import ConfigError
 
 GOLDEN_RATIO = 0.618033988749895
+MAX_PIXELS = 100_000_000
 PICTURES = (".svg", ".png")
 
 
@@ -49,8 +51,16 @@ class Picture:
         self.words.append(Words(x, y, text, size, is_centred))
 
     def save(self, path: Path) -> None:
-        """Write the picture in the format that the suffix names, .svg or .png."""
+        """Write the picture in the format that the suffix names, .svg or .png.
+
+        Raises ConfigError for a PNG of more pixels than viewers open.
+        """
         assert path.suffix in PICTURES
+        if path.suffix == ".png" and self.width * self.height > MAX_PIXELS:
+            raise ConfigError(
+                f"--out {path}: {self.width:.0f} x {self.height:.0f} pixels are more than a PNG of "
+                f"{MAX_PIXELS:,} holds; write an .svg, or give a shorter text"
+            )
         write_atomically(path, self._svg().encode() if path.suffix == ".svg" else self._png())
 
     def _svg(self) -> str:

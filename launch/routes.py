@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data.corpus import Corpus, open_corpus
 from data.files import write_atomically
 from data.tokenizer import Tokenizer
 from data.windows import EvaluationDocument, evaluation_documents
 from launch.console import LiveBar
 from launch.evaluate import n_documents_of, print_table
-from launch.loaded import DType, LoadedModel, load_model, open_corpus_for
+from launch.loaded import DType, LoadedModel, load_model
 from launch.options import check_at_least, check_out_file, check_text
 from launch.picture import PICTURES, Picture, expert_colour, ratio_colour
 from training.errors import ConfigError, printable
@@ -62,9 +63,9 @@ def run_routes(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"--out {out} cannot be made: {err.strerror or err}; name another place") from err
-    _count_corpus(
-        load_model(path, dtype=dtype), corpus, split or "valid", max_documents, microbatch_seqs, out
-    )
+    opened = open_corpus(corpus, verify="size")  # before the model is read, which can take minutes
+    model = load_model(path, dtype=dtype, corpus=opened)
+    _count_corpus(model, opened, split or "valid", max_documents, microbatch_seqs, out)
 
 
 def _show_text(model: LoadedModel, text: str, microbatch_seqs: int, out: Path | None) -> None:
@@ -149,13 +150,12 @@ def _text_picture(routes: TokenRoutes, labels: list[str], first_layer: int) -> P
 
 def _count_corpus(
     model: LoadedModel,
-    corpus_path: Path,
+    corpus: Corpus,
     split: str,
     max_documents: int | None,
     microbatch_seqs: int,
     out: Path,
 ) -> None:
-    corpus = open_corpus_for(model, corpus_path)
     n_documents = n_documents_of(corpus, split, max_documents)
     with LiveBar("routing", n_documents) as bar:
         found = count_routes(
@@ -169,7 +169,7 @@ def _count_corpus(
     first_layer = model.decoder.cfg.n_layers - model.decoder.cfg.n_moe_layers
     head = {
         "model": str(model.place),
-        "corpus": str(corpus_path),
+        "corpus": str(corpus.path),
         "split": split,
         "n_documents": n_documents,
         "top_k": model.decoder.cfg.top_k,

@@ -39,12 +39,8 @@ def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor]) -> File
     """Write fp32 host tensors as a safetensors file, flushed; return its size and SHA-256. Raises OSError."""
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     # partial, and not a lambda, which would see the last tensor only.
-    stored = {key: Stored(tuple(t.shape), t.dtype, partial(_itself, t)) for key, t in tensors.items()}
+    stored = {key: Stored(tuple(t.shape), t.dtype, partial(iter, [t])) for key, t in tensors.items()}
     return write_stored(disk, path, stored)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def write_stored(disk: Disk, path: Path, stored: Mapping[str, Stored]) -> FileEntry:

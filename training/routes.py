@@ -68,27 +68,26 @@ def input_windows(token_ids: Sequence[int], seq_len: int) -> list[Window]:
 
 
 @torch.no_grad()
-def route(
-    decoder: Decoder, sequences: Sequence[Sequence[Window]], state: RouterState
-) -> tuple[TokenRoutes, Tensor]:
-    """Route the counted tokens of sequences of windows; return also the model's own counts [M, E] of them."""
+def route(decoder: Decoder, sequences: Sequence[Sequence[Window]], state: RouterState) -> TokenRoutes:
+    """Route sequences of windows, and return the routes of the tokens whose targets are counted."""
     device = decoder.embed.weight.device
-    tokens, targets, doc_ids = lay_out(sequences, decoder.cfg.seq_len)
-    is_counted = targets != IGNORE_INDEX
+    tokens, targets, doc_ids, is_token = lay_out(sequences, decoder.cfg.seq_len)
     with recording_routes(decoder) as taken:
-        _, stats = decoder(tokens.to(device), doc_ids, is_counted.to(device), state)
-    mine = is_counted.flatten()
+        _, stats = decoder(tokens.to(device), doc_ids, is_token.to(device), state)
+    taken_rows = [routing.expert_ids_TK.cpu()[is_token.flatten()].flatten() for routing in taken]
+    counts_ME = torch.stack([rows.bincount(minlength=decoder.cfg.n_experts) for rows in taken_rows])
+    assert torch.equal(counts_ME, stats.counts_E.cpu()), "the hooks missed a row"
+    mine = (targets != IGNORE_INDEX).flatten()
 
     def counted(parts: list[Tensor]) -> Tensor:
         return torch.stack(parts).cpu()[:, mine]
 
-    routes = TokenRoutes(
+    return TokenRoutes(
         tokens.flatten()[mine],
         counted([routing.expert_ids_TK for routing in taken]),
         counted([routing.weights_TK for routing in taken]),
         counted([_kept(routing) for routing in taken]),
     )
-    return routes, stats.counts_E.cpu()
 
 
 def route_text(
@@ -97,7 +96,7 @@ def route_text(
     """Route the tokens of one text, bos first, in their order."""
     windows = input_windows(token_ids, decoder.cfg.seq_len)
     starts = range(0, len(windows), microbatch_seqs)
-    parts = [route(decoder, [[w] for w in windows[i : i + microbatch_seqs]], state)[0] for i in starts]
+    parts = [route(decoder, [[w] for w in windows[i : i + microbatch_seqs]], state) for i in starts]
     return TokenRoutes(
         torch.cat([part.token_ids for part in parts]),
         torch.cat([part.expert_ids_MTK for part in parts], dim=1),
@@ -182,7 +181,6 @@ def count_routes(
     class_of_id = np.asarray([TOKEN_CLASSES.index(name) for name in classes])
     tokens_G = np.zeros(len(groups), dtype=np.int64)
     counts_MGE = np.zeros((cfg.n_moe_layers, len(groups), cfg.n_experts), dtype=np.int64)
-    model_counts_ME = torch.zeros(cfg.n_moe_layers, cfg.n_experts, dtype=torch.int64)
     windows = (
         (len(TOKEN_CLASSES) + sources.index(document.source), window)
         for document in documents
@@ -193,12 +191,9 @@ def count_routes(
         sequences = arrange(mine, cfg)
         for start in range(0, len(sequences), microbatch_seqs):
             batch = sequences[start : start + microbatch_seqs]
-            routes, seen_ME = route(decoder, [[mine[i] for i in row] for row in batch], state)
+            routes = route(decoder, [[mine[i] for i in row] for row in batch], state)
             for group_T in (class_of_id[routes.token_ids], source_of_window[owners_of(batch, mine)]):
                 tokens_G += np.bincount(group_T, minlength=len(groups))
                 for counts_GE, expert_ids_TK in zip(counts_MGE, routes.expert_ids_MTK.numpy(), strict=True):
                     np.add.at(counts_GE, (group_T[:, None], expert_ids_TK), 1)
-            model_counts_ME += seen_ME
-    # Each token is of one class and of one source.
-    assert (counts_MGE.sum(1) == 2 * model_counts_ME.numpy()).all(), "the hooks missed a row"
     return Specialisation(tuple(groups), tokens_G, counts_MGE)

@@ -36,33 +36,34 @@ class WindowScores:
     is_greedy: Tensor
 
 
-def lay_out(sequences: Sequence[Sequence[Window]], seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, targets and doc_ids [n, S] of sequences, each of one or more windows.
+def lay_out(sequences: Sequence[Sequence[Window]], seq_len: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tokens, targets, doc_ids and which tokens are there [n, S], of sequences of one or more windows.
 
     Without sequences there is an empty one, because ranks must call the model equally often.
     """
     shape = (max(1, len(sequences)), seq_len)
     tokens, doc_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    targets = torch.full(shape, IGNORE_INDEX)
+    targets, is_token = torch.full(shape, IGNORE_INDEX), torch.zeros(shape, dtype=torch.bool)
     for i, windows in enumerate(sequences):
         start = 0
         for number, window in enumerate(windows):
             here = slice(start, start + len(window.inputs))
             tokens[i, here] = torch.as_tensor(window.inputs)
-            targets[i, here] = torch.as_tensor(window.targets)
+            targets[i, here], is_token[i, here] = torch.as_tensor(window.targets), True
             # Padding is of the last document, which it follows, so that one window needs no mask.
             doc_ids[i, start:] = number
             start = here.stop
-    return tokens, targets, doc_ids
+    return tokens, targets, doc_ids, is_token
 
 
 def sequence_logits(
     decoder: Decoder, sequences: Sequence[Sequence[Window]], state: RouterState, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return logits [n, S, V / tp.size] and targets [n, S] of sequences, each of one or more windows."""
-    tokens, targets, doc_ids = lay_out(sequences, decoder.cfg.seq_len)
-    tokens, targets = tokens.to(device), targets.to(device)
-    hidden, _ = decoder(tokens, doc_ids, targets != IGNORE_INDEX, state)
+    tokens, targets, doc_ids, is_token = lay_out(sequences, decoder.cfg.seq_len)
+    # Every token counts, scored or only read: what a capacity drops must not depend on what is scored.
+    hidden, _ = decoder(tokens.to(device), doc_ids, is_token.to(device), state)
+    targets = targets.to(device)
     return decoder.logits(hidden), targets
 
 

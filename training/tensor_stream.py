@@ -22,11 +22,14 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file: what the header says of it, and where its numbers come from when it is its turn."""
+    """A tensor of a file: what the header says of it, and where its numbers come from when it is its turn.
+
+    read  returns parts of any shape, which one after the other are the whole, row-major
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Callable[[], Iterable[Tensor]]
 
     @property
     def n_bytes(self) -> int:
@@ -65,8 +68,11 @@ def safetensors_chunks(
 
 
 def _bytes_of(stored: Stored) -> Iterable[Buffer]:
-    tensor = stored.read()
-    assert tensor.shape == stored.shape and tensor.is_contiguous() and tensor.device.type == "cpu"
-    # Converted a chunk at a time: a whole copy would be half the tensor again.
-    for chunk in tensor.flatten().split(CHUNK_BYTES // tensor.element_size()):
-        yield memoryview(chunk.to(stored.dtype).view(torch.uint8).numpy().data)
+    n_read = 0
+    for part in stored.read():
+        assert part.is_contiguous() and part.device.type == "cpu"
+        n_read += part.numel()
+        # Converted a chunk at a time: a whole copy would be half the part again.
+        for chunk in part.flatten().split(CHUNK_BYTES // part.element_size()):
+            yield memoryview(chunk.to(stored.dtype).view(torch.uint8).numpy().data)
+    assert n_read == prod(stored.shape), "the parts are not the whole"

@@ -31,6 +31,8 @@ CONSTANT_BYTES = 128 * MIB
 LARGE = {"n_layers": 6, "d_model": 1024, "n_heads": 8, "n_kv_heads": 4, "d_head": 128, "vocab_size": 64_000}
 LARGE |= {"n_experts": 12, "d_expert": 2048, "seq_len": 64}
 SMALL = {**LARGE, "n_layers": 3, "d_model": 512, "d_expert": 1024}
+# Nearly all of it is the experts of one layer.
+MANY = {**LARGE, "n_layers": 1, "d_model": 512, "vocab_size": 300, "n_experts": 120, "d_expert": 1024}
 
 
 class MadeUpWeights:

@@ -33,11 +33,11 @@ def test_llama_cpp_notices_rows_that_were_not_reordered(
 ) -> None:
     weights = variant_weights("mixtral-gqa", tokenizer)
     held_out = random_tokens(weights.cfg)
-    expected = expected_logits(weights, held_out.tokens)
+    expected = expected_logits(weights, held_out.rows)
     monkeypatch.setattr(gguf_file, "to_neighbours", lambda rows, n_heads: rows)
     path = gguf_file.write_gguf(weights, "mixtral", tmp_path, kind=gguf_file.Kind.F32)
     with pytest.raises(ExportError, match="computes another model"):
-        found = client_gguf.llama_cpp_logits(path, held_out.tokens)
+        found = client_gguf.llama_cpp_logits(path, held_out.rows)
         check_logits(found, expected, client="llama.cpp", held_out=held_out)
 
 

@@ -37,7 +37,7 @@ def decoder() -> Decoder:
 
 def run(decoder: Decoder, corpus: Corpus, *, max_documents: int | None = None) -> Evaluation:
     groups = groups_of(Layout(1), 0)
-    state = random_state(CFG)
+    state = random_state(decoder.cfg)
     return evaluate(decoder, corpus, state, groups, microbatch_seqs=4, max_documents=max_documents)
 
 
@@ -53,6 +53,15 @@ def test_sums_equal_scoring_by_hand(decoder: Decoder, corpus: Corpus) -> None:
     assert got.n_documents == len(documents)
     assert got.bits_per_byte == pytest.approx(want / math.log(2) / got.n_bytes, rel=1e-6)
     assert got.loss == pytest.approx(want / got.n_tokens, rel=1e-6)
+
+
+def test_capacity_is_of_all_tokens_and_not_of_those_scored(corpus: Corpus) -> None:
+    """The context of a document's last window is only read, and fills experts like any other tokens."""
+    cfg = tiny_config(vocab_size=300, seq_len=9, router={"capacity_factor": 0.6})
+    decoder = tiny_decoder(cfg, dtype=torch.float32, gain=8.0)
+    documents, bos_id = list(evaluation_documents(corpus)), corpus.load_tokenizer().bos_id
+    want = sum(nll_by_hand(decoder, random_state(cfg), d.ids.tolist(), bos_id) for d in documents)
+    assert run(decoder, corpus).nll == pytest.approx(want, rel=1e-6)
 
 
 def test_evaluation_leaves_no_trace(decoder: Decoder, corpus: Corpus) -> None:

@@ -1,7 +1,7 @@
 """A broken export is caught by the gate, whatever broke it, and leaves nothing behind."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from launch.cli import main
 from tests.exports import DecoderWeights, save_weights, variant_weights
+from tests.models import tiny_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.errors import ConfigError, ExportError
 from training.export import gate, gguf_file, huggingface
@@ -25,6 +26,7 @@ from training.export.gate import (
     expected_logits,
     held_out_tokens,
     random_tokens,
+    row_lengths,
     shortage,
 )
 from training.export.naming import Slot, slots
@@ -215,45 +217,43 @@ def test_gguf_of_other_pieces_is_caught(
 
 
 def expected(n_tokens: int = 40, **changes: Any) -> Expected:
-    logits = torch.randn(1, n_tokens, 5, generator=torch.Generator().manual_seed(0))
-    return replace(Expected(logits, torch.ones(1, n_tokens, dtype=torch.bool)), **changes)
+    logits = torch.randn(n_tokens, 5, generator=torch.Generator().manual_seed(0))
+    return replace(Expected((logits,), (torch.ones(n_tokens, dtype=torch.bool),), None), **changes)
 
 
 def test_gate_lets_no_number_pass_that_is_none(tokenizer: Path) -> None:
     held_out, want = random_tokens(variant_weights("mixtral-gqa", tokenizer).cfg), expected()
     assert "largest logit difference 0 " in check_logits(want.logits, want, client="it", held_out=held_out)
-    for value in (torch.nan, torch.inf, float(want.logits[0, 7, 2]) + 2e-4):
-        found = want.logits.clone()
-        found[0, 7, 2] = value
+    for value in (torch.nan, torch.inf, float(want.logits[0][7, 2]) + 2e-4):
+        found = want.logits[0].clone()
+        found[7, 2] = value
         with pytest.raises(ExportError, match="it computes another model"):
-            check_logits(found, want, client="it", held_out=held_out)
-    few = replace(want, is_clear=first(MIN_COMPARED, 40))
+            check_logits([found], want, client="it", held_out=held_out)
+    few = replace(want, is_clear=(first(MIN_COMPARED, 40),))
     assert f"over {MIN_COMPARED} of 40 tokens" in check_logits(
         want.logits, few, client="it", held_out=held_out
     )
 
 
 def first(n: int, n_tokens: int) -> Tensor:
-    return torch.arange(n_tokens).unsqueeze(0) < n
+    return torch.arange(n_tokens) < n
 
 
 @pytest.mark.parametrize(
-    ("n_clear", "n_tokens", "window", "fault"),
+    ("n_clear", "lengths", "fault"),
     [
-        (32, 40, None, None),
-        (31, 40, None, "only 31 of 40 where 32 are needed"),
-        (8, 8, None, None),
-        (50, 1000, None, None),
-        (49, 1000, None, "only 49 of 1000 where 50 are needed"),
-        (33, 40, 32, None),
-        (32, 40, 32, "none past the sliding window of 32"),
+        (32, [40], None),
+        (31, [40], "only 31 of 40 where 32 are needed"),
+        (8, [8], None),
+        (25, [50] * 20, None),
+        (2, [50] * 20, "only 40 of 1000 where 50 are needed"),
+        (40, [40, 5000], None),
+        (31, [40, 5000], "only 31 of 40 where 32 are needed"),
     ],
 )
-def test_enough_has_to_be_compared(
-    n_clear: int, n_tokens: int, window: int | None, fault: str | None
-) -> None:
-    found = shortage(expected(n_tokens, is_clear=first(n_clear, n_tokens)), window)
-    assert (found or "").startswith(fault or "") and (found is None) == (fault is None), found
+def test_enough_has_to_be_compared(n_clear: int, lengths: list[int], fault: str | None) -> None:
+    """Of the short rows: what a long one has, which is there for the window alone, is no help."""
+    assert shortage(expected(is_clear=tuple(first(n_clear, n) for n in lengths))) == fault
 
 
 def test_other_rows_are_tried_where_the_first_do_not_do(
@@ -263,35 +263,69 @@ def test_other_rows_are_tried_where_the_first_do_not_do(
     held_out = random_tokens(weights.cfg)
 
     def tied_up_to(n: int) -> Callable[..., Expected]:
-        def made_up(_: Any, tokens: Tensor) -> Expected:
+        def made_up(_: Any, rows: Sequence[Tensor]) -> Expected:
             nonlocal n_tried
             n_tried += 1
-            is_clear = torch.arange(tokens.size(1)).expand_as(tokens) < (41 if n_tried > n else 7)
-            return Expected(torch.zeros(*tokens.shape, 1), is_clear)
+            return expected(is_clear=tuple(first(41 if n_tried > n else 1, len(row)) for row in rows))
 
         return made_up
 
     monkeypatch.setattr(gate, "expected_logits", tied_up_to(2))
     used, _ = choose_rows(weights, held_out)
-    assert n_tried == 3 and not torch.equal(used.tokens, held_out.tokens)
+    assert n_tried == 3 and not torch.equal(used.rows[0], held_out.rows[0])
     monkeypatch.setattr(gate, "expected_logits", tied_up_to(99))
-    with pytest.raises(ExportError, match="of 5 sets of rows: none past the sliding window of 7"):
+    with pytest.raises(ExportError, match="of 5 sets of rows: only 25 of 1025 where 52 are needed"):
         choose_rows(weights, held_out)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "window", "lengths"),
+    [
+        (41, None, [41] * 25),
+        (41, 7, [41] * 25),
+        (4096, 30, [128] * 8),
+        (4096, 100, [128] * 8 + [164]),
+        (8192, 4096, [128] * 8 + [5120]),
+        (4300, 4096, [128] * 8 + [4300]),
+        (1 << 20, 1 << 16, [128] * 8),
+    ],
+)
+def test_a_window_is_slid_over(seq_len: int, window: int | None, lengths: list[int]) -> None:
+    assert row_lengths(tiny_config(seq_len=seq_len, sliding_window=window)) == lengths
+
+
+def test_a_window_has_to_be_seen_hiding(tokenizer: Path) -> None:
+    """Past it some tokens must agree, whether or not a tie came before them."""
+    weights = variant_weights("mixtral-window", tokenizer)
+    held_out = random_tokens(weights.cfg)
+    want = expected_logits(weights, held_out.rows)
+    said = check_logits(want.logits, want, client="it", held_out=held_out)
+    assert said.endswith("; 425 of 425 well past the sliding window agree")
+    weights.cfg = weights.cfg.model_copy(update={"sliding_window": None})
+    blind = expected_logits(weights, held_out.rows).logits
+    tied = replace(want, is_clear=tuple(first(7, 41) for _ in held_out.rows))
+    with pytest.raises(ExportError, match="only 0 of 425 tokens past the sliding window of 7 agree where 8"):
+        check_logits(blind, tied, client="it", held_out=held_out)
+    assert "425 of 425" in check_logits(want.logits, tied, client="it", held_out=held_out)
+    long = replace(want, window=9000)
+    assert "window of 9,000 is too long to be tried" in check_logits(
+        want.logits, long, client="it", held_out=held_out
+    )
 
 
 def test_tokens_after_a_tie_do_not_count(tokenizer: Path) -> None:
     """Of two experts with one router row either may be the last chosen: from there on nothing is compared."""
     weights = variant_weights("mixtral-gqa", tokenizer)
-    tokens = random_tokens(weights.cfg).tokens
-    clear = expected_logits(weights, tokens)
-    assert clear.is_clear.float().mean() > 0.9
-    assert tied_share(weights, tokens) < clear.is_clear.float().mean() / 2
+    rows = random_tokens(weights.cfg).rows
+    clear = torch.stack(expected_logits(weights, rows).is_clear)
+    assert clear.float().mean() > 0.9
+    assert tied_share(weights, rows) < clear.float().mean() / 2
 
 
-def tied_share(weights: DecoderWeights, tokens: Tensor) -> float:
+def tied_share(weights: DecoderWeights, rows: Sequence[Tensor]) -> float:
     router = weights.parameters["blocks.1.moe.router.weight"]
     router[3] = router[2]
-    is_clear = expected_logits(weights, tokens).is_clear
+    is_clear = torch.stack(expected_logits(weights, rows).is_clear)
     assert (is_clear.long().diff(dim=1) <= 0).all(), "once a sequence is unclear it stays so"
     return float(is_clear.float().mean())
 
@@ -300,10 +334,10 @@ def test_held_out_text_is_used_where_there_is_enough(tmp_path: Path, tokenizer: 
     cfg = variant_weights("mixtral-gqa", tokenizer).cfg
     rich = make_corpus(tmp_path / "rich", {"a": make_texts(200)}, valid_frac=0.3)
     held_out = held_out_tokens(cfg, rich)
-    assert held_out is not None and held_out.tokens.shape == (25, 41)
+    assert held_out is not None and [len(row) for row in held_out.rows] == [41] * 25
     assert "held-out text" in held_out.words
     stream = rich.split("valid")[0]
-    assert held_out.tokens.flatten().tolist() == stream.read(0, 25 * 41).tolist()
+    assert torch.cat(held_out.rows).tolist() == stream.read(0, 25 * 41).tolist()
     poor = make_corpus(tmp_path / "poor", {"a": make_texts(20)}, valid_frac=0.1)
     assert held_out_tokens(cfg, poor) is None
 
@@ -328,3 +362,27 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
 
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def test_what_a_killed_export_left_is_swept(tmp_path: Path) -> None:
+    (left := tmp_path / "out.tmp").mkdir()
+    (left / "half").write_text("x" * 100)
+    (left / "twin").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (left / "link").symlink_to(tmp_path / "elsewhere")
+    publish_export(tmp_path / "out", lambda path: (path / "whole").touch(), lambda _: None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+
+
+def test_two_exports_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    out, found = tmp_path / "out", list[str]()
+
+    def write(path: Path) -> None:
+        (path / "first").touch()
+        with pytest.raises(ConfigError, match="is being written by another process"):
+            publish_export(out, lambda _: None, lambda _: None)
+        found.extend(entry.name for entry in path.iterdir())
+
+    publish_export(out, write, lambda _: None)
+    assert found == ["first"] == [path.name for path in out.iterdir()]

@@ -11,7 +11,7 @@ import torch
 from launch.export import run_export
 from tests.exports import VARIANTS, save_weights, variant_config, variant_weights
 from tests.unit.data_fixtures import make_texts, write_hf_tokenizer
-from training.errors import ConfigError, ExportError
+from training.errors import CheckpointError, ConfigError, ExportError
 from training.export.client_gguf import check_read_back, has_llama_cpp
 from training.export.gate import Rounded
 from training.export.gguf_file import GGUF_FILE, KINDS, Kind, check_gguf, to_stored, write_gguf
@@ -40,6 +40,18 @@ def test_every_tensor_reads_back(
     assert sorted(path.name for path in out.iterdir()) == ["README.md", GGUF_FILE]
     said = capsys.readouterr().out
     assert ("computes the same" in said) if has_llama_cpp() else ("llama.cpp was not at hand" in said)
+
+
+def test_what_cannot_be_held_is_refused_before_anything_is_verified(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = save_weights(variant_weights("qwen3-window", tokenizer), tmp_path / "run")
+    with pytest.raises(ConfigError, match="has no sliding window"):
+        run_export(checkpoint, tmp_path / "out", "gguf", "float32")
+    assert "intact" not in capsys.readouterr().err
+    (checkpoint / "tokenizer.model").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="tokenizer.model"):
+        run_export(checkpoint, tmp_path / "out", "gguf", "float32")
 
 
 def test_a_hugging_face_directory_can_be_exported_too(tokenizer: Path, tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_bfloat16_is_proven_with_the_rounded_numbers(
     assert "intact" in said.err
     card = (out / "README.md").read_text()
     assert "glm4_moe" in card and "bfloat16" in card and "| step | 0 |" in card
+    recipe = (checkpoint / "config.toml").read_text()
+    assert "\n".join(f"    {line}".rstrip() for line in recipe.splitlines()) in card.replace("    \n", "\n")
     want = variant_weights("glm4-all", tokenizer)
     for name in parameter_shapes(want.cfg):
         assert torch.equal(HfWeights(out).read(name), want.read(name).bfloat16().float()), name

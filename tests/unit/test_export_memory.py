@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.export_memory import CONSTANT_BYTES, SMALL, largest_bytes, measure, save_made_up
+from tests.bench.export_memory import CONSTANT_BYTES, MANY, SMALL, largest_bytes, measure, save_made_up
 
 
 @pytest.fixture(scope="module")
@@ -18,4 +18,14 @@ def test_memory_is_bounded(form: str, checkpoint: Path) -> None:
     bound = 1.3 * largest_bytes(SMALL) + CONSTANT_BYTES
     assert bound < 0.8 * n_bytes, "a writer that holds all of it would pass"
     extra, _ = measure(checkpoint, SMALL, form)
+    assert extra < bound, f"{extra / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("form", ["hf bfloat16", "gguf float32", "import"])
+def test_an_expert_is_a_tensor(form: str, tmp_path: Path) -> None:
+    """One is in memory at a time: a layer holds nearly twice the bound in each of its three matrices."""
+    checkpoint = save_made_up(tmp_path, MANY)
+    bound = largest_bytes(MANY) // MANY["n_experts"] + CONSTANT_BYTES
+    assert bound < 0.6 * largest_bytes(MANY), "a writer that holds a layer's would pass"
+    extra, _ = measure(checkpoint, MANY, form)
     assert extra < bound, f"{extra / 2**20:.0f} MiB"

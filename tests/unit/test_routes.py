@@ -14,12 +14,14 @@ from PIL import Image
 from data.loader import IGNORE_INDEX
 from data.tokenizer import load_tokenizer
 from data.windows import evaluation_documents
+from launch.picture import Picture
 from launch.routes import token_label
 from moe.router import Router
 from tests.models import random_state, tiny_config, tiny_decoder
 from tests.unit.by_hand import routes_by_hand
 from tests.unit.data_fixtures import write_hf_tokenizer
 from tests.unit.saved_fixtures import SavedRun, make_saved_run, turnout
+from training.errors import ConfigError
 from training.routes import (
     Specialisation,
     class_of_text,
@@ -203,6 +205,14 @@ def test_a_text_is_shown_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixtur
     image = Image.open(saved.place / "routes.png")
     assert image.size == (int(tree.getroot().get("width", 0)), int(tree.getroot().get("height", 0)))
     assert len(image.getcolors(1 << 20) or []) > 3
+
+
+def test_a_png_has_its_limit(tmp_path: Path) -> None:
+    picture = Picture(20_000, 6_000)
+    with pytest.raises(ConfigError, match=r"20000 x 6000 pixels are more than a PNG of 100,000,000 holds"):
+        picture.save(tmp_path / "a.png")
+    picture.save(tmp_path / "a.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
 
 
 def test_a_corpus_is_counted_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from moe.config import ModelConfig
 from training.errors import ConfigError, printable
 from training.export.naming import DENSE, ROUTED, Architecture
 
+MAX_POSITIONS = 1 << 24
 CLASSES: dict[Architecture, str] = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -136,6 +137,7 @@ def from_hf_config(
     architecture = _architecture(tree, where, is_upcycled=experts is not None)
     try:
         _refuse_strange(tree, where, architecture)
+        _check_sizes(tree, where)
         return architecture, ModelConfig.model_validate(_settings(tree, architecture, experts or {}))
     except KeyError as err:
         raise ConfigError(f"{where}: does not say {err.args[0]}; take the config.json of the model") from err
@@ -192,6 +194,15 @@ def _refuse_strange(tree: Mapping[str, Any], where: str, architecture: Architect
 
 def _rope(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return tree.get("rope_parameters") or {}
+
+
+def _check_sizes(tree: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for a number of positions for which no machine has room: no tensor is as long."""
+    if (length := tree["max_position_embeddings"]) > MAX_POSITIONS:
+        raise ConfigError(
+            f"{where}: max_position_embeddings is {length:,}, more than {MAX_POSITIONS:,}; write what "
+            "the model was trained on"
+        )
 
 
 def _settings(

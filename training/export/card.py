@@ -1,6 +1,7 @@
 """The model card: what the weights are, where they come from, and how well they did."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from moe.config import ModelConfig
 from moe.counts import n_active_params, n_params
-from training.checkpoint_manifest import PROVENANCE_FILE, Manifest
+from training.checkpoint_manifest import CONFIG_FILE, PROVENANCE_FILE, Manifest
 from training.errors import printable
 
 CARD = "README.md"
@@ -20,6 +21,7 @@ class Origin:
     """Where a checkpoint comes from; None where nothing was found that tells.
 
     trained_by     the command of the run's newest start
+    recipe         the resolved config that it was trained with, TOML
     bits_per_byte  of the validation split, at this step
     """
 
@@ -27,6 +29,7 @@ class Origin:
     tokens_seen: int
     corpus_hash: str
     trained_by: str | None
+    recipe: str | None
     bits_per_byte: float | None
 
 
@@ -38,14 +41,20 @@ def origin_of(checkpoint: Path, manifest: Manifest) -> Origin:
         tokens_seen=state.tokens_seen,
         corpus_hash=manifest.data.corpus_hash,
         trained_by=_training_command(checkpoint / PROVENANCE_FILE),
+        recipe=_text_of(checkpoint / CONFIG_FILE),
         bits_per_byte=_bits_per_byte(checkpoint.parent.parent / METRICS, state.step),
     )
 
 
 def model_card(
-    cfg: ModelConfig, origin: Origin | None, *, files: str, command: Sequence[str], gate: str
+    cfg: ModelConfig, origin: Origin | None, *, library: str, files: str, command: Sequence[str], gate: str
 ) -> str:
-    """Return the text of README.md. files: what they are; gate: how they were proven."""
+    """Return the text of README.md.
+
+    library  which loads the files, as the Hugging Face hub calls it
+    files    what they are
+    gate     how they were proven
+    """
     facts = {
         "parameters": f"{n_params(cfg):,}, of which a token uses {n_active_params(cfg):,}",
         "layers": f"{cfg.n_layers}, {cfg.n_dense_layers} of them dense",
@@ -56,28 +65,48 @@ def model_card(
     if origin is not None:
         facts["step"] = f"{origin.step:,}"
         facts["tokens seen"] = f"{origin.tokens_seen:,}"
-        facts["corpus"] = f"`{printable(origin.corpus_hash)}`"
+        facts["corpus"] = printable(origin.corpus_hash)
         if origin.bits_per_byte is not None:
             facts["held-out text"] = f"{origin.bits_per_byte:.4f} bits per byte"
-        if origin.trained_by is not None:
-            facts["trained by"] = f"`{printable(origin.trained_by, 2000)}`"
-    facts["exported by"] = f"`{printable(' '.join(command), 2000)}`"
     facts["checked"] = gate
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {_in_cell(value)} |" for name, value in facts.items())
+    listings = {"Exported by": shlex.join(command)}
+    if origin is not None and origin.trained_by is not None:
+        listings["Trained by"] = origin.trained_by
+    if origin is not None and origin.recipe is not None:
+        listings["The recipe, resolved"] = origin.recipe
     return (
-        "---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n\n"
+        f"---\nlibrary_name: {library}\ntags:\n- mixture-of-experts\n---\n\n"
         "# Mixture-of-Experts language model\n\n"
         f"Pretrained with Turnout. {files}\n\n| | |\n|---|---|\n{rows}\n\n"
         "It continues text; it was not tuned to follow instructions. Text never becomes a control token,\n"
         "and every text of training began with the begin-of-text token.\n"
+        + "".join(f"\n{title}:\n\n{_listing(text)}" for title, text in listings.items())
     )
+
+
+def _in_cell(value: str) -> str:
+    """Return text as a table of Markdown shows it."""
+    return "".join(f"\\{char}" if char in "\\|`*_<[" else char for char in value)
+
+
+def _listing(text: str) -> str:
+    """Return text as Markdown shows it letter by letter: a fence could be closed from inside it."""
+    return "".join(f"    {printable(line, 2000)}\n" for line in text.splitlines())
 
 
 def _training_command(path: Path) -> str | None:
     try:
         command = json.loads(path.read_bytes())["starts"][-1]["command"]
-        return " ".join(map(str, command))
+        return shlex.join(map(str, command))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return None
 
 

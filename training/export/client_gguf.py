@@ -1,6 +1,7 @@
 """The client of an exported GGUF file: llama.cpp where it is installed, else the `gguf` package reads it."""
 
 import importlib.util
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,18 @@ def _load(path: Path, length: int) -> Any:
         raise ExportError(f"{client_name()} cannot load it: {err}") from err
 
 
-def llama_cpp_logits(path: Path, tokens: Tensor) -> Tensor:
-    """Return llama.cpp's logits [n, length, V] of tokens [n, length]. Raises ExportError.
+def llama_cpp_logits(path: Path, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return llama.cpp's logits [length, V] of each row of tokens. Raises ExportError.
 
     Its key and value cache is fp32: the default, fp16, costs 1e-2 of a logit by itself.
     """
-    length = tokens.size(1)
-    model = _load(path, length)
-    rows = []
-    for row in tokens.tolist():
+    model = _load(path, max(map(len, rows)))
+    logits = []
+    for row in rows:
         model.reset()
-        model.eval(row)
-        rows.append(torch.from_numpy(np.array(model.scores[:length])))
-    return torch.stack(rows)
+        model.eval(row.tolist())
+        logits.append(torch.from_numpy(np.array(model.scores[: len(row)])))
+    return logits
 
 
 def client_name() -> str:
@@ -88,7 +88,7 @@ def check_read_back(path: Path, weights: Weights, architecture: Architecture, ki
         if not difference == 0:
             raise ExportError(
                 f"{path.name}: {name} is not the tensor that was exported: largest difference "
-                f"{difference:.3g}. Nothing was exported"
+                f"{difference:.3g}. Nothing was kept"
             )
     return (
         f"read back with gguf {version('gguf')}: all {len(wanted)} tensors are those of the model, bit for "
@@ -162,6 +162,4 @@ def _check_settings(reader: gguf.GGUFReader, arch: str, cfg: ModelConfig, tokeni
         is_same = np.float32(found) == np.float32(value) if isinstance(value, float) else found == value
         if not is_same:
             here, there = (str(x)[:60] for x in (found, value))
-            raise ExportError(
-                f"{key} was written as {here} where the model has {there}; nothing was exported"
-            )
+            raise ExportError(f"{key} was written as {here} where the model has {there}; nothing was kept")

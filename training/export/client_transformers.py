@@ -15,8 +15,8 @@ from training.export.tokenizer_files import PROBES
 
 
 @torch.no_grad()
-def transformers_logits(directory: Path, tokens: Tensor) -> Tensor:
-    """Return the client's fp32 logits [n, length, V] of tokens [n, length].
+def transformers_logits(directory: Path, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return the client's fp32 logits [length, V] of each row of tokens.
 
     Raises ExportError where it cannot load the model, misses a tensor, or finds one that it does not know.
     """
@@ -41,9 +41,9 @@ def transformers_logits(directory: Path, tokens: Tensor) -> Tensor:
     wrong = {kind: found for kind, found in info.items() if found}
     if wrong:
         kind, found = next(iter(wrong.items()))
-        raise ExportError(f"{client_name()} loads it with {kind} {_first(found)}; nothing was exported")
+        raise ExportError(f"{client_name()} loads it with {kind} {_first(found)}; nothing was kept")
     model.eval()
-    return torch.stack([model(row.unsqueeze(0), use_cache=False).logits[0] for row in tokens.unbind()])
+    return [model(row.unsqueeze(0), use_cache=False).logits[0] for row in rows]
 
 
 def check_tokenizer(directory: Path, ours: Tokenizer, texts: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ def check_tokenizer(directory: Path, ours: Tokenizer, texts: Sequence[str]) -> N
     if control != (ours.bos_id, ours.eos_id):
         raise ExportError(f"transformers takes {control} for begin and end, not {(ours.bos_id, ours.eos_id)}")
     if differing:
-        raise ExportError(f"transformers tokenises {differing[0][:60]!r} differently; nothing was exported")
+        raise ExportError(f"transformers tokenises {differing[0][:60]!r} differently; nothing was kept")
 
 
 def client_name() -> str:

@@ -5,12 +5,15 @@ and the order of sums is all that remains. Unlike the writer the gate needs memo
 fp32: ours first, and when that is gone the client's.
 
 Where two experts of a token are within TIE of each other, rounding alone may choose the other one, and from
-that token on nothing can be compared: a row counts up to its first such token. Where too few count, other
+that token on nothing can be demanded: a row counts up to its first such token. Where too few count, other
 rows are tried.
+
+A sliding window has to be seen to hide something, in a row longer than itself where it is long. Before its
+end there is hardly ever no tie, so there some tokens must agree: by chance, with other keys, none would.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,27 +32,31 @@ ROW_TOKENS = 128  # many short rows: each is compared up to its first tie
 MIN_COMPARED = 32
 MIN_COMPARED_FRAC = 0.05
 N_TRIES = 4  # of pseudo-random rows, where the first rows do not do
+MAX_TRIED_WINDOW = 8192  # the logits of a longer row are many GB, of the client's too
+MIN_PAST_WINDOW = 8
 SEED = 20_240_229
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The tokens [n, length] on which an export is tried, and what to call them."""
+    """The rows of tokens on which an export is tried, each [length] int64, and what to call them."""
 
-    tokens: Tensor
+    rows: tuple[Tensor, ...]
     words: str
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What our model computes of some tokens.
+    """What our model computes of some rows.
 
-    logits     [n, length, V] fp32
-    is_clear   [n, length] bool: no two experts were too close, here or before
+    logits     of each row [length, V] fp32
+    is_clear   of each row [length] bool: no two experts were too close, here or before
+    window     the model's
     """
 
-    logits: Tensor
-    is_clear: Tensor
+    logits: tuple[Tensor, ...]
+    is_clear: tuple[Tensor, ...]
+    window: int | None
 
 
 class _Shortened:
@@ -76,25 +83,30 @@ class Rounded:
 
 
 def random_tokens(cfg: ModelConfig, seed: int = SEED) -> HeldOut:
-    """Return the same tokens for every model of a vocabulary and length."""
-    tokens = torch.randint(cfg.vocab_size, _shape(cfg), generator=torch.Generator().manual_seed(seed))
-    return HeldOut(tokens, "pseudo-random tokens")
+    """Return the same tokens for every model of a vocabulary, length and window."""
+    lengths = row_lengths(cfg)
+    tokens = torch.randint(cfg.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return HeldOut(tokens.split(lengths), "pseudo-random tokens")
 
 
 def held_out_tokens(cfg: ModelConfig, corpus: Corpus) -> HeldOut | None:
     """Return text that no step has trained on; None where the corpus has too little of it."""
-    n_rows, length = _shape(cfg)
+    lengths = row_lengths(cfg)
     for stream in corpus.split("valid"):
-        if stream.n_tokens >= n_rows * length:
-            tokens = torch.as_tensor(stream.read(0, n_rows * length).astype("int64"))
-            return HeldOut(tokens.view(n_rows, length), f"held-out text of {corpus.path}")
+        if stream.n_tokens >= sum(lengths):
+            tokens = torch.as_tensor(stream.read(0, sum(lengths)).astype("int64"))
+            return HeldOut(tokens.split(lengths), f"held-out text of {corpus.path}")
     return None
 
 
-def _shape(cfg: ModelConfig) -> tuple[int, int]:
-    """Return how many rows of which length are tried: a sliding window has to have slid over half of one."""
-    length = min(cfg.seq_len, max(ROW_TOKENS, 2 * (cfg.sliding_window or 0)))
-    return -(-N_TOKENS // length), length
+def row_lengths(cfg: ModelConfig) -> list[int]:
+    """Return the tokens of each row: short ones, and where a window has more, one that it slides over."""
+    short = min(cfg.seq_len, ROW_TOKENS)
+    lengths = [short] * -(-N_TOKENS // short)
+    if cfg.sliding_window is not None and cfg.sliding_window <= MAX_TRIED_WINDOW:
+        long = min(cfg.seq_len, cfg.sliding_window + max(64, cfg.sliding_window // 4))
+        lengths += [long] if long > short else []
+    return lengths
 
 
 def choose_rows(weights: Weights, first: HeldOut) -> tuple[HeldOut, Expected]:
@@ -102,51 +114,50 @@ def choose_rows(weights: Weights, first: HeldOut) -> tuple[HeldOut, Expected]:
 
     Raises ExportError where neither those given nor pseudo-random ones do.
     """
-    cfg, fault = weights.cfg, None
+    fault = None
     for number in range(N_TRIES + 1):
-        tried = first if number == 0 else random_tokens(cfg, SEED + number)
-        expected = expected_logits(weights, tried.tokens)
-        if (fault := shortage(expected, cfg.sliding_window)) is None:
+        tried = first if number == 0 else random_tokens(weights.cfg, SEED + number)
+        expected = expected_logits(weights, tried.rows)
+        if (fault := shortage(expected)) is None:
             return tried, expected
     raise ExportError(
         f"too few tokens can be compared, of {N_TRIES + 1} sets of rows: {fault}. Some router scores two "
-        f"experts within {TIE:g} of each other, and from there on either may be chosen; nothing was exported"
+        f"experts within {TIE:g} of each other, and from there on either may be chosen; nothing was kept"
     )
 
 
-def shortage(expected: Expected, sliding_window: int | None) -> str | None:
+def shortage(expected: Expected) -> str | None:
     """Return why what can be compared proves too little; None where it is enough."""
-    is_clear = expected.is_clear
+    is_clear = torch.cat([row for row in expected.is_clear if len(row) <= ROW_TOKENS])
     n_compared, n_tokens = int(is_clear.sum()), is_clear.numel()
     n_needed = min(n_tokens, max(MIN_COMPARED, math.ceil(MIN_COMPARED_FRAC * n_tokens)))
-    if n_compared < n_needed:
-        return f"only {n_compared} of {n_tokens} where {n_needed} are needed"
-    if sliding_window is not None and not is_clear[:, sliding_window:].any():
-        return f"none past the sliding window of {sliding_window}, which therefore hid nothing"
-    return None
+    return None if n_compared >= n_needed else f"only {n_compared} of {n_tokens} where {n_needed} are needed"
 
 
 @torch.no_grad()
-def expected_logits(weights: Weights, tokens: Tensor) -> Expected:
-    """Return what our model makes of tokens [n, length], each row one document."""
-    decoder, state = load_decoder(_Shortened(weights, tokens.size(1)))
+def expected_logits(weights: Weights, rows: Sequence[Tensor]) -> Expected:
+    """Return what our model makes of rows of tokens, each one document."""
+    logits, is_clear = list[Tensor](), list[Tensor]()
+    length = None
     close: list[Tensor] = []
 
     def note(router: nn.Module, arguments: tuple, _: object) -> None:
         assert isinstance(router, Router)
         close.append(_is_close(router, *arguments[:2]))
 
-    for module in decoder.modules():
-        if isinstance(module, Router):
-            module.register_forward_hook(note)
-    rows, is_clear = [], []
-    for row in tokens.unbind():
+    for row in rows:
+        if len(row) != length:  # rows of one length lie together
+            length = len(row)
+            decoder, state = load_decoder(_Shortened(weights, length))
+            for module in decoder.modules():
+                if isinstance(module, Router):
+                    module.register_forward_hook(note)
         close.clear()
         one = row.unsqueeze(0)
         hidden, _ = decoder(one, torch.zeros_like(one), torch.ones_like(one, dtype=torch.bool), state)
-        rows.append(decoder.logits(hidden)[0])
+        logits.append(decoder.logits(hidden)[0])
         is_clear.append(torch.stack(close).any(0).cumsum(0) == 0)
-    return Expected(torch.stack(rows), torch.stack(is_clear))
+    return Expected(tuple(logits), tuple(is_clear), weights.cfg.sliding_window)
 
 
 def _is_close(router: Router, x_TD: Tensor, bias_E: Tensor) -> Tensor:
@@ -160,19 +171,38 @@ def _is_close(router: Router, x_TD: Tensor, bias_E: Tensor) -> Tensor:
     return best[:, k - 1] - best[:, k] <= TIE * scores_TE.max(-1).values
 
 
-def check_logits(found: Tensor, expected: Expected, *, client: str, held_out: HeldOut) -> str:
-    """Return in words how close the client's logits [n, length, V] are. Raises ExportError."""
-    is_clear, n_vocab = expected.is_clear, expected.logits.size(-1)
-    n_compared = int(is_clear.sum())
-    difference = (found[..., :n_vocab].float() - expected.logits).abs()[is_clear]
-    largest = float(difference.max())
+def check_logits(found: Sequence[Tensor], expected: Expected, *, client: str, held_out: HeldOut) -> str:
+    """Return in words how close the client's logits, of each row [length, V], are. Raises ExportError."""
+    differences = [
+        (theirs[:, : ours.size(1)].float() - ours).abs().amax(1)
+        for theirs, ours in zip(found, expected.logits, strict=True)
+    ]
+    is_clear = torch.cat(expected.is_clear)
+    largest = float(torch.cat(differences)[is_clear].max())
     if not largest <= TOLERANCE:  # NaN is no pass
         raise ExportError(
-            f"{client} computes another model than the one that was exported: largest logit difference "
-            f"{largest:.3g} on {held_out.words} where {TOLERANCE:g} is allowed. Nothing was exported"
+            f"{client} computes another model: largest logit difference {largest:.3g} on {held_out.words} "
+            f"where {TOLERANCE:g} is allowed. Nothing was kept"
         )
     left_out = "" if is_clear.all() else ", the others left out by ties"
     return (
-        f"{client} computes the same: largest logit difference {largest:.2g} over {n_compared:,} of "
+        f"{client} computes the same: largest logit difference {largest:.2g} over {int(is_clear.sum()):,} of "
         f"{is_clear.numel():,} tokens ({held_out.words}{left_out})"
+        + _check_window(differences, expected.window)
     )
+
+
+def _check_window(differences: Sequence[Tensor], window: int | None) -> str:
+    """Return what is to be said of the window. Raises ExportError where nothing past it agrees."""
+    if window is None:
+        return ""
+    if window > MAX_TRIED_WINDOW:
+        return f"; its sliding window of {window:,} is too long to be tried"
+    past = torch.cat([row[(window + len(row)) // 2 :] for row in differences if len(row) > window])
+    n_agreeing, n_needed = int((past <= TOLERANCE).sum()), min(MIN_PAST_WINDOW, len(past))
+    if n_agreeing < n_needed:
+        raise ExportError(
+            f"only {n_agreeing} of {len(past)} tokens past the sliding window of {window} agree where "
+            f"{n_needed} are needed, so that it was not seen to hide anything. Nothing was kept"
+        )
+    return f"; {n_agreeing:,} of {len(past):,} well past the sliding window agree"

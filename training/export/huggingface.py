@@ -58,7 +58,7 @@ def write_huggingface(
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         stored = {
-            slot.name: Stored(slot.shape, dtype_of(slot, dtype), partial(read_slot, weights, slot))
+            slot.name: Stored(slot.shape, dtype_of(slot, dtype), partial(_read_parts, weights, slot))
             for slot in shard
         }
         chunks = safetensors_chunks(stored, {"format": "pt"})
@@ -67,6 +67,10 @@ def write_huggingface(
     total = sum(_n_bytes(dtype, slot) for shard in shards for slot in shard)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(disk, directory / INDEX, index)
+
+
+def _read_parts(weights: Weights, slot: Slot) -> Iterator[Tensor]:
+    yield read_slot(weights, slot)
 
 
 def read_slot(weights: Weights, slot: Slot) -> Tensor:

@@ -28,12 +28,12 @@ def check_huggingface(directory: Path, weights: Weights) -> str:
             for expert in range(weights.cfg.n_experts) if is_expert(name) else (None,):
                 if not _same_bits(_read(found, name, expert), weights.read(name, expert)):
                     part = name if expert is None else f"{name} of expert {expert}"
-                    raise ExportError(f"{part} was written with other numbers; nothing was exported")
+                    raise ExportError(f"{part} was written with other numbers; nothing was kept")
         # As numbers: a bias of -0.0, which is none, reads as 0.0 where the architecture has no bias.
         if not torch.equal(found.read_bias(), weights.read_bias()):
-            raise ExportError("the routers' bias was written with other numbers; nothing was exported")
+            raise ExportError("the routers' bias was written with other numbers; nothing was kept")
     except (CheckpointError, ConfigError) as err:
-        raise ExportError(f"what was written cannot be read back: {err}; nothing was exported") from err
+        raise ExportError(f"what was written cannot be read back: {err}; nothing was kept") from err
     return f"read back: all {len(names)} parameters are those of the model, bit for bit as they were rounded"
 
 

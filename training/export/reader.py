@@ -72,26 +72,26 @@ class HfWeights:
 
     def _find_slots(self) -> dict[tuple[str, int | None], Slot]:
         """Return the slot of each parameter. Raises CheckpointError for a missing or unexpected tensor."""
-        wanted = {slot.name: slot for slot in slots(self.architecture, self.cfg)}
-        if self.cfg.tie_embeddings:
-            del wanted["lm_head.weight"]
-        found = self._files.shapes
-        for name in sorted(wanted.keys() | found.keys()):
-            if name not in wanted:
-                if _is_computed(name) or name == "lm_head.weight":
-                    continue
+        found, filled, wanted = self._files.shapes, dict[tuple[str, int | None], Slot](), set[str]()
+        # One at a time: the config of a stranger may speak of more layers than memory has room for.
+        for slot in slots(self.architecture, self.cfg):
+            if slot.name == "lm_head.weight" and self.cfg.tie_embeddings:
+                continue
+            if found.get(slot.name) != slot.shape:
+                here = found.get(slot.name, "absent")
+                raise CheckpointError(
+                    f"{self.place}: {slot.name} is {here} where its config says {slot.shape}"
+                )
+            wanted.add(slot.name)
+            if slot.kind == "parameter":
+                filled[slot.ours, slot.index] = slot
+        for name in sorted(found.keys() - wanted):
+            if not _is_computed(name) and name != "lm_head.weight":
                 raise CheckpointError(
                     f"{self.place}: holds {printable(name)}, for which the {self.architecture} of its config "
                     "has no place"
                 )
-            if found.get(name) != (shape := wanted[name].shape):
-                here = found.get(name, "absent")
-                raise CheckpointError(f"{self.place}: {name} is {here} where its config says {shape}")
-        return {
-            (slot.ours, slot.index): slot
-            for slot in slots(self.architecture, self.cfg)
-            if slot.kind == "parameter" and slot.name in wanted
-        }
+        return filled
 
     def _settle_config(self) -> None:
         """Take back what export adds: the head of a tied model, and the shared expert of zeros.
@@ -187,7 +187,8 @@ class SafetensorsFiles:
         files = read_json(self._directory / INDEX).get("weight_map")
         # A name with a path in it would lead out of the directory.
         if not isinstance(files, dict) or not all(
-            isinstance(file, str) and Path(file).name == file for file in files.values()
+            isinstance(file, str) and Path(file).name == file and _is_text(file) and _is_text(name)
+            for name, file in files.items()
         ):
             raise CheckpointError(f"{self._directory / INDEX}: does not say which file holds which tensor")
         return files
@@ -211,6 +212,11 @@ def read_json(path: Path) -> dict[str, Any]:
         kind = ConfigError if path.name == CONFIG else CheckpointError
         raise kind(f"{path}: not JSON that can be used ({printable(str(err))})") from err
     return tree
+
+
+def _is_text(name: str) -> bool:
+    # JSON can spell half of a surrogate pair, which is no character, and NUL, which ends a file's name.
+    return "\0" not in name and not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _is_computed(name: str) -> bool:

@@ -3,15 +3,17 @@
 Its optimizer has no state yet, as before a first update, and its router loads are uniform.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moe.balance import RouterState
-from moe.sharding import split_of
+from moe.sharding import is_expert, split_of
 from training.checkpoint_dir import checkpoint_path
 from training.checkpoint_manifest import (
     FORMAT_VERSION,
@@ -42,7 +44,8 @@ MAX_FILE_BYTES = 4 << 30
 def write_first_checkpoint(
     weights: Weights, run_dir: Path, attached: Attached, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> Path:
-    """Write step 0 of a run that nobody reads yet; return its path. One tensor is in memory at a time.
+    """Write step 0 of a run that nobody reads yet; return its path. One tensor is in memory at a time,
+    of stacked experts one expert's.
 
     Raises CheckpointError where the weights cannot be read, OSError where the disk fails.
     """
@@ -54,7 +57,7 @@ def write_first_checkpoint(
     for number, names in enumerate(parts):
         stored = {
             key_of(MASTER, name): Stored(
-                (prod(shapes[name]),), torch.float32, partial(_read_flat, weights, name)
+                (prod(shapes[name]),), torch.float32, partial(_read_parts, weights, name)
             )
             for name in names
         }
@@ -87,8 +90,10 @@ def write_first_checkpoint(
     return directory
 
 
-def _read_flat(weights: Weights, name: str) -> torch.Tensor:
-    return weights.read(name).flatten()
+def _read_parts(weights: Weights, name: str) -> Iterator[Tensor]:
+    """Yield a parameter, of stacked experts one after the other."""
+    for expert in range(weights.cfg.n_experts) if is_expert(name) else (None,):
+        yield weights.read(name, expert)
 
 
 def _first_state() -> TrainingState:
