@@ -13,9 +13,11 @@ import torch
 from data.corpus import Corpus, open_corpus
 from data.errors import DataError
 from data.tokenizer import load_tokenizer
+from launch.checkpoints import is_checkpoint
 from launch.console import LiveBar
 from launch.run_dir import read_config
 from launch.saved import load_tokenizer_of, open_weights
+from training.checkpoint_dir import list_checkpoints
 from training.checkpoint_manifest import CONFIG_FILE
 from training.disk import Disk
 from training.errors import ConfigError
@@ -80,7 +82,8 @@ def check_first(checkpoint: Path, to: Format, dtype: Dtype) -> None:
         return
     cfg = read_config(checkpoint).model
     architecture = choose_architecture(cfg, has_bias=False)
-    tokenizer = next(checkpoint.glob("tokenizer.*"), None)
+    newest = checkpoint if is_checkpoint(checkpoint) else next(iter(list_checkpoints(checkpoint)), checkpoint)
+    tokenizer = next(newest.glob("tokenizer.*"), None)
     if tokenizer is None or not is_tokenizer(tokenizer):
         return
     if to == "gguf":

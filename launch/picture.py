@@ -12,7 +12,7 @@ from data.files import write_atomically
 from training.errors import ConfigError
 
 GOLDEN_RATIO = 0.618033988749895
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # pillow refuses to open more
 PICTURES = (".svg", ".png")
 
 
@@ -51,17 +51,18 @@ class Picture:
         self.words.append(Words(x, y, text, size, is_centred))
 
     def save(self, path: Path) -> None:
-        """Write the picture in the format that the suffix names, .svg or .png.
+        """Write the picture in the format that the suffix names, .svg or .png. Raises ConfigError."""
+        self.check_size(path)
+        write_atomically(path, self._svg().encode() if path.suffix == ".svg" else self._png())
 
-        Raises ConfigError for a PNG of more pixels than viewers open.
-        """
+    def check_size(self, path: Path) -> None:
+        """Raise ConfigError for a PNG of more pixels than can be opened."""
         assert path.suffix in PICTURES
         if path.suffix == ".png" and self.width * self.height > MAX_PIXELS:
             raise ConfigError(
                 f"--out {path}: {self.width:.0f} x {self.height:.0f} pixels are more than a PNG of "
                 f"{MAX_PIXELS:,} holds; write an .svg, or give a shorter text"
             )
-        write_atomically(path, self._svg().encode() if path.suffix == ".svg" else self._png())
 
     def _svg(self) -> str:
         size = f'width="{self.width:g}" height="{self.height:g}"'

@@ -27,7 +27,7 @@ from training.text_stream import REPLACEMENT
 KINDS = ("class", "source")
 COLUMNS = ("layer", "expert", "kind", "group", "rows", "share_of_expert", "share_of_tokens", "ratio")
 # Of the figures, in pixels.
-ROW, MARGIN, LABEL = 20, 12, 120
+ROW, MARGIN, LABEL, CHOICE = 20, 12, 120, 34
 
 
 def run_routes(
@@ -71,13 +71,18 @@ def run_routes(
 def _show_text(model: LoadedModel, text: str, microbatch_seqs: int, out: Path | None) -> None:
     tokenizer = model.tokenizer
     token_ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    cfg = model.decoder.cfg
+    picture = _text_canvas(cfg.n_moe_layers, len(token_ids), cfg.top_k)
+    if out is not None:
+        picture.check_size(out)
     routes = route_text(model.decoder, model.state, token_ids, microbatch_seqs=microbatch_seqs)
     labels = [token_label(i, tokenizer) for i in token_ids]
-    first_layer = model.decoder.cfg.n_layers - model.decoder.cfg.n_moe_layers
+    first_layer = cfg.n_layers - cfg.n_moe_layers
     for table in _text_tables(routes, labels, first_layer, Console()):
         print_table(table)
     if out is not None:
-        _text_picture(routes, labels, first_layer).save(out)
+        _draw_text(picture, routes, labels, first_layer)
+        picture.save(out)
         print(f"figure: {out}")
 
 
@@ -123,11 +128,15 @@ def _choices(routes: TokenRoutes, layer: int, t: int) -> list[tuple[int, float, 
     return list(zip(*(part[layer, t].tolist() for part in parts), strict=True))
 
 
-def _text_picture(routes: TokenRoutes, labels: list[str], first_layer: int) -> Picture:
-    """One row per token, one column per layer; each cell is cut by the weights of its experts."""
+def _text_canvas(n_layers: int, n_tokens: int, top_k: int) -> Picture:
+    width = 2 * MARGIN + LABEL + n_layers * (CHOICE * top_k + 6)
+    return Picture(width, 2 * MARGIN + (n_tokens + 1) * ROW)
+
+
+def _draw_text(picture: Picture, routes: TokenRoutes, labels: list[str], first_layer: int) -> None:
+    """Draw one row per token, one column per layer; each cell is cut by the weights of its experts."""
     n_layers, n_tokens, top_k = routes.expert_ids_MTK.shape
-    width = 34 * top_k
-    picture = Picture(2 * MARGIN + LABEL + n_layers * (width + 6), 2 * MARGIN + (n_tokens + 1) * ROW)
+    width = CHOICE * top_k
     for layer in range(n_layers):
         x = MARGIN + LABEL + layer * (width + 6)
         picture.add_words(x + width / 2, MARGIN + ROW / 2, f"layer {first_layer + layer}", is_centred=True)
@@ -145,7 +154,6 @@ def _text_picture(routes: TokenRoutes, labels: list[str], first_layer: int) -> P
                 left += part
     for t, label in enumerate(labels):
         picture.add_words(MARGIN, MARGIN + (t + 1.5) * ROW, label[:18])
-    return picture
 
 
 def _count_corpus(

@@ -75,4 +75,5 @@ def _bytes_of(stored: Stored) -> Iterable[Buffer]:
         # Converted a chunk at a time: a whole copy would be half the part again.
         for chunk in part.flatten().split(CHUNK_BYTES // part.element_size()):
             yield memoryview(chunk.to(stored.dtype).view(torch.uint8).numpy().data)
+        del part, chunk  # before the next part is read
     assert n_read == prod(stored.shape), "the parts are not the whole"

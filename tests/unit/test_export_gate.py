@@ -1,6 +1,10 @@
 """A broken export is caught by the gate, whatever broke it, and leaves nothing behind."""
 
+import fcntl
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +20,7 @@ from tests.exports import DecoderWeights, save_weights, variant_weights
 from tests.models import tiny_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.errors import ConfigError, ExportError
-from training.export import gate, gguf_file, huggingface
+from training.export import gguf_file, huggingface
 from training.export.client_gguf import check_read_back
 from training.export.gate import (
     MIN_COMPARED,
@@ -30,7 +34,7 @@ from training.export.gate import (
     shortage,
 )
 from training.export.naming import Slot, slots
-from training.export.publish import publish_export
+from training.export.publish import MARKER, publish_export
 
 
 def with_slots(change: Callable[[Slot], Slot | None]) -> dict[tuple[Any, str], Any]:
@@ -256,9 +260,7 @@ def test_enough_has_to_be_compared(n_clear: int, lengths: list[int], fault: str 
     assert shortage(expected(is_clear=tuple(first(n_clear, n) for n in lengths))) == fault
 
 
-def test_other_rows_are_tried_where_the_first_do_not_do(
-    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_rows_are_tried_where_the_first_do_not_do(tokenizer: Path) -> None:
     weights, n_tried = variant_weights("mixtral-window", tokenizer), 0
     held_out = random_tokens(weights.cfg)
 
@@ -270,12 +272,10 @@ def test_other_rows_are_tried_where_the_first_do_not_do(
 
         return made_up
 
-    monkeypatch.setattr(gate, "expected_logits", tied_up_to(2))
-    used, _ = choose_rows(weights, held_out)
+    used, _ = choose_rows(weights, held_out, tied_up_to(2))
     assert n_tried == 3 and not torch.equal(used.rows[0], held_out.rows[0])
-    monkeypatch.setattr(gate, "expected_logits", tied_up_to(99))
     with pytest.raises(ExportError, match="of 5 sets of rows: only 25 of 1025 where 52 are needed"):
-        choose_rows(weights, held_out)
+        choose_rows(weights, held_out, tied_up_to(99))
 
 
 @pytest.mark.parametrize(
@@ -364,25 +364,32 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+KILLED = """
+import os, pathlib, sys
+from training.export.publish import MARKER, publish_export
+
+def write(directory: pathlib.Path) -> None:
+    (directory / "half").touch()
+    os.kill(os.getpid(), 9)
+
+publish_export(pathlib.Path(sys.argv[1]), write, print)
+"""
+
+
 def test_what_a_killed_export_left_is_swept(tmp_path: Path) -> None:
-    (left := tmp_path / "out.tmp").mkdir()
-    (left / "half").write_text("x" * 100)
-    (left / "twin").mkdir()
+    """And nothing else that has such a name: a directory of the user's, or one that is still written."""
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert {entry.name for entry in left.iterdir()} == {MARKER, "half"}
+    (tmp_path / "out.mine.tmp").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    (left / "link").symlink_to(tmp_path / "elsewhere")
-    publish_export(tmp_path / "out", lambda path: (path / "whole").touch(), lambda _: None)
+    (tmp_path / "elsewhere" / MARKER).touch()
+    (tmp_path / "out.link.tmp").symlink_to(tmp_path / "elsewhere")
+    (busy := tmp_path / "out.busy.tmp").mkdir()
+    with (busy / MARKER).open("x") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        publish_export(tmp_path / "out", lambda path: (path / "whole").touch(), lambda _: None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
-
-
-def test_two_exports_of_one_name_do_not_meet(tmp_path: Path) -> None:
-    out, found = tmp_path / "out", list[str]()
-
-    def write(path: Path) -> None:
-        (path / "first").touch()
-        with pytest.raises(ConfigError, match="is being written by another process"):
-            publish_export(out, lambda _: None, lambda _: None)
-        found.extend(entry.name for entry in path.iterdir())
-
-    publish_export(out, write, lambda _: None)
-    assert found == ["first"] == [path.name for path in out.iterdir()]
+    kept = {"elsewhere", "out", "out.busy.tmp", "out.link.tmp", "out.mine.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == kept and list((tmp_path / "elsewhere").iterdir())

@@ -208,8 +208,8 @@ def test_a_text_is_shown_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixtur
 
 
 def test_a_png_has_its_limit(tmp_path: Path) -> None:
-    picture = Picture(20_000, 6_000)
-    with pytest.raises(ConfigError, match=r"20000 x 6000 pixels are more than a PNG of 100,000,000 holds"):
+    picture = Picture(20_000, 9_000)
+    with pytest.raises(ConfigError, match=r"20000 x 9000 pixels are more than a PNG of 178,956,970 holds"):
         picture.save(tmp_path / "a.png")
     picture.save(tmp_path / "a.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]

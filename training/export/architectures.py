@@ -13,7 +13,7 @@ from moe.config import ModelConfig
 from training.errors import ConfigError, printable
 from training.export.naming import DENSE, ROUTED, Architecture
 
-MAX_POSITIONS = 1 << 24
+MAX_POSITIONS = 1 << 24  # more than any model has been trained on
 CLASSES: dict[Architecture, str] = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -197,11 +197,14 @@ def _rope(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_sizes(tree: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for a number of positions for which no machine has room: no tensor is as long."""
+    """Raise ConfigError for a sequence length that no tensor bears out and that evaluation would make room
+    for.
+    """
     if (length := tree["max_position_embeddings"]) > MAX_POSITIONS:
+        said = printable(repr(length), 40)
         raise ConfigError(
-            f"{where}: max_position_embeddings is {length:,}, more than {MAX_POSITIONS:,}; write what "
-            "the model was trained on"
+            f"{where}: max_position_embeddings is {said}, more than {MAX_POSITIONS:,}; write what the model "
+            "was trained on"
         )
 
 

@@ -91,8 +91,8 @@ def _in_cell(value: str) -> str:
 
 
 def _listing(text: str) -> str:
-    """Return text as Markdown shows it letter by letter: a fence could be closed from inside it."""
-    return "".join(f"    {printable(line, 2000)}\n" for line in text.splitlines())
+    """Return text as Markdown shows it as it is, indented: a fence could be closed from inside it."""
+    return "".join(f"    {printable(line, len(line) + 1)}\n" for line in text.splitlines())
 
 
 def _training_command(path: Path) -> str | None:

@@ -8,13 +8,15 @@ Where two experts of a token are within TIE of each other, rounding alone may ch
 that token on nothing can be demanded: a row counts up to its first such token. Where too few count, other
 rows are tried.
 
-A sliding window has to be seen to hide something, in a row longer than itself where it is long. Before its
-end there is hardly ever no tie, so there some tokens must agree: by chance, with other keys, none would.
+A sliding window of up to MAX_TRIED_WINDOW has to be seen to hide something, in a row longer than itself where
+it is long. Before its end there is hardly ever no tie, so there some tokens must agree: by chance, with other
+keys, none would. That a longer one was not tried is said.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -109,23 +111,6 @@ def row_lengths(cfg: ModelConfig) -> list[int]:
     return lengths
 
 
-def choose_rows(weights: Weights, first: HeldOut) -> tuple[HeldOut, Expected]:
-    """Return the first rows of which enough can be compared, and what our model makes of them.
-
-    Raises ExportError where neither those given nor pseudo-random ones do.
-    """
-    fault = None
-    for number in range(N_TRIES + 1):
-        tried = first if number == 0 else random_tokens(weights.cfg, SEED + number)
-        expected = expected_logits(weights, tried.rows)
-        if (fault := shortage(expected)) is None:
-            return tried, expected
-    raise ExportError(
-        f"too few tokens can be compared, of {N_TRIES + 1} sets of rows: {fault}. Some router scores two "
-        f"experts within {TIE:g} of each other, and from there on either may be chosen; nothing was kept"
-    )
-
-
 def shortage(expected: Expected) -> str | None:
     """Return why what can be compared proves too little; None where it is enough."""
     is_clear = torch.cat([row for row in expected.is_clear if len(row) <= ROW_TOKENS])
@@ -137,27 +122,52 @@ def shortage(expected: Expected) -> str | None:
 @torch.no_grad()
 def expected_logits(weights: Weights, rows: Sequence[Tensor]) -> Expected:
     """Return what our model makes of rows of tokens, each one document."""
-    logits, is_clear = list[Tensor](), list[Tensor]()
-    length = None
-    close: list[Tensor] = []
+    parts = []
+    for length, equal in groupby(rows, len):  # rows of one length lie together, and share a decoder
+        parts += _expected_of_equal(weights, length, list(equal))
+    logits, is_clear = zip(*parts, strict=True)
+    return Expected(logits, is_clear, weights.cfg.sliding_window)
+
+
+def _expected_of_equal(weights: Weights, length: int, rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return logits and is_clear of rows of one length. The decoder is gone before another is loaded."""
+    decoder, state = load_decoder(_Shortened(weights, length))
+    close, found = list[Tensor](), []
 
     def note(router: nn.Module, arguments: tuple, _: object) -> None:
         assert isinstance(router, Router)
         close.append(_is_close(router, *arguments[:2]))
 
+    for module in decoder.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(note)
     for row in rows:
-        if len(row) != length:  # rows of one length lie together
-            length = len(row)
-            decoder, state = load_decoder(_Shortened(weights, length))
-            for module in decoder.modules():
-                if isinstance(module, Router):
-                    module.register_forward_hook(note)
         close.clear()
         one = row.unsqueeze(0)
         hidden, _ = decoder(one, torch.zeros_like(one), torch.ones_like(one, dtype=torch.bool), state)
-        logits.append(decoder.logits(hidden)[0])
-        is_clear.append(torch.stack(close).any(0).cumsum(0) == 0)
-    return Expected(tuple(logits), tuple(is_clear), weights.cfg.sliding_window)
+        found.append((decoder.logits(hidden)[0], torch.stack(close).any(0).cumsum(0) == 0))
+    return found
+
+
+def choose_rows(
+    weights: Weights,
+    first: HeldOut,
+    compute: Callable[[Weights, Sequence[Tensor]], Expected] = expected_logits,
+) -> tuple[HeldOut, Expected]:
+    """Return the first rows of which enough can be compared, and what our model makes of them.
+
+    Raises ExportError where neither those given nor pseudo-random ones do.
+    """
+    fault = None
+    for number in range(N_TRIES + 1):
+        tried = first if number == 0 else random_tokens(weights.cfg, SEED + number)
+        expected = compute(weights, tried.rows)
+        if (fault := shortage(expected)) is None:
+            return tried, expected
+    raise ExportError(
+        f"too few tokens can be compared, of {N_TRIES + 1} sets of rows: {fault}. Some router scores two "
+        f"experts within {TIE:g} of each other, and from there on either may be chosen; nothing was kept"
+    )
 
 
 def _is_close(router: Router, x_TD: Tensor, bias_E: Tensor) -> Tensor:

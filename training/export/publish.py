@@ -3,12 +3,16 @@
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from training.disk import Disk
 from training.errors import ConfigError
+
+# Its writer holds a lock on it: a file, and not the directory, because NFS tells its server of files only.
+MARKER = ".being-written"
 
 
 def check_free(out: Path, option: str = "--out") -> None:
@@ -22,43 +26,48 @@ def check_free(out: Path, option: str = "--out") -> None:
 def publish_export(out: Path, write: Callable[[Path], None], check: Callable[[Path], None]) -> None:
     """Write into a directory beside out, check what was written, and only then give it its name.
 
-    Whatever write or check raises, nothing is left; what a killed export left is swept by the next one of
-    the same name. Raises ConfigError where out is there already, or is being written.
+    Whatever write or check raises, nothing is left; what a killed export of the same name left is swept.
+    Raises ConfigError where out is there already.
     """
     check_free(out)
+    _sweep(out)
     disk = Disk()
     with _staged(out) as staged:
         write(staged)
         check(staged)
+        (staged / MARKER).unlink()
         disk.flush_directory(staged)
-        check_free(out)  # something else may have been faster
+        check_free(out)  # another export may have been faster
         disk.rename(staged, out)
 
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """Give an empty directory that only this process writes: who dies lets go of the lock."""
-    path = out.with_name(f"{out.name}.tmp")
-    path.mkdir(parents=True, exist_ok=True)
-    directory = os.open(path, os.O_RDONLY)
+    """Give an empty directory of this process's own, which is gone afterwards unless it was renamed."""
+    path = out.with_name(f"{out.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    path.mkdir(parents=True)
     try:
-        _lock(directory, path, out)
-        for left in path.iterdir():
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        try:
+        with (path / MARKER).open("x") as marker:
+            _lock(marker.fileno())
             yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
     finally:
-        os.close(directory)
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _lock(directory: int, path: Path, out: Path) -> None:
-    """Raise ConfigError where another process has the directory, or had it and has just named it out."""
+def _sweep(out: Path) -> None:
+    """Remove what exports of this name left whose processes are gone."""
+    for left in out.parent.glob(f"{out.name}.*.tmp"):
+        if not (left / MARKER).is_file():
+            continue
+        with (left / MARKER).open("r+") as marker:
+            if _lock(marker.fileno()):
+                shutil.rmtree(left, ignore_errors=True)  # which leaves a link, and what it leads to
+
+
+def _lock(file: int) -> bool:
+    """Return whether the lock was free, and take it. Where there are no locks, none is ever free."""
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_here = path.exists() and os.path.samestat(path.stat(), os.fstat(directory))
-    except BlockingIOError:
-        is_here = False
-    if not is_here:
-        raise ConfigError(f"{out} is being written by another process; wait for it, or name another place")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -49,7 +49,7 @@ def _check_config(found: HfWeights, weights: Weights) -> None:
         if have[name] != value:
             raise ExportError(
                 f"config.json reads as model.{name}={have[name]} where the model has {value}; nothing was "
-                "exported"
+                "kept"
             )
 
 

@@ -78,10 +78,10 @@ class HfWeights:
             if slot.name == "lm_head.weight" and self.cfg.tie_embeddings:
                 continue
             if found.get(slot.name) != slot.shape:
-                here = found.get(slot.name, "absent")
-                raise CheckpointError(
-                    f"{self.place}: {slot.name} is {here} where its config says {slot.shape}"
+                here, there = (
+                    printable(str(shape), 80) for shape in (found.get(slot.name, "absent"), slot.shape)
                 )
+                raise CheckpointError(f"{self.place}: {slot.name} is {here} where its config says {there}")
             wanted.add(slot.name)
             if slot.kind == "parameter":
                 filled[slot.ours, slot.index] = slot
@@ -187,7 +187,7 @@ class SafetensorsFiles:
         files = read_json(self._directory / INDEX).get("weight_map")
         # A name with a path in it would lead out of the directory.
         if not isinstance(files, dict) or not all(
-            isinstance(file, str) and Path(file).name == file and _is_text(file) and _is_text(name)
+            isinstance(file, str) and file and Path(file).name == file and _is_text(file) and _is_text(name)
             for name, file in files.items()
         ):
             raise CheckpointError(f"{self._directory / INDEX}: does not say which file holds which tensor")
