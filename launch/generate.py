@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from launch.loaded import expert_backend
 from launch.options import check_at_least, check_text
 from launch.saved import load_tokenizer_of, open_weights
 from moe.cache import CachedDecoder
 from moe.config import ModelConfig
 from moe.counts import n_params
+from moe.experts import choose_backend
 from training.errors import CheckpointError, ConfigError
 from training.generate import Options, TextPiece, stream_texts
 from training.sampling import Sampling
@@ -134,7 +134,7 @@ def write_texts(
 @contextmanager
 def _loaded(weights: Weights, placement: Placement) -> Iterator[CachedDecoder]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend = _expert_backend(weights.cfg, device)
+    backend = choose_backend(weights.cfg, device, placement.dtype)
     size = f"{weights.place}: {n_params(weights.cfg):,} parameters in {str(placement.dtype).split('.')[-1]}"
     if not placement.is_spread:
         decoder, state = load_decoder(weights, device=device, dtype=placement.dtype, expert_backend=backend)
@@ -154,11 +154,6 @@ def _loaded(weights: Weights, placement: Placement) -> Iterator[CachedDecoder]:
         )
         _say(f"{size}; {where}")
         yield model
-
-
-def _expert_backend(cfg: ModelConfig, device: torch.device) -> str:
-    # For a few tokens a CPU is faster with a loop over experts; a GPU would wait for it in every layer.
-    return expert_backend(cfg) if device.type == "cuda" else "reference"
 
 
 def _printing(

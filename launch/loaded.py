@@ -12,8 +12,8 @@ from data.errors import DataError
 from data.tokenizer import Tokenizer
 from launch.saved import load_tokenizer_of, open_weights
 from moe.balance import RouterState
-from moe.config import ModelConfig
 from moe.counts import n_params
+from moe.experts import choose_backend
 from moe.model import Decoder
 from training.weights import load_decoder
 
@@ -41,7 +41,7 @@ def load_model(path: Path, *, dtype: DType, corpus: Corpus | None = None) -> Loa
     if corpus is not None:
         check_same_tokens(corpus, tokenizer, weights.place)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = expert_backend(cfg)
+    backend = choose_backend(cfg, torch.device(device), getattr(torch, dtype))
     decoder, state = load_decoder(weights, device=device, dtype=getattr(torch, dtype), expert_backend=backend)
     print(
         f"{weights.place}: {n_params(cfg):,} parameters as {dtype} on {device}, experts by {backend}, "
@@ -59,8 +59,3 @@ def check_same_tokens(corpus: Corpus, tokenizer: Tokenizer, place: Path) -> None
             f"tokenizer {tokenizer.sha256[:16]}..; evaluate its texts, or prepare them with "
             f"--tokenizer {tokenizer.path}"
         )
-
-
-def expert_backend(cfg: ModelConfig) -> str:
-    """Return how to compute experts of many tokens: the grouped product wants rows of whole 16 bytes."""
-    return "reference" if cfg.d_model % 8 or cfg.d_expert % 8 else "grouped"

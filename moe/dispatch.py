@@ -1,7 +1,7 @@
 """Send routed rows to the ranks that own their experts, and bring the results back.
 
 Contract: combine(dispatch(rows)) with identity experts returns the rows, and so does its gradient.
-Nothing here knows about scores: weighting happens in layer.py, on the sending side.
+Nothing here knows about scores: a row's weight travels to its expert as any other number of the row does.
 
 Shapes
   N routed rows on the sending side   R rows on the receiving side   E n_experts   L experts on this rank
@@ -85,8 +85,8 @@ class Dispatcher(Protocol):
         ...
 
     def dispatch(self, rows_ND: Tensor, route: Route) -> Tensor:
-        """Move each row to its expert's rank: [N, d_model] sorted by expert id, dropped rows last, to
-        [R, d_model] sorted by local expert. R differs per rank and per step; zero is legal.
+        """Move each row to its expert's rank: [N, ...] sorted by expert id, dropped rows last, to
+        [R, ...] sorted by local expert. R differs per rank and per step; zero is legal.
         """
         ...
 

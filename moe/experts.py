@@ -4,7 +4,7 @@ Shapes
   R rows on this rank   D d_model   F d_expert   L experts on this rank
 
 Several backends compute the same thing; `reference` is the one to check by eye. Nothing here knows which
-token a row came from or how it is weighted.
+token a row came from.
 """
 
 from collections.abc import Callable
@@ -14,27 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.sorted_loop import sorted_loop_experts
 
-# (rows_RD, counts_L, gate_LFD, up_LFD, down_LDF) -> rows_RD
-ExpertBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# (rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF) -> results_RD, each times its row's weight
+ExpertBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def reference_experts(
-    rows_RD: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
+    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
 ) -> Tensor:
     """Apply each expert to its own rows, one after the other. Any dtype; one device sync."""
     outputs = []
-    pieces = rows_RD.split(counts_L.tolist())
+    counts = counts_L.tolist()
+    pieces = zip(rows_RD.split(counts), weights_R.split(counts), strict=True)
     # unbind, not gate_LFD[e]: the backward of indexing would fill a whole [L, F, D] gradient per expert.
-    for x, gate, up, down in zip(pieces, gate_LFD.unbind(), up_LFD.unbind(), down_LDF.unbind(), strict=True):
+    matrices = zip(gate_LFD.unbind(), up_LFD.unbind(), down_LDF.unbind(), strict=True)
+    for (x, weights), (gate, up, down) in zip(pieces, matrices, strict=True):
         # Where a gradient can follow, an expert without rows takes part too: its gradient is 0, not missing.
         if x.size(0) or torch.is_grad_enabled():
-            outputs.append(F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))
+            hidden = F.silu(F.linear(x, gate)) * F.linear(x, up)
+            outputs.append(F.linear(hidden * weights.to(x.dtype).unsqueeze(1), down))
     return torch.cat(outputs) if outputs else rows_RD
 
 
-def grouped_experts(
-    rows_RD: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
+def torch_grouped_experts(
+    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
 ) -> Tensor:
     """Apply all experts by torch's grouped matrix product: fp32, bf16 or fp16.
 
@@ -45,10 +49,26 @@ def grouped_experts(
     offsets_L = counts_L.cumsum(0).to(torch.int32)
     gate_RF = F.grouped_mm(rows_RD, gate_LFD.transpose(1, 2), offs=offsets_L)
     up_RF = F.grouped_mm(rows_RD, up_LFD.transpose(1, 2), offs=offsets_L)
-    return F.grouped_mm(F.silu(gate_RF) * up_RF, down_LDF.transpose(1, 2), offs=offsets_L)
+    hidden_RF = F.silu(gate_RF) * up_RF * weights_R.to(rows_RD.dtype).unsqueeze(1)
+    return F.grouped_mm(hidden_RF, down_LDF.transpose(1, 2), offs=offsets_L)
 
 
-EXPERT_BACKENDS: dict[str, ExpertBackend] = {"reference": reference_experts, "grouped": grouped_experts}
+EXPERT_BACKENDS: dict[str, ExpertBackend] = {
+    "reference": reference_experts,
+    "sorted_loop": sorted_loop_experts,
+    "torch_grouped": torch_grouped_experts,
+}
+
+
+def choose_backend(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend for a device: torch_grouped where its kernels need no host, else sorted_loop.
+
+    Before sm_90 torch's grouped product is a loop, too, which waits for the device (pytorch#186620).
+    """
+    can_group = dtype.itemsize == 2 and not cfg.d_model % 8 and not cfg.d_expert % 8
+    if can_group and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return "torch_grouped"
+    return "sorted_loop"
 
 
 class Experts(nn.Module):
@@ -60,16 +80,19 @@ class Experts(nn.Module):
             raise ValueError(
                 f"expert backend {backend!r} does not exist; use one of {sorted(EXPERT_BACKENDS)}"
             )
-        if backend == "grouped" and (cfg.d_model % 8 or cfg.d_expert % 8):
+        if backend == "torch_grouped" and (cfg.d_model % 8 or cfg.d_expert % 8):
             raise ValueError(
-                f"expert backend 'grouped' needs rows of whole 16 bytes: d_model={cfg.d_model} and "
-                f"d_expert={cfg.d_expert} must be multiples of 8; change them, or use backend 'reference'"
+                f"expert backend 'torch_grouped' needs rows of whole 16 bytes: d_model={cfg.d_model} and "
+                f"d_expert={cfg.d_expert} must be multiples of 8; change them, or use backend 'sorted_loop'"
             )
         self.backend = EXPERT_BACKENDS[backend]
         self.gate = nn.Parameter(torch.empty(n_local, cfg.d_expert, cfg.d_model))
         self.up = nn.Parameter(torch.empty(n_local, cfg.d_expert, cfg.d_model))
         self.down = nn.Parameter(torch.empty(n_local, cfg.d_model, cfg.d_expert))
 
-    def forward(self, rows_RD: Tensor, counts_L: Tensor) -> Tensor:
-        """rows_RD [R, D] sorted by expert, counts_L [L] int64 with sum R; R = 0 is legal."""
-        return self.backend(rows_RD, counts_L, self.gate, self.up, self.down)
+    def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor) -> Tensor:
+        """Return each row's result times its weight.
+
+        rows_RD [R, D] sorted by expert, weights_R [R], counts_L [L] int64 with sum R; R = 0 is legal.
+        """
+        return self.backend(rows_RD, weights_R, counts_L, self.gate, self.up, self.down)

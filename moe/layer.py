@@ -14,7 +14,7 @@ from moe.config import ModelConfig
 from moe.dispatch import Dispatcher
 from moe.experts import Experts
 from moe.ffn import SwiGLU
-from moe.permute import copy_rows, invert, permute_rows
+from moe.permute import copy_rows, invert, permute_rows, sum_rows
 from moe.recompute import Recompute, RoutingMemo, recompute_if
 from moe.router import Router, Routing
 from moe.tensor_parallel import TensorParallel
@@ -68,7 +68,7 @@ class MoELayer(nn.Module):
         return Routing(routing.expert_ids_TK[mine], routing.weights_TK[mine], is_kept_TK)
 
     def _mix(self, x_TD: Tensor, routing: Routing, memo: RoutingMemo) -> Tensor:
-        n_tokens, top_k = routing.expert_ids_TK.shape
+        top_k = routing.expert_ids_TK.size(1)
         destination_N = routing.expert_ids_TK.flatten()
         if routing.is_kept_TK is not None:
             # Dropped rows sort behind every expert, where the dispatcher leaves them out.
@@ -83,9 +83,7 @@ class MoELayer(nn.Module):
             )
         route = memo.route
         rows_ND = copy_rows(x_TD, order_N, inverse_N, top_k)
-        rows_RD = self.dispatcher.dispatch(rows_ND, route)
-        rows_RD = recompute_if(self.recomputes, self.experts, rows_RD, route.counts_L)
-        rows_ND = self.dispatcher.combine(rows_RD, route)
-        rows_TKD = permute_rows(rows_ND, inverse_N, order_N).view(n_tokens, top_k, -1)
-        weights_T1K = routing.weights_TK.to(rows_TKD.dtype).unsqueeze(1)
-        return torch.bmm(weights_T1K, rows_TKD).squeeze(1)
+        weights_N = permute_rows(routing.weights_TK.flatten(), order_N, inverse_N)
+        rows_RD, weights_R = (self.dispatcher.dispatch(part, route) for part in (rows_ND, weights_N))
+        rows_RD = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, route.counts_L)
+        return sum_rows(self.dispatcher.combine(rows_RD, route), order_N, inverse_N, top_k)

@@ -7,6 +7,7 @@ A permutation's backward is the inverse permutation, so it can gather instead.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,8 +40,25 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_N,) = ctx.saved_tensors
-        grad_ND = grads[0].index_select(0, inverse_N)
-        return grad_ND.view(-1, ctx.n_copies, grad_ND.size(1)).sum(1), None, None, None
+        return _sum_gathered(grads[0], inverse_N, ctx.n_copies), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -> Tensor:
+        ctx.save_for_backward(order_N)
+        ctx.n_copies = n_copies
+        return _sum_gathered(rows_ND, inverse_N, n_copies)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_N,) = ctx.saved_tensors
+        return grads[0].index_select(0, order_N // ctx.n_copies), None, None, None
+
+
+def _sum_gathered(rows_ND: Tensor, inverse_N: Tensor, n_copies: int) -> Tensor:
+    """Return [T, D]: of each token the sum of its rows, without a copy of them in its order."""
+    return F.embedding_bag(inverse_N.view(-1, n_copies), rows_ND, mode="sum")
 
 
 def permute_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
@@ -54,3 +72,8 @@ def copy_rows(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -
     order_N is a permutation of N = T * n_copies.
     """
     return _Copy.apply(x_TD, order_N, inverse_N, n_copies)
+
+
+def sum_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -> Tensor:
+    """Return the sum of each token's rows, [T, D]: copy_rows backwards. Half precision is summed in fp32."""
+    return _Sum.apply(rows_ND, order_N, inverse_N, n_copies)

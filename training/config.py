@@ -31,7 +31,8 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)  # None: no clipping
-    expert_backend: Literal["reference", "grouped"] = "grouped"
+    # auto: torch_grouped in half precision on a GPU that has it, else sorted_loop
+    expert_backend: Literal["auto", "reference", "sorted_loop", "torch_grouped"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
 
 
@@ -260,10 +261,10 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _check_expert_backend(self) -> Self:
         d_model, d_expert = self.model.d_model, self.model.d_expert
-        if self.train.expert_backend == "grouped" and (d_model % 8 or d_expert % 8):
+        if self.train.expert_backend == "torch_grouped" and (d_model % 8 or d_expert % 8):
             raise ValueError(
-                f"train.expert_backend=grouped needs multiples of 8, not model.d_model={d_model} and "
-                f"model.d_expert={d_expert}; change them, or use train.expert_backend=reference"
+                f"train.expert_backend=torch_grouped needs multiples of 8, not model.d_model={d_model} and "
+                f"model.d_expert={d_expert}; change them, or use train.expert_backend=sorted_loop"
             )
         return self
 

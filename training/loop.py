@@ -11,7 +11,7 @@ from data.loader import Batch
 from data.skips import SkippedWindow, data_step_at, merged, read_skips, write_skips
 from moe.balance import RouterState, load_fractions
 from training.batches import build_loader, prefetch
-from training.build import build_engine
+from training.build import build_engine, expert_backend_of
 from training.checkpoint import Saver
 from training.checkpoint_manifest import Attached, Manifest, SavedAt
 from training.checkpoint_tensors import TensorReader
@@ -360,7 +360,7 @@ def _log_choices(cfg: RunConfig, groups: Groups, peak: PeakFlops) -> None:
         layout.ep,
         cfg.parallel.zero_stage,
         cfg.train.precision,
-        cfg.train.expert_backend,
+        expert_backend_of(cfg, groups.device),
         groups.device,
         peak.flops_per_s,
         peak.source,

@@ -20,7 +20,9 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
 
     A batch gives every data-parallel rank at least 4 sequences, so that it can be cut into micro-batches.
     """
-    model = shrink_model(cfg.model, world_size, multiple=8 if cfg.train.expert_backend == "grouped" else 1)
+    model = shrink_model(
+        cfg.model, world_size, multiple=8 if cfg.train.expert_backend == "torch_grouped" else 1
+    )
     batch_seqs = 4 * world_size if world_size > 1 else 8
     schedule = {"warmup_steps": 0, "decay_frac": 1.0 if cfg.optim.schedule.kind == "wsd" else None}
     tree = cfg.model_dump()

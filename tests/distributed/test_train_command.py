@@ -121,7 +121,7 @@ def test_run_directory_holds_config_provenance_logs_and_metrics(
     assert provenance["packages"]["deepspeed"] and provenance["nproc"] == 2
     for rank in range(2):
         text = (run_dir / "logs" / f"rank-{rank:05d}.log").read_text()
-        assert f"rank {rank} of 2: dp=2 tp=1 ep=1, ZeRO-1, fp32, experts by grouped" in text
+        assert f"rank {rank} of 2: dp=2 tp=1 ep=1, ZeRO-1, fp32, experts by sorted_loop" in text
     rows = read_rows(run_dir)
     steps = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in rows] == [row["step"] for row in steps] == [3, 6, 9, 12]

@@ -39,7 +39,13 @@ RTOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 def test_expert_backend_equals_the_loop(name: str, dtype: torch.dtype) -> None:
     counts = torch.tensor([70, 0, 130, 1, 55], device=CUDA)
     generator = torch.Generator().manual_seed(0)
-    shapes = {"rows": (256, 64), "gate": (5, 96, 64), "up": (5, 96, 64), "down": (5, 64, 96)}
+    shapes = {
+        "rows": (256, 64),
+        "weights": (256,),
+        "gate": (5, 96, 64),
+        "up": (5, 96, 64),
+        "down": (5, 64, 96),
+    }
     results = []
     for backend in (EXPERT_BACKENDS[name], reference_experts):
         generator.manual_seed(0)
@@ -47,7 +53,8 @@ def test_expert_backend_equals_the_loop(name: str, dtype: torch.dtype) -> None:
             key: torch.randn(shape, generator=generator).to(CUDA, dtype).requires_grad_()
             for key, shape in shapes.items()
         }
-        out = backend(leaves["rows"], counts, leaves["gate"], leaves["up"], leaves["down"])
+        rows, weights, *matrices = leaves.values()
+        out = backend(rows, weights, counts, *matrices)
         (out * torch.linspace(-1, 1, out.numel(), device=CUDA).view_as(out).to(dtype)).sum().backward()
         results.append((out, {key: leaf.grad for key, leaf in leaves.items()}))
     (got, got_grads), (want, want_grads) = results
@@ -91,7 +98,7 @@ def test_engine_trains_in_half_precision(precision: str, one_rank: Groups) -> No
 
 def test_an_expert_layer_waits_for_the_device_once(one_rank: Groups) -> None:
     cfg = tiny_config(n_shared_experts=1)
-    layer = MoELayer(cfg, AllToAllDispatcher(one_rank.ep), Unsplit(), "grouped", "none").to(CUDA)
+    layer = MoELayer(cfg, AllToAllDispatcher(one_rank.ep), Unsplit(), "torch_grouped", "none").to(CUDA)
     state = RouterState.initial(cfg, CUDA)
     x = torch.randn(2 * cfg.seq_len, cfg.d_model, device=CUDA, requires_grad=True)
     inputs = (

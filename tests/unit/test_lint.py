@@ -99,7 +99,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "slow-attention": ({"model.d_head": 100}, {"model.d_head": 96}),
     "slow-experts": (
         {"train.expert_backend": "reference"},
-        {"train.expert_backend": "reference", "model.d_expert": 1001},
+        {"train.expert_backend": "sorted_loop"},
     ),
     "no-sequence-parallel": (
         {"parallel.tp": 2},

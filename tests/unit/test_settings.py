@@ -157,9 +157,9 @@ def test_guard_settings_have_a_value_where_they_are_at_work_and_nowhere_else(tmp
 
 
 def test_misaligned_widths_are_refused_for_the_grouped_backend_only() -> None:
-    with pytest.raises(ConfigError, match="expert_backend=grouped needs multiples of 8"):
-        load_config("tiny", ["model.d_expert=100"])
-    load_config("tiny", ["model.d_expert=100", "train.expert_backend=reference"])
+    with pytest.raises(ConfigError, match="expert_backend=torch_grouped needs multiples of 8"):
+        load_config("tiny", ["model.d_expert=100", "train.expert_backend=torch_grouped"])
+    load_config("tiny", ["model.d_expert=100"])
 
 
 def test_unreadable_recipes_are_named(tmp_path) -> None:
