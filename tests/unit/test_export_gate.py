@@ -34,7 +34,7 @@ from training.export.gate import (
     shortage,
 )
 from training.export.naming import Slot, slots
-from training.export.publish import MARKER, publish_export
+from training.export.publish import LOCK, publish_export
 
 
 def with_slots(change: Callable[[Slot], Slot | None]) -> dict[tuple[Any, str], Any]:
@@ -366,7 +366,7 @@ def interrupt() -> None:
 
 KILLED = """
 import os, pathlib, sys
-from training.export.publish import MARKER, publish_export
+from training.export.publish import LOCK, publish_export
 
 def write(directory: pathlib.Path) -> None:
     (directory / "half").touch()
@@ -380,16 +380,17 @@ def test_what_a_killed_export_left_is_swept(tmp_path: Path) -> None:
     """And nothing else that has such a name: a directory of the user's, or one that is still written."""
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert {entry.name for entry in left.iterdir()} == {MARKER, "half"}
-    (tmp_path / "out.mine.tmp").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / MARKER).touch()
+    left = {path.name.rpartition(".tmp")[2] for path in tmp_path.iterdir()}
+    assert left == {"", LOCK}
+    for name in ("out.mine.tmp", "elsewhere", "out.busy.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
     (tmp_path / "out.link.tmp").symlink_to(tmp_path / "elsewhere")
-    (busy := tmp_path / "out.busy.tmp").mkdir()
-    with (busy / MARKER).open("x") as marker:
-        fcntl.flock(marker, fcntl.LOCK_EX)
+    (tmp_path / f"out.link.tmp{LOCK}").touch()
+    with (tmp_path / f"out.busy.tmp{LOCK}").open("x") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         publish_export(tmp_path / "out", lambda path: (path / "whole").touch(), lambda _: None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
-    kept = {"elsewhere", "out", "out.busy.tmp", "out.link.tmp", "out.mine.tmp"}
-    assert {path.name for path in tmp_path.iterdir()} == kept and list((tmp_path / "elsewhere").iterdir())
+    kept = {"elsewhere", "out", "out.busy.tmp", f"out.busy.tmp{LOCK}", "out.link.tmp", "out.mine.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert all(list((tmp_path / name).iterdir()) for name in ("elsewhere", "out.busy.tmp", "out.mine.tmp"))

@@ -5,14 +5,15 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from training.disk import Disk
 from training.errors import ConfigError
 
-# Its writer holds a lock on it: a file, and not the directory, because NFS tells its server of files only.
-MARKER = ".being-written"
+# Beside what is being written lies a file that its writer holds a lock on: a file, and not the directory,
+# because NFS tells its server of locks of files only.
+LOCK = ".lock"
 
 
 def check_free(out: Path, option: str = "--out") -> None:
@@ -35,7 +36,6 @@ def publish_export(out: Path, write: Callable[[Path], None], check: Callable[[Pa
     with _staged(out) as staged:
         write(staged)
         check(staged)
-        (staged / MARKER).unlink()
         disk.flush_directory(staged)
         check_free(out)  # another export may have been faster
         disk.rename(staged, out)
@@ -45,23 +45,27 @@ def publish_export(out: Path, write: Callable[[Path], None], check: Callable[[Pa
 def _staged(out: Path) -> Iterator[Path]:
     """Give an empty directory of this process's own, which is gone afterwards unless it was renamed."""
     path = out.with_name(f"{out.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    path.mkdir(parents=True)
-    try:
-        with (path / MARKER).open("x") as marker:
-            _lock(marker.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(path.name + LOCK)
+    with lock.open("x") as file:
+        _lock(file.fileno())
+        try:
+            path.mkdir()
             yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            lock.unlink()
 
 
 def _sweep(out: Path) -> None:
     """Remove what exports of this name left whose processes are gone."""
-    for left in out.parent.glob(f"{out.name}.*.tmp"):
-        if not (left / MARKER).is_file():
-            continue
-        with (left / MARKER).open("r+") as marker:
-            if _lock(marker.fileno()):
-                shutil.rmtree(left, ignore_errors=True)  # which leaves a link, and what it leads to
+    for lock in out.parent.glob(f"{out.name}.*.tmp{LOCK}"):
+        # Another sweep may be at it.
+        with suppress(FileNotFoundError), lock.open("r+") as file:
+            if _lock(file.fileno()):
+                # Which leaves a link, and what it leads to.
+                shutil.rmtree(lock.with_name(lock.name.removesuffix(LOCK)), ignore_errors=True)
+                lock.unlink()
 
 
 def _lock(file: int) -> bool:
