@@ -129,8 +129,12 @@ class Decoder(nn.Module):
         """Return logits [..., V / tp.size] of hidden states [..., D], in the dtype of the weights: those of
         this rank's part of the vocabulary.
         """
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(hidden, weight)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """This rank's part of the head, [V / tp.size, D]; of a tied model the embedding's."""
+        return self.embed.weight if self.head is None else self.head.weight
 
 
 def build_decoder(

@@ -12,6 +12,7 @@ from data.loader import IGNORE_INDEX, Batch
 from moe.balance import RouterState, RouterStats
 from moe.model import Decoder
 from moe.tensor_parallel import TensorParallel
+from training.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Objective(nn.Module):
         balance = self.decoder.cfg.balance
         is_counted = batch.targets != IGNORE_INDEX
         hidden, stats = self.decoder(batch.tokens, batch.doc_ids, is_counted, router_state)
-        nll = token_nll(self.decoder.logits(hidden), batch.targets, self.decoder.tp).sum()
+        decoder, targets = self.decoder, batch.targets.flatten()
+        nll = linear_cross_entropy(hidden.flatten(0, 1), decoder.head_weight, targets, decoder.tp)
         total = nll + balance.coef * stats.balance_sum.mean() + balance.z_coef * stats.z_sum.mean()
         return ObjectiveSums(total, nll.detach(), stats)
 
