@@ -1,6 +1,8 @@
 """All that can be checked of a training run before ranks start."""
 
 import importlib.util
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,10 +29,21 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
         print(
             "turnout: this CPU has no bf16 arithmetic; train.precision=fp32 will be faster", file=sys.stderr
         )
+    if cfg.train.expert_backend == "compiled_loop" and not n_gpus and not find_compiler():
+        raise ConfigError(
+            "train.expert_backend=compiled_loop needs a C++ compiler, and there is no g++ or clang++ here; "
+            "install one, name it in CXX, or use sorted_loop"
+        )
     if "wandb" in cfg.log.trackers and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "log.trackers names wandb, which is not installed; pip install 'turnout[wandb]', or leave it out"
         )
+
+
+def find_compiler() -> str | None:
+    """Return the C++ compiler that torch.compile will use; None where there is none."""
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def check_corpus(cfg: RunConfig) -> Corpus:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
-from moe.sorted_loop import sorted_loop_experts
+from moe.sorted_loop import compiled_loop_experts, sorted_loop_experts
 
 # (rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF) -> results_RD, each times its row's weight
 ExpertBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -56,6 +56,7 @@ def torch_grouped_experts(
 EXPERT_BACKENDS: dict[str, ExpertBackend] = {
     "reference": reference_experts,
     "sorted_loop": sorted_loop_experts,
+    "compiled_loop": compiled_loop_experts,
     "torch_grouped": torch_grouped_experts,
 }
 

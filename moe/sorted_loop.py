@@ -11,38 +11,54 @@ Shapes
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.activation import swiglu_backward, weighted_swiglu
+from moe.activation import Activation, compiled_swiglu, plain_swiglu
 
-# Rows whose activations are in memory at once in the backward pass; an expert with more of them has several
-# turns.
-ROWS_AT_ONCE = 4096
+# Rows whose activations are computed in one call: those of several small experts, or a part of a large one's.
+ROWS_AT_ONCE = 2048
 
 
 def sorted_loop_experts(
     rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
 ) -> Tensor:
     """Apply each expert to its own rows. Each result is times its row's weight."""
-    return _forward(rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF)[0]
+    return _forward(rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF, False)[0]
+
+
+def compiled_loop_experts(
+    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
+) -> Tensor:
+    """Do the same with activations that torch.compile fuses: at first that takes seconds, and a compiler."""
+    return _forward(rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF, True)[0]
 
 
 @torch.library.custom_op("turnout::sorted_loop", mutates_args=())
 def _forward(
-    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
+    rows_RD: Tensor,
+    weights_R: Tensor,
+    counts_L: Tensor,
+    gate_LFD: Tensor,
+    up_LFD: Tensor,
+    down_LDF: Tensor,
+    compiles: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the results [R, D], and the products with gate and up [R, F] for the backward pass."""
+    activation = _activation(compiles)
     n_rows, d_expert = rows_RD.size(0), gate_LFD.size(1)
     out_RD = torch.empty_like(rows_RD)
     gates_RF, ups_RF = rows_RD.new_empty(n_rows, d_expert), rows_RD.new_empty(n_rows, d_expert)
-    for expert, here in _turns(counts_L):
-        torch.mm(rows_RD[here], gate_LFD[expert].t(), out=gates_RF[here])
-        torch.mm(rows_RD[here], up_LFD[expert].t(), out=ups_RF[here])
-        hidden = weighted_swiglu(gates_RF[here], ups_RF[here], weights_R[here])
-        torch.mm(hidden, down_LDF[expert].t(), out=out_RD[here])
+    for turn in _turns(counts_L):
+        for expert, here in turn.parts:
+            torch.mm(rows_RD[here], gate_LFD[expert].t(), out=gates_RF[here])
+            torch.mm(rows_RD[here], up_LFD[expert].t(), out=ups_RF[here])
+        hidden = activation.forward(gates_RF[turn.whole], ups_RF[turn.whole], weights_R[turn.whole])
+        for expert, here in turn.parts:
+            torch.mm(hidden[turn.within(here)], down_LDF[expert].t(), out=out_RD[here])
     return out_RD, gates_RF, ups_RF
 
 
@@ -57,29 +73,28 @@ def _backward(
     gate_LFD: Tensor,
     up_LFD: Tensor,
     down_LDF: Tensor,
+    compiles: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of rows, weights, gate, up and down. Experts without rows have zeros."""
+    activation = _activation(compiles)
     d_rows_RD, d_weights_R = torch.empty_like(rows_RD), torch.empty_like(weights_R)
     d_gate_LFD, d_up_LFD, d_down_LDF = (torch.empty_like(w) for w in (gate_LFD, up_LFD, down_LDF))
     last = None
-    for expert, here in _turns(counts_L):
-        grads, rows = grad_RD[here], rows_RD[here]
-        d_hidden = torch.mm(grads, down_LDF[expert])
-        hidden, d_gates, d_ups, d_weights_R[here] = swiglu_backward(
-            d_hidden, gates_RF[here], ups_RF[here], weights_R[here]
+    for turn in _turns(counts_L):
+        d_hidden = gates_RF.new_empty(turn.n_rows, gates_RF.size(1))
+        for expert, here in turn.parts:
+            torch.mm(grad_RD[here], down_LDF[expert], out=d_hidden[turn.within(here)])
+        hidden, d_gates, d_ups, d_weights_R[turn.whole] = activation.backward(
+            d_hidden, gates_RF[turn.whole], ups_RF[turn.whole], weights_R[turn.whole]
         )
-        for out, left, right in (
-            (d_down_LDF[expert], grads, hidden),
-            (d_gate_LFD[expert], d_gates, rows),
-            (d_up_LFD[expert], d_ups, rows),
-        ):
-            if expert == last:
-                out.addmm_(left.t(), right)
-            else:
-                torch.mm(left.t(), right, out=out)
-        torch.mm(d_gates, gate_LFD[expert], out=d_rows_RD[here])
-        d_rows_RD[here].addmm_(d_ups, up_LFD[expert])
-        last = expert
+        for expert, here in turn.parts:
+            there, rows, is_first = turn.within(here), rows_RD[here], expert != last
+            _multiply(grad_RD[here].t(), hidden[there], d_down_LDF[expert], is_first=is_first)
+            _multiply(d_gates[there].t(), rows, d_gate_LFD[expert], is_first=is_first)
+            _multiply(d_ups[there].t(), rows, d_up_LFD[expert], is_first=is_first)
+            _multiply(d_gates[there], gate_LFD[expert], d_rows_RD[here], is_first=True)
+            _multiply(d_ups[there], up_LFD[expert], d_rows_RD[here], is_first=False)
+            last = expert
     for expert, n_rows in enumerate(counts_L.tolist()):
         if not n_rows:
             for grad in (d_gate_LFD, d_up_LFD, d_down_LDF):
@@ -87,19 +102,58 @@ def _backward(
     return d_rows_RD, d_weights_R, d_gate_LFD, d_up_LFD, d_down_LDF
 
 
-def _turns(counts_L: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield each expert that has rows with where they are, ROWS_AT_ONCE at a time."""
-    start = 0
+def _activation(compiles: bool) -> Activation:
+    return compiled_swiglu() if compiles else plain_swiglu
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, *, is_first: bool) -> None:
+    """Write a product, or where it is not the first, add it."""
+    if is_first:
+        torch.mm(left, right, out=out)
+    else:
+        out.addmm_(left, right)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Rows that are neighbours: of whom each part is."""
+
+    whole: slice
+    parts: list[tuple[int, slice]]
+
+    @property
+    def n_rows(self) -> int:
+        return self.whole.stop - self.whole.start
+
+    def within(self, part: slice) -> slice:
+        return slice(part.start - self.whole.start, part.stop - self.whole.start)
+
+
+def _turns(counts_L: Tensor) -> Iterator[_Turn]:
+    """Cut all rows into turns of ROWS_AT_ONCE, the last of what is left."""
+    start, first, parts = 0, 0, list[tuple[int, slice]]()
     for expert, n_rows in enumerate(counts_L.tolist()):
         stop = start + n_rows
-        for first in range(start, stop, ROWS_AT_ONCE):
-            yield expert, slice(first, min(first + ROWS_AT_ONCE, stop))
-        start = stop
+        while start < stop:
+            end = min(stop, first + ROWS_AT_ONCE)
+            parts.append((expert, slice(start, end)))
+            start = end
+            if start == first + ROWS_AT_ONCE:
+                yield _Turn(slice(first, start), parts)
+                first, parts = start, []
+    if parts:
+        yield _Turn(slice(first, start), parts)
 
 
 @_forward.register_fake
 def _(
-    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
+    rows_RD: Tensor,
+    weights_R: Tensor,
+    counts_L: Tensor,
+    gate_LFD: Tensor,
+    up_LFD: Tensor,
+    down_LDF: Tensor,
+    compiles: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inner = rows_RD.size(0), gate_LFD.size(1)
     return torch.empty_like(rows_RD), rows_RD.new_empty(inner), rows_RD.new_empty(inner)
@@ -116,13 +170,14 @@ def _(
     gate_LFD: Tensor,
     up_LFD: Tensor,
     down_LDF: Tensor,
+    compiles: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = torch.empty_like
     return like(rows_RD), like(weights_R), like(gate_LFD), like(up_LFD), like(down_LDF)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF, ctx.compiles = inputs
     _, gates_RF, ups_RF = output
     ctx.save_for_backward(rows_RD, weights_R, counts_L, gates_RF, ups_RF, gate_LFD, up_LFD, down_LDF)
     ctx.set_materialize_grads(False)  # zeros for the products, which nobody uses further
@@ -130,11 +185,11 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
 
 def _differentiate(ctx: Any, grad_RD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_RD is None:
-        return (None,) * 6
+        return (None,) * 7
     d_rows_RD, d_weights_R, d_gate_LFD, d_up_LFD, d_down_LDF = _backward(
-        grad_RD.contiguous(), *ctx.saved_tensors
+        grad_RD.contiguous(), *ctx.saved_tensors, ctx.compiles
     )
-    return d_rows_RD, d_weights_R, None, d_gate_LFD, d_up_LFD, d_down_LDF
+    return d_rows_RD, d_weights_R, None, d_gate_LFD, d_up_LFD, d_down_LDF, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

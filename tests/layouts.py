@@ -50,12 +50,10 @@ def build_objective(
     cfg: RunConfig, groups: Groups | None = None, dtype: torch.dtype = torch.float32
 ) -> Objective:
     """Build the decoder of one rank, or the whole one, with loud weights: every expert's are its own."""
-    if dtype == torch.float64:
-        cfg = with_split(cfg, cfg.train.microbatch_seqs, expert_backend="reference")
     if groups is not None:
         decoder = build_local_decoder(cfg, groups, dtype)
     else:
-        decoder = build_decoder(cfg.model, dtype=dtype, expert_backend=cfg.train.expert_backend)
+        decoder = build_decoder(cfg.model, dtype=dtype)
         init_weights(decoder, seed=cfg.train.seed)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():

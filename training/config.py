@@ -32,7 +32,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)  # None: no clipping
     # auto: torch_grouped in half precision on a GPU that has it, else sorted_loop
-    expert_backend: Literal["auto", "reference", "sorted_loop", "torch_grouped"] = "auto"
+    expert_backend: Literal["auto", "reference", "sorted_loop", "compiled_loop", "torch_grouped"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.local import CPU_ALLOCATOR
 from tests.bench.checkpoints import print_checkpoint_cost
 from tests.bench.generate import print_generation_speed
 from tests.bench.self_check import print_self_check_cost
@@ -141,25 +142,39 @@ def compare_layouts(corpus: Path) -> None:
     )
 
 
-def main() -> None:
-    """Run the comparisons named on the command line, or all of them."""
-    wanted = sys.argv[1:] or ["prepare", "training", "layouts", "self-check", "checkpoints", "generate"]
-    if "prepare" in wanted:
-        compare_prepare()
+def run_alone(module: str) -> None:
+    """Run a benchmark in a process of its own, with the memory allocator set as the launcher sets it."""
+    subprocess.run(
+        [sys.executable, "-m", module], env={**os.environ, **CPU_ALLOCATOR}, check=True, timeout=1800
+    )
+
+
+def with_corpus(measure: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus"
-        if {"training", "layouts"} & set(wanted):
-            turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(corpus))
-        if "training" in wanted:
-            compare_training(corpus)
-        if "layouts" in wanted:
-            compare_layouts(corpus)
-    if "self-check" in wanted:
-        print_self_check_cost()
-    if "checkpoints" in wanted:
-        print_checkpoint_cost()
-    if "generate" in wanted:
-        print_generation_speed()
+        turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(corpus))
+        measure(corpus)
+
+
+BENCHMARKS: dict[str, Callable[[], None]] = {
+    "prepare": compare_prepare,
+    "training": lambda: with_corpus(compare_training),
+    "layouts": lambda: with_corpus(compare_layouts),
+    "self-check": print_self_check_cost,
+    "checkpoints": print_checkpoint_cost,
+    "generate": print_generation_speed,
+    "experts": lambda: run_alone("tests.bench.experts"),
+    "loss": lambda: run_alone("tests.bench.loss"),
+    "step": lambda: run_alone("tests.bench.step"),
+}
+
+
+def main() -> None:
+    """Run the benchmarks named on the command line, or all of them."""
+    for name in sys.argv[1:] or BENCHMARKS:
+        if name not in BENCHMARKS:
+            sys.exit(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+        BENCHMARKS[name]()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe.config import ModelConfig
+from tests.bench.side_by_side import MIB, peak_extra_bytes
 from tests.exports import save_weights
 from tests.models import tiny_config
 from tests.unit.data_fixtures import write_tokenizer
@@ -24,7 +25,6 @@ from training.export.reader import HfWeights
 from training.export.to_checkpoint import write_first_checkpoint
 from training.weights import CheckpointWeights, parameter_shapes
 
-MIB = 1 << 20
 FORMS = ("hf float32", "hf bfloat16", "gguf float32", "gguf q8_0", "import")
 # Of the process, whatever the model: 32 MiB of a mapped file, chunks of 16 MiB, and what they leave behind.
 CONSTANT_BYTES = 128 * MIB
@@ -77,25 +77,23 @@ def write_one(checkpoint: Path, sizes: dict[str, int], form: str) -> None:
     weights = CheckpointWeights(checkpoint, cfg)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as name:
         out = Path(name)
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         start_s = time.perf_counter()
-        if form == "import":
-            attached = Attached(
-                DataIdentity(corpus_hash="none", tokenizer_sha256="none"), {"config.toml": b""}
-            )
-            write_first_checkpoint(HfWeights(checkpoint.parents[2] / "source"), out, attached)
-        elif form.startswith("gguf"):
-            write_gguf(weights, "mixtral", out, kind=KINDS[form.split()[1]])
-        else:
-            write_huggingface(weights, "mixtral", out, dtype=getattr(torch, form.split()[1]))
-        print(json.dumps([_status("VmHWM") - before, time.perf_counter() - start_s]))
+
+        def write() -> None:
+            _write(form, weights, checkpoint, out)
+
+        extra = peak_extra_bytes(write)
+        print(json.dumps([extra, time.perf_counter() - start_s]))
 
 
-def _status(key: str) -> int:
-    """Return a size of this process from /proc, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+def _write(form: str, weights: CheckpointWeights, checkpoint: Path, out: Path) -> None:
+    if form == "import":
+        attached = Attached(DataIdentity(corpus_hash="none", tokenizer_sha256="none"), {"config.toml": b""})
+        write_first_checkpoint(HfWeights(checkpoint.parents[2] / "source"), out, attached)
+    elif form.startswith("gguf"):
+        write_gguf(weights, "mixtral", out, kind=KINDS[form.split()[1]])
+    else:
+        write_huggingface(weights, "mixtral", out, dtype=getattr(torch, form.split()[1]))
 
 
 def main() -> None:

@@ -66,6 +66,18 @@ def test_every_split_equals_plain_sgd(cfg: RunConfig, zero_stage: int) -> None:
             assert_same_tensors(got["parameters"], want["parameters"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "sorted_loop", "compiled_loop", "torch_grouped"])
+@pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_backend_equals_plain_sgd(cfg: RunConfig, backend: str) -> None:
+    want = train_plainly(cfg)
+    for ep, microbatch_seqs in ((1, 4), (2, 2)):
+        split = with_split(with_parallel(cfg, ep=ep), microbatch_seqs, expert_backend=backend)
+        for got in run_ranks(train_on_ranks, ep, split, ep, "sgd"):
+            assert got["losses"] == pytest.approx(want["losses"], rel=1e-5), f"ep={ep}"
+            assert got["norms"] == pytest.approx(want["norms"], rel=1e-4), f"ep={ep}"
+            assert_same_tensors(got["parameters"], want["parameters"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_adamw_with_decay_equals_plain_torch_and_replicas_agree(zero_stage: int) -> None:
     cfg = with_parallel(CONFIGS["sequence scope"], zero_stage=zero_stage)

@@ -5,9 +5,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from moe import sorted_loop
+from moe.activation import compiled_swiglu
 from moe.dispatch import LocalDispatcher
 from moe.experts import EXPERT_BACKENDS, ExpertBackend, Experts, reference_experts
-from moe.sorted_loop import sorted_loop_experts
+from moe.sorted_loop import compiled_loop_experts, sorted_loop_experts
 from tests.assertions import assert_same_grads, relative_error
 from tests.models import tiny_config
 
@@ -18,8 +19,8 @@ COUNTS = {
     "first and last empty": [0, 12, 12, 13, 0],
     "no rows at all": [0, 0, 0, 0, 0],
 }
-# Measured: 2e-8 in fp32, and one rounding of a product in bf16 and fp16.
-RTOL = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Measured: 2e-8 in fp32, and 1.1e-2 in bf16 where activations are rounded once and not after each operation.
+RTOL = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def leaves(counts: list[int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -76,7 +77,7 @@ def test_the_loop_is_the_same_where_no_gradient_can_follow(counts: list[int]) ->
         assert torch.equal(out, apply(backend, counts, tensors))
 
 
-@pytest.mark.parametrize("backend", [reference_experts, sorted_loop_experts])
+@pytest.mark.parametrize("backend", [reference_experts, sorted_loop_experts, compiled_loop_experts])
 def test_backends_of_any_dtype_pass_gradcheck(backend: ExpertBackend) -> None:
     counts = [3, 0, 1, 2, 0]
     tensors = leaves(counts, torch.float64)
@@ -87,18 +88,29 @@ def test_backends_of_any_dtype_pass_gradcheck(backend: ExpertBackend) -> None:
     assert torch.autograd.gradcheck(run, tuple(tensors.values()))
 
 
-def test_an_expert_of_many_rows_has_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_are_of_many_experts_or_of_a_part_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [7, 0, 13, 1, 16]
     results = []
-    for n_rows in (4096, 5):
+    for n_rows in (4096, 5, 10):
         monkeypatch.setattr(sorted_loop, "ROWS_AT_ONCE", n_rows)
         tensors = leaves(counts, torch.float64)
         out = apply(sorted_loop_experts, counts, tensors)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         results.append((out, {name: tensor.grad for name, tensor in tensors.items()}))
-    (got, got_grads), (want, want_grads) = results
-    assert relative_error(got, want) < 1e-12
-    assert_same_grads(got_grads, want_grads, rtol=1e-12)
+    want, want_grads = results[0]
+    for got, got_grads in results[1:]:
+        assert relative_error(got, want) < 1e-12
+        assert_same_grads(got_grads, want_grads, rtol=1e-12)
+
+
+def test_any_number_of_rows_is_the_same_compiled_activation() -> None:
+    counters.clear()
+    torch._dynamo.reset()
+    compiled_swiglu.cache_clear()
+    for n_rows in (40, 37, 3, 101):
+        tensors = leaves([n_rows, 0, 2, 0, 0], torch.float32)
+        apply(compiled_loop_experts, [n_rows, 0, 2, 0, 0], tensors).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 2, "one forwards, one backwards"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,7 +119,7 @@ def test_operators_keep_what_torch_asks_of_them(dtype: torch.dtype) -> None:
     rows, weights, *matrices = (
         t.detach().requires_grad_() for t in leaves([7, 0, 13, 1, 16], dtype).values()
     )
-    arguments = (rows, weights, torch.tensor([7, 0, 13, 1, 16]), *matrices)
+    arguments = (rows, weights, torch.tensor([7, 0, 13, 1, 16]), *matrices, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.turnout.sorted_loop, arguments, test_utils=checks)
 
