@@ -17,7 +17,7 @@ from data.loader import IGNORE_INDEX
 from moe.tensor_parallel import TensorParallel
 
 # Of the logits of a chunk, in fp32. Smaller chunks add more often to the gradient of the whole head.
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = 96 << 20
 
 
 def linear_cross_entropy(
@@ -49,11 +49,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_at_once = max(1, CHUNK_BYTES // (weight_VD.size(0) * wide.itemsize))
         for start in range(0, hidden_TD.size(0), n_at_once):
             here = slice(start, start + n_at_once)
-            logits = F.linear(hidden_TD[here], weight_VD)
-            nll, logprobs = _score(logits.to(wide), targets_T[here], tp)
+            nll, logprobs = _score(F.linear(hidden_TD[here], weight_VD).to(wide), targets_T[here], tp)
             total += nll.sum()
             if d_weight_VD is not None:
                 d_logits = _differentiate(logprobs, targets_T[here], tp).to(hidden_TD.dtype)
+                del logprobs
                 d_hidden_TD[here] = d_logits @ weight_VD
                 d_weight_VD += d_logits.t() @ hidden_TD[here]
         if d_weight_VD is not None:
@@ -64,7 +64,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_hidden_TD, d_weight_VD = ctx.saved_tensors
-        return d_hidden_TD * grads[0], (d_weight_VD * grads[0]).to(ctx.weight_dtype), None, None, None
+        # In place: nobody else holds them, and there is one backward pass.
+        d_weight_VD = d_weight_VD.mul_(grads[0]).to(ctx.weight_dtype)
+        return d_hidden_TD.mul_(grads[0]), d_weight_VD, None, None, None
 
 
 def _score(logits: Tensor, targets: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,8 @@ def print_expert_speed() -> None:
     torch.set_num_threads(1)
     print(f"\n### expert layer over a dense one of equal active FLOPs, T {T}, d {D}, forward and backward\n")
     print(
-        "| dtype E K F | dense ms | sorted_loop | spread | asked | with router | torch_grouped | reference |"
+        "| dtype E K F | dense ms | asked | compiled_loop | spread | with router | sorted_loop "
+        "| torch_grouped |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for (dtype, n_experts, top_k, d_expert), asked in ASKED.items():
