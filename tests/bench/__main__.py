@@ -166,6 +166,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "experts": lambda: run_alone("tests.bench.experts"),
     "loss": lambda: run_alone("tests.bench.loss"),
     "step": lambda: run_alone("tests.bench.step"),
+    "engine": lambda: run_alone("tests.bench.engine"),
 }
 
 
