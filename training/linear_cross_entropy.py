@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_at_once = max(1, CHUNK_BYTES // (weight_VD.size(0) * wide.itemsize))
         for start in range(0, hidden_TD.size(0), n_at_once):
             here = slice(start, start + n_at_once)
-            nll, logprobs = _score(F.linear(hidden_TD[here], weight_VD).to(wide), targets_T[here], tp)
+            nll, logprobs = score_logits(F.linear(hidden_TD[here], weight_VD).to(wide), targets_T[here], tp)
             total += nll.sum()
             if d_weight_VD is not None:
                 d_logits = _differentiate(logprobs, targets_T[here], tp).to(hidden_TD.dtype)
@@ -69,15 +69,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden_TD.mul_(grads[0]), d_weight_VD, None, None, None
 
 
-def _score(logits: Tensor, targets: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
-    """Return -log p(target) of each token, and this rank's words' log-probabilities. logits are used up."""
+def score_logits(logits: Tensor, targets: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+    """Return -log p(target) of each token, and this rank's words' log-probabilities [T, V].
+
+    logits [T, V] fp32 or wider. They are not gathered: three numbers per token travel.
+    """
     local, is_here = _local_targets(targets, logits.size(1), tp)
     if tp.size == 1:
         logprobs = logits.log_softmax(-1)
         return -logprobs.gather(1, local).squeeze(1) * is_here, logprobs
     largest = tp.max(logits.amax(1))
     normaliser = tp.sum((logits - largest.unsqueeze(1)).exp_().sum(1)).log() + largest
-    logprobs = logits.sub_(normaliser.unsqueeze(1))
+    logprobs = logits - normaliser.unsqueeze(1)
     return -tp.sum(logprobs.gather(1, local).squeeze(1) * is_here), logprobs
 
 

@@ -5,14 +5,13 @@ training/step.py.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.loader import IGNORE_INDEX, Batch
 from moe.balance import RouterState, RouterStats
 from moe.model import Decoder
 from moe.tensor_parallel import TensorParallel
-from training.linear_cross_entropy import linear_cross_entropy
+from training.linear_cross_entropy import linear_cross_entropy, score_logits
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,7 @@ class Objective(nn.Module):
 def token_nll(logits: Tensor, targets: Tensor, tp: TensorParallel) -> Tensor:
     """Return -log p(target) in nats, [B * S] fp32 or wider; 0 where the target is IGNORE_INDEX.
 
-    logits [B, S, V / tp.size]: this rank's part of the vocabulary; targets [B, S]. Logits are not gathered
-    (Shoeybi et al. 2019, section 3): three numbers per token travel.
+    logits [B, S, V / tp.size]: this rank's part of the vocabulary; targets [B, S].
     """
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    targets = targets.flatten()
-    if tp.size == 1:
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-    largest = tp.max(logits.amax(-1))
-    normaliser = tp.sum((logits - largest.unsqueeze(-1)).exp().sum(-1)).log() + largest
-    n_local = logits.size(-1)
-    local = targets - tp.rank * n_local
-    is_here = (local >= 0) & (local < n_local)
-    at_target = tp.sum(logits.gather(-1, local.where(is_here, 0).unsqueeze(-1)).squeeze(-1) * is_here)
-    return (normaliser - at_target) * (targets != IGNORE_INDEX)
+    return score_logits(logits, targets.flatten(), tp)[0]

@@ -91,9 +91,8 @@ def test_hostile_settings(name: str, sources: dict[str, Path], tmp_path: Path) -
         holder[key] = whole
     idle = {key for key, values in accepted.items() if len(values) == len(HOSTILE)}
     assert idle == IDLE | IDLE_IN[name], "keys that say nothing of what is computed, or are said twice"
-    assert {key: values for key, values in accepted.items() if key not in idle} == ACCEPTED | ACCEPTED_IN[
-        name
-    ]
+    partly = {key: values for key, values in accepted.items() if key not in idle}
+    assert partly == ACCEPTED | ACCEPTED_IN[name]
 
 
 @pytest.mark.parametrize(

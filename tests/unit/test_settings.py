@@ -2,6 +2,7 @@
 
 import pytest
 
+from launch.preflight import check_machine
 from launch.settings import check_config, load_config, recipe_names, setting_paths, to_toml
 from training.errors import ConfigError
 
@@ -190,3 +191,12 @@ def test_paths_cover_the_names_that_scripts_rely_on() -> None:
         optim.schedule.kind optim.schedule.warmup_steps data.corpus data.seed checkpoint.every_steps
         checkpoint.keep_last log.every_steps"""
     assert set(promised.split()) <= set(setting_paths())
+
+
+def test_a_compiled_backend_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config("tiny", ["train.expert_backend=compiled_loop"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(ConfigError, match=r"compiled_loop needs a C\+\+ compiler.*use sorted_loop"):
+        check_machine(cfg, 1)
+    check_machine(load_config("tiny"), 1)
