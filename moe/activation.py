@@ -4,7 +4,7 @@ The weight of a row multiplies its hidden activations, and not its result: then 
 needs nothing that the backward pass does not have anyway, and results need not be kept.
 
 Shapes
-  R rows   F d_expert
+  R rows   F d_expert   J 2 * d_expert: products with gate, then with up
 """
 
 from collections.abc import Callable
@@ -18,59 +18,61 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    """forward: (gates_RF, ups_RF, weights_R) to silu(gates) * ups, each row times its weight.
+    """forward: (products_RJ, weights_R) to silu(gates) * ups, [R, F], each row times its weight.
 
-    backward: (d_hidden_RF, gates_RF, ups_RF, weights_R) to what forward returned, and the gradients of gates,
-    ups and weights. d_hidden_RF is the gradient of what forward returned, and is used up.
+    backward: (d_hidden_RF, products_RJ, weights_R) to what forward returned, and the gradients of products
+    and weights. d_hidden_RF is the gradient of what forward returned, and is used up.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def _forward(gates_RF: Tensor, ups_RF: Tensor, weights_R: Tensor) -> Tensor:
+def _forward(products_RJ: Tensor, weights_R: Tensor) -> Tensor:
+    gates_RF, ups_RF = products_RJ.chunk(2, dim=1)
     hidden_RF = F.silu(gates_RF)
     hidden_RF *= ups_RF
     hidden_RF *= weights_R.to(hidden_RF.dtype).unsqueeze(1)
     return hidden_RF
 
 
-def _backward(
-    d_hidden_RF: Tensor, gates_RF: Tensor, ups_RF: Tensor, weights_R: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale_R1 = weights_R.to(gates_RF.dtype).unsqueeze(1)
+def _backward(d_hidden_RF: Tensor, products_RJ: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gates_RF, ups_RF = products_RJ.chunk(2, dim=1)
+    d_products_RJ = torch.empty_like(products_RJ)
+    d_gates_RF, d_ups_RF = d_products_RJ.chunk(2, dim=1)
+    scale_R1 = weights_R.to(products_RJ.dtype).unsqueeze(1)
     silu_RF = F.silu(gates_RF)
     hidden_RF = silu_RF * ups_RF
     d_weights_R = (d_hidden_RF * hidden_RF).sum(1, dtype=weights_R.dtype)
     hidden_RF *= scale_R1
     d_hidden_RF *= scale_R1
-    d_ups_RF = silu_RF.mul_(d_hidden_RF)
-    d_gates_RF = torch.ops.aten.silu_backward(d_hidden_RF.mul_(ups_RF), gates_RF)
-    return hidden_RF, d_gates_RF, d_ups_RF, d_weights_R
+    torch.mul(silu_RF, d_hidden_RF, out=d_ups_RF)
+    torch.ops.aten.silu_backward.grad_input(d_hidden_RF.mul_(ups_RF), gates_RF, grad_input=d_gates_RF)
+    return hidden_RF, d_products_RJ, d_weights_R
 
 
 plain_swiglu = Activation(_forward, _backward)
 
 
-def _fused_forward(gates_RF: Tensor, ups_RF: Tensor, weights_R: Tensor) -> Tensor:
-    wide = weights_R.dtype
-    return (F.silu(gates_RF.to(wide)) * ups_RF.to(wide) * weights_R.unsqueeze(1)).to(gates_RF.dtype)
+def _fused_forward(products_RJ: Tensor, weights_R: Tensor) -> Tensor:
+    gates_RF, ups_RF = products_RJ.to(weights_R.dtype).chunk(2, dim=1)
+    return (F.silu(gates_RF) * ups_RF * weights_R.unsqueeze(1)).to(products_RJ.dtype)
 
 
 def _fused_backward(
-    d_hidden_RF: Tensor, gates_RF: Tensor, ups_RF: Tensor, weights_R: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, wide, scale_R1 = gates_RF.dtype, weights_R.dtype, weights_R.unsqueeze(1)
-    gates_RF, ups_RF, d_hidden_RF = (x.to(wide) for x in (gates_RF, ups_RF, d_hidden_RF))
+    d_hidden_RF: Tensor, products_RJ: Tensor, weights_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, wide, scale_R1 = products_RJ.dtype, weights_R.dtype, weights_R.unsqueeze(1)
+    gates_RF, ups_RF = products_RJ.to(wide).chunk(2, dim=1)
+    d_hidden_RF = d_hidden_RF.to(wide)
     sigmoid_RF = gates_RF.sigmoid()
     silu_RF = gates_RF * sigmoid_RF
     unscaled_RF = silu_RF * ups_RF
     d_weights_R = (d_hidden_RF * unscaled_RF).sum(1)
     d_unscaled_RF = d_hidden_RF * scale_R1
     d_gates_RF = d_unscaled_RF * ups_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF))
-    results = (unscaled_RF * scale_R1, d_gates_RF, d_unscaled_RF * silu_RF)
-    hidden_RF, d_gates_RF, d_ups_RF = (x.to(dtype) for x in results)
-    return hidden_RF, d_gates_RF, d_ups_RF, d_weights_R
+    d_products_RJ = torch.cat([d_gates_RF.to(dtype), (d_unscaled_RF * silu_RF).to(dtype)], dim=1)
+    return (unscaled_RF * scale_R1).to(dtype), d_products_RJ, d_weights_R
 
 
 @cache
@@ -79,13 +81,13 @@ def compiled_swiglu() -> Activation:
     forward = torch.compile(_fused_forward, fullgraph=True)
     backward = torch.compile(_fused_backward, fullgraph=True)
 
-    def run_forward(gates_RF: Tensor, ups_RF: Tensor, weights_R: Tensor) -> Tensor:
-        return forward(*_of_any_length(gates_RF, ups_RF, weights_R))
+    def run_forward(products_RJ: Tensor, weights_R: Tensor) -> Tensor:
+        return forward(*_of_any_length(products_RJ, weights_R))
 
     def run_backward(
-        d_hidden_RF: Tensor, gates_RF: Tensor, ups_RF: Tensor, weights_R: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return backward(*_of_any_length(d_hidden_RF, gates_RF, ups_RF, weights_R))
+        d_hidden_RF: Tensor, products_RJ: Tensor, weights_R: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(*_of_any_length(d_hidden_RF, products_RJ, weights_R))
 
     return Activation(run_forward, run_backward)
 

@@ -143,8 +143,9 @@ def expert_layer(
             y = torch.zeros_like(h[b, s])
             for weight, e in zip(weights, chosen[s], strict=True):
                 if (s, e) in kept:
-                    parts = (params[f"{name}experts.{part}"][e] for part in ("gate", "up", "down"))
-                    y = y + cfg.router.scale * weight * swiglu(h[b, s], *parts)
+                    gate, up = params[f"{name}experts.gate_up"][e].T.chunk(2)
+                    expert = swiglu(h[b, s], gate, up, params[f"{name}experts.down"][e])
+                    y = y + cfg.router.scale * weight * expert
                 elif is_counted[b, s]:
                     n_dropped += 1
                 if is_counted[b, s]:

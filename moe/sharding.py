@@ -27,8 +27,7 @@ _SPLITS = {
     "gate.weight": Split("tp", 0),
     "up.weight": Split("tp", 0),
     "down.weight": Split("tp", 1),
-    "experts.gate": Split("ep", 0),
-    "experts.up": Split("ep", 0),
+    "experts.gate_up": Split("ep", 0),
     "experts.down": Split("ep", 0),
 }
 

@@ -7,7 +7,7 @@ What autograd would do and this does not: copy rows into pieces and back, keep s
 up for the backward pass, and fill a gradient of all experts for each of them.
 
 Shapes
-  R rows on this rank   D d_model   F d_expert   L experts on this rank
+  R rows on this rank   D d_model   F d_expert   J 2 * d_expert: gate, then up   L experts on this rank
 """
 
 from collections.abc import Iterator
@@ -24,17 +24,17 @@ ROWS_AT_ONCE = 2048
 
 
 def sorted_loop_experts(
-    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
+    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_up_LDJ: Tensor, down_LDF: Tensor
 ) -> Tensor:
     """Apply each expert to its own rows. Each result is times its row's weight."""
-    return _forward(rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF, False)[0]
+    return _forward(rows_RD, weights_R, counts_L, gate_up_LDJ, down_LDF, False)[0]
 
 
 def compiled_loop_experts(
-    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
+    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_up_LDJ: Tensor, down_LDF: Tensor
 ) -> Tensor:
     """Do the same with activations that torch.compile fuses: at first that takes seconds, and a compiler."""
-    return _forward(rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF, True)[0]
+    return _forward(rows_RD, weights_R, counts_L, gate_up_LDJ, down_LDF, True)[0]
 
 
 @torch.library.custom_op("turnout::sorted_loop", mutates_args=())
@@ -42,24 +42,21 @@ def _forward(
     rows_RD: Tensor,
     weights_R: Tensor,
     counts_L: Tensor,
-    gate_LFD: Tensor,
-    up_LFD: Tensor,
+    gate_up_LDJ: Tensor,
     down_LDF: Tensor,
     compiles: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the results [R, D], and the products with gate and up [R, F] for the backward pass."""
+) -> tuple[Tensor, Tensor]:
+    """Return the results [R, D], and the products with gate and up [R, J] for the backward pass."""
     activation = _activation(compiles)
-    n_rows, d_expert = rows_RD.size(0), gate_LFD.size(1)
     out_RD = torch.empty_like(rows_RD)
-    gates_RF, ups_RF = rows_RD.new_empty(n_rows, d_expert), rows_RD.new_empty(n_rows, d_expert)
+    products_RJ = rows_RD.new_empty(rows_RD.size(0), gate_up_LDJ.size(2))
     for turn in _turns(counts_L.tolist()):
         for expert, here in turn.parts:
-            torch.mm(rows_RD[here], gate_LFD[expert].t(), out=gates_RF[here])
-            torch.mm(rows_RD[here], up_LFD[expert].t(), out=ups_RF[here])
-        hidden = activation.forward(gates_RF[turn.whole], ups_RF[turn.whole], weights_R[turn.whole])
+            torch.mm(rows_RD[here], gate_up_LDJ[expert], out=products_RJ[here])
+        hidden = activation.forward(products_RJ[turn.whole], weights_R[turn.whole])
         for expert, here in turn.parts:
             torch.mm(hidden[turn.within(here)], down_LDF[expert].t(), out=out_RD[here])
-    return out_RD, gates_RF, ups_RF
+    return out_RD, products_RJ
 
 
 @torch.library.custom_op("turnout::sorted_loop_backward", mutates_args=())
@@ -68,42 +65,43 @@ def _backward(
     rows_RD: Tensor,
     weights_R: Tensor,
     counts_L: Tensor,
-    gates_RF: Tensor,
-    ups_RF: Tensor,
-    gate_LFD: Tensor,
-    up_LFD: Tensor,
+    products_RJ: Tensor,
+    gate_up_LDJ: Tensor,
     down_LDF: Tensor,
     compiles: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of rows, weights, gate, up and down. Experts without rows have zeros."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of rows, weights, gate_up and down. Experts without rows have zeros."""
     activation = _activation(compiles)
     d_rows_RD, d_weights_R = torch.empty_like(rows_RD), torch.empty_like(weights_R)
-    d_gate_LFD, d_up_LFD, d_down_LDF = (torch.empty_like(w) for w in (gate_LFD, up_LFD, down_LDF))
+    d_gate_up_LDJ, d_down_LDF = torch.empty_like(gate_up_LDJ), torch.empty_like(down_LDF)
     counts, last = counts_L.tolist(), None
     for turn in _turns(counts):
-        d_hidden = gates_RF.new_empty(turn.n_rows, gates_RF.size(1))
+        d_hidden = rows_RD.new_empty(turn.n_rows, down_LDF.size(2))
         for expert, here in turn.parts:
             torch.mm(grad_RD[here], down_LDF[expert], out=d_hidden[turn.within(here)])
-        hidden, d_gates, d_ups, d_weights_R[turn.whole] = activation.backward(
-            d_hidden, gates_RF[turn.whole], ups_RF[turn.whole], weights_R[turn.whole]
+        hidden, d_products, d_weights_R[turn.whole] = activation.backward(
+            d_hidden, products_RJ[turn.whole], weights_R[turn.whole]
         )
         for expert, here in turn.parts:
-            there, rows, is_first = turn.within(here), rows_RD[here], expert != last
-            _multiply(grad_RD[here].t(), hidden[there], d_down_LDF[expert], is_first=is_first)
-            _multiply(d_gates[there].t(), rows, d_gate_LFD[expert], is_first=is_first)
-            _multiply(d_ups[there].t(), rows, d_up_LFD[expert], is_first=is_first)
-            _multiply(d_gates[there], gate_LFD[expert], d_rows_RD[here], is_first=True)
-            _multiply(d_ups[there], up_LFD[expert], d_rows_RD[here], is_first=False)
+            there, is_first = turn.within(here), expert != last
+            torch.mm(d_products[there], gate_up_LDJ[expert].t(), out=d_rows_RD[here])
+            _multiply(_turned(grad_RD[here]), hidden[there], d_down_LDF[expert], is_first=is_first)
+            _multiply(_turned(rows_RD[here]), d_products[there], d_gate_up_LDJ[expert], is_first=is_first)
             last = expert
     for expert, n_rows in enumerate(counts):
         if not n_rows:
-            for grad in (d_gate_LFD, d_up_LFD, d_down_LDF):
-                grad[expert].zero_()
-    return d_rows_RD, d_weights_R, d_gate_LFD, d_up_LFD, d_down_LDF
+            d_gate_up_LDJ[expert].zero_()
+            d_down_LDF[expert].zero_()
+    return d_rows_RD, d_weights_R, d_gate_up_LDJ, d_down_LDF
 
 
 def _activation(compiles: bool) -> Activation:
     return compiled_swiglu() if compiles else plain_swiglu
+
+
+def _turned(rows: Tensor) -> Tensor:
+    """Return the transpose, in half precision a copy of it: oneDNN is slow with columns that lie apart."""
+    return rows.t().contiguous() if rows.dtype.itemsize == 2 else rows.t()
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, is_first: bool) -> None:
@@ -146,31 +144,32 @@ def _turns(counts: list[int]) -> Iterator[_Turn]:
 
 
 @_forward.register_fake
-def _(rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_LFD: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    inner = rows_RD.size(0), gate_LFD.size(1)
-    return torch.empty_like(rows_RD), rows_RD.new_empty(inner), rows_RD.new_empty(inner)
+def _(
+    rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_up_LDJ: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(rows_RD), rows_RD.new_empty(rows_RD.size(0), gate_up_LDJ.size(2))
 
 
 @_backward.register_fake
 def _(grad_RD: Tensor, rows_RD: Tensor, weights_R: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, gate_LFD, up_LFD, down_LDF, _ = others
-    return tuple(torch.empty_like(like) for like in (rows_RD, weights_R, gate_LFD, up_LFD, down_LDF))
+    *_, gate_up_LDJ, down_LDF, _ = others
+    return tuple(torch.empty_like(like) for like in (rows_RD, weights_R, gate_up_LDJ, down_LDF))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF, ctx.compiles = inputs
-    _, gates_RF, ups_RF = output
-    ctx.save_for_backward(rows_RD, weights_R, counts_L, gates_RF, ups_RF, gate_LFD, up_LFD, down_LDF)
+    rows_RD, weights_R, counts_L, gate_up_LDJ, down_LDF, ctx.compiles = inputs
+    _, products_RJ = output
+    ctx.save_for_backward(rows_RD, weights_R, counts_L, products_RJ, gate_up_LDJ, down_LDF)
     ctx.set_materialize_grads(False)  # zeros for the products, which nobody uses further
 
 
 def _differentiate(ctx: Any, grad_RD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_RD is None:  # of the results; opcheck asks for each output's alone
-        return (None,) * 7
-    d_rows_RD, d_weights_R, d_gate_LFD, d_up_LFD, d_down_LDF = _backward(
+        return (None,) * 6
+    d_rows_RD, d_weights_R, d_gate_up_LDJ, d_down_LDF = _backward(
         grad_RD.contiguous(), *ctx.saved_tensors, ctx.compiles
     )
-    return d_rows_RD, d_weights_R, None, d_gate_LFD, d_up_LFD, d_down_LDF, None
+    return d_rows_RD, d_weights_R, None, d_gate_up_LDJ, d_down_LDF, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

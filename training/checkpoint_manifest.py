@@ -28,7 +28,7 @@ from training.errors import CheckpointError, UnreadableError, printable
 from training.guard import GuardState
 from training.pieces import Matrix, Piece, tiling_fault
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 held gate and up of the experts apart
 MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 ROUTER_FILE, CONFIG_FILE, PROVENANCE_FILE = "router.safetensors", "config.toml", "provenance.json"
 MAX_MANIFEST_BYTES = 1 << 30

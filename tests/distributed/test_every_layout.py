@@ -103,7 +103,7 @@ def gradients_of_one_process(model: str, is_collapsed: bool) -> dict[str, Tensor
     (want,) = run_ranks(sum_gradients, 1, with_split(CONFIGS[model], 8), 1, is_collapsed)
     if is_collapsed:
         # The biased router leaves most experts without a row: their gradient is zero, not missing.
-        assert any(not expert.any() for expert in want["decoder.blocks.1.moe.experts.up"])
+        assert any(not expert.any() for expert in want["decoder.blocks.1.moe.experts.gate_up"])
     return want
 
 

@@ -42,8 +42,7 @@ def test_expert_backend_equals_the_loop(name: str, dtype: torch.dtype) -> None:
     shapes = {
         "rows": (256, 64),
         "weights": (256,),
-        "gate": (5, 96, 64),
-        "up": (5, 96, 64),
+        "gate_up": (5, 64, 192),
         "down": (5, 64, 96),
     }
     results = []

@@ -97,7 +97,7 @@ LIES: dict[str, tuple[Callable[[Tree], None], str]] = {
     "no router": (without(f"files/{ROUTER_FILE}"), f"['{ROUTER_FILE}'] is not among the files"),
     "no config": (without(f"files/{CONFIG_FILE}"), f"['{CONFIG_FILE}'] is not among the files"),
     "no ranks": (without(f"files/{RANK_FILE}"), "which is not among the files"),
-    "another version": (set_at("format_version", 2), "format_version=2 where 1 is read; use the Turnout that wrote it"),
+    "another version": (set_at("format_version", 3), "format_version=3 where 2 is read; use the Turnout that wrote it"),
     "a version that steers a terminal": (set_at("format_version", "\x1b[2J" * 50), r"format_version='\x1b[2J"),
     "a version that is true": (set_at("format_version", True), "format_version"),
     "no version": (without("format_version"), "format_version"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from training.compare import CHECKS, LIMITS, compare_check
 
-EXPERTS = "decoder.blocks.0.moe.experts.up"
+EXPERTS = "decoder.blocks.0.moe.experts.gate_up"
 
 
 def gradients() -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def test_a_wrong_factor_is_named_with_its_size(factor: float, is_half: bool) -> 
     want = gradients()
     found = compare_check("gradient", want | {EXPERTS: factor * want[EXPERTS]}, want, is_half=is_half)
     assert found.n_different == 1 and found.first == found.worst and found.first is not None
-    assert found.first.name == "blocks.0.moe.experts.up"
+    assert found.first.name == "blocks.0.moe.experts.gate_up"
     assert found.first.detail == f"is {factor:.4g} times that of one process"
 
 
@@ -61,7 +61,7 @@ def test_what_is_not_finite_differs(bad: float) -> None:
     for is_half in (False, True):
         found = compare_check("gradient", got, want, is_half=is_half)
         assert found.n_different == 1 and found.worst is not None
-        assert found.worst.name == "blocks.0.moe.experts.up"
+        assert found.worst.name == "blocks.0.moe.experts.gate_up"
 
 
 def test_missing_and_surplus_names_differ() -> None:

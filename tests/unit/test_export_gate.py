@@ -45,7 +45,7 @@ def with_slots(change: Callable[[Slot], Slot | None]) -> dict[tuple[Any, str], A
 
 
 def swap_experts(slot: Slot) -> Slot:
-    if slot.ours == "blocks.1.moe.experts.up" and slot.index in (2, 3):
+    if slot.ours == "blocks.1.moe.experts.gate_up" and slot.index in (2, 3):
         return replace(slot, index=5 - slot.index)
     return slot
 

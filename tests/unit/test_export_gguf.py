@@ -100,8 +100,8 @@ def test_read_back_finds_what_is_broken(broken: str, tokenizer: Path, tmp_path: 
     true = variant_weights("mixtral-gqa", tokenizer)
     false = variant_weights("mixtral-gqa", tokenizer)
     if broken == "experts swapped":
-        up = false.parameters["blocks.1.moe.experts.up"]
-        false.parameters["blocks.1.moe.experts.up"] = up[[0, 2, 1, 3, 4, 5]]
+        gate_up = false.parameters["blocks.1.moe.experts.gate_up"]
+        false.parameters["blocks.1.moe.experts.gate_up"] = gate_up[[0, 2, 1, 3, 4, 5]]
     elif broken == "rows not reordered":
         k = false.parameters["blocks.0.attn.k.weight"].view(2, 12, 2, 64)
         false.parameters["blocks.0.attn.k.weight"] = k.transpose(1, 2).reshape(48, 64)

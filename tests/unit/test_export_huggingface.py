@@ -1,6 +1,7 @@
 """Exported directories: transformers computes what our model computes, for every shape it can hold."""
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,12 @@ def test_each_parameter_has_its_slot(name: str) -> None:
     found: dict[str, int] = {}
     all_slots = list(slots(architecture, cfg))
     assert len({slot.name for slot in all_slots}) == len(all_slots)
-    for slot in all_slots:
-        if slot.kind == "parameter" and slot.name != "lm_head.weight":
-            found[slot.ours] = found.get(slot.ours, 0) + 1
+    filling = [slot for slot in all_slots if slot.kind == "parameter" and slot.name != "lm_head.weight"]
+    assert len({(slot.ours, slot.index, slot.half) for slot in filling}) == len(filling)
+    for slot in filling:
+        found[slot.ours] = found.get(slot.ours, 0) + prod(slot.shape)
     shapes = parameter_shapes(cfg)
-    want = {n: cfg.n_experts if ".moe.experts." in n else 1 for n in shapes if n != "head.weight"}
-    assert found == want
+    assert found == {name: prod(shape) for name, shape in shapes.items() if name != "head.weight"}
     assert choose_architecture(cfg, has_bias=VARIANTS[name][2] > 0) == architecture
     tree = to_hf_config(architecture, cfg, dtype="float32", bos_id=1, eos_id=2)
     found_cfg = from_hf_config(tree, "here")[1]

@@ -36,10 +36,10 @@ def test_experts_layers_and_seeds_differ() -> None:
     decoder, other = build_decoder(cfg), build_decoder(cfg)
     init_weights(decoder, seed=0)
     init_weights(other, seed=1)
-    gate = decoder.blocks[0].moe.experts.gate
-    assert len({expert.sum().item() for expert in gate}) == cfg.n_experts
-    assert not torch.equal(gate, decoder.blocks[1].moe.experts.gate)
-    assert not torch.equal(gate, other.blocks[0].moe.experts.gate)
+    gate_up = decoder.blocks[0].moe.experts.gate_up
+    assert len({expert.sum().item() for expert in gate_up}) == cfg.n_experts
+    assert not torch.equal(gate_up, decoder.blocks[1].moe.experts.gate_up)
+    assert not torch.equal(gate_up, other.blocks[0].moe.experts.gate_up)
 
 
 def test_every_parameter_is_filled_with_its_scale() -> None:

@@ -48,9 +48,7 @@ def to_mixtral(ours: dict[str, torch.Tensor], cfg: ModelConfig) -> dict[str, tor
             theirs[there + name] = ours[f"{here}{part}.weight"]
         theirs[there + "mlp.gate.weight"] = ours[here + "moe.router.weight"]
         experts = here + "moe.experts."
-        theirs[there + "mlp.experts.gate_up_proj"] = torch.cat(
-            [ours[experts + "gate"], ours[experts + "up"]], 1
-        )
+        theirs[there + "mlp.experts.gate_up_proj"] = ours[experts + "gate_up"].transpose(1, 2)
         theirs[there + "mlp.experts.down_proj"] = ours[experts + "down"]
     return theirs
 

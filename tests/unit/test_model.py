@@ -91,7 +91,7 @@ def test_adversarial_router_sends_every_token_to_the_same_experts() -> None:
     assert relative_error(hidden, want.hidden) < 1e-10
     assert (stats.counts_E > 0).tolist() == [[False, True, False, False, True, False]] * 2
     hidden.square().sum().backward()
-    idle = decoder.blocks[0].moe.experts.gate.grad[[0, 2, 3, 5]]
+    idle = decoder.blocks[0].moe.experts.gate_up.grad[[0, 2, 3, 5]]
     assert not idle.any(), "an expert without rows has a zero gradient, not a missing one"
 
 

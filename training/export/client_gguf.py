@@ -105,6 +105,9 @@ def _truth(weights: Weights, tensor: GgufTensor, cfg: ModelConfig) -> Tensor:
         assert slot.index is not None
         return weights.read_bias()[slot.index]
     whole = weights.read(slot.ours)
+    if slot.half is not None:
+        columns = slice(cfg.d_expert) if slot.half == "gate" else slice(cfg.d_expert, None)
+        return whole[:, :, columns].transpose(1, 2)
     if not tensor.n_turned_heads:
         return whole
     # RoPE of ggml turns rows (2i, 2i + 1) of a head, ours turns (i, i + A/2).

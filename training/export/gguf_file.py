@@ -174,6 +174,8 @@ def to_stored(kind: Kind, name: str, values: Tensor) -> Tensor:
     """Return one of our parameters as a file of this kind holds it."""
     if values.ndim == 1 or name.endswith("router.weight"):
         return values
+    if name.endswith("experts.gate_up"):  # the file's rows are our columns, and its scales are of its rows
+        return to_stored(kind, "", values.transpose(-1, -2).contiguous()).transpose(-1, -2).contiguous()
     return torch.from_numpy(gguf.dequantize(gguf.quantize(values.numpy(), kind), kind))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from data.tokenizer import load_tokenizer
 from training.disk import Buffer, Disk
 from training.export.architectures import to_hf_config
-from training.export.naming import Architecture, Slot, slots
+from training.export.naming import Architecture, Slot, half_of, slots
 from training.export.reader import CONFIG, INDEX
 from training.export.tokenizer_files import write_tokenizer
 from training.tensor_stream import Stored, cut_by_bytes, safetensors_chunks
@@ -76,7 +76,8 @@ def _read_parts(weights: Weights, slot: Slot) -> Iterator[Tensor]:
 def read_slot(weights: Weights, slot: Slot) -> Tensor:
     """Return what fills a slot, fp32."""
     if slot.kind == "parameter":
-        return weights.read(slot.ours, slot.index)
+        values = weights.read(slot.ours, slot.index)
+        return values if slot.half is None else half_of(values, slot.half).contiguous()
     if slot.kind == "bias":
         assert slot.index is not None
         return weights.read_bias()[slot.index]

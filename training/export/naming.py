@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from moe.config import ModelConfig
 
 # The first three can be written and read; of llama and qwen3, which are dense, experts are made.
@@ -30,6 +32,7 @@ class Slot:
     kind    parameter: `ours`, or one expert of it; bias: a row of the routers' bias; zeros: nothing of ours
     ours    the parameter's name
     index   parameter: the expert, or None; bias: the row, which is the number of the expert layer
+    half    of gate_up [D, 2 * d_expert] of an expert: its columns of gate or of up, turned into rows
     """
 
     name: str
@@ -37,6 +40,7 @@ class Slot:
     kind: Literal["parameter", "bias", "zeros"] = "parameter"
     ours: str = ""
     index: int | None = None
+    half: Literal["gate", "up"] | None = None
 
 
 def slots(architecture: Architecture, cfg: ModelConfig) -> Iterator[Slot]:
@@ -82,8 +86,7 @@ def _expert_slots(architecture: Architecture, cfg: ModelConfig, layer: int) -> I
         yield Slot(f"{there}gate.e_score_correction_bias", (cfg.n_experts,), kind="bias", index=row)
     for expert in range(cfg.n_experts):
         for part, theirs in projections.items():
-            name = f"{there}experts.{expert}.{theirs}.weight"
-            yield Slot(name, _projection_shape(part, cfg), ours=f"{here}experts.{part}", index=expert)
+            yield _expert_slot(f"{there}experts.{expert}.{theirs}.weight", here, part, expert, cfg)
     if architecture == "glm4_moe":
         kind: Literal["parameter", "zeros"] = "parameter" if cfg.n_shared_experts else "zeros"
         # It needs a shared expert (vLLM divides by their number), so one of zeros stands in.
@@ -95,12 +98,19 @@ def _copied_expert_slots(cfg: ModelConfig, here: str, there: str) -> Iterator[Sl
     """Every expert of the layer reads the one feed-forward layer that a dense model has."""
     for expert in range(cfg.n_experts):
         for part, theirs in PROJECTIONS.items():
-            name = f"{there}mlp.{theirs}.weight"
-            yield Slot(name, _projection_shape(part, cfg), ours=f"{here}moe.experts.{part}", index=expert)
+            yield _expert_slot(f"{there}mlp.{theirs}.weight", f"{here}moe.", part, expert, cfg)
 
 
-def _projection_shape(part: str, cfg: ModelConfig) -> tuple[int, int]:
-    return (cfg.d_model, cfg.d_expert) if part == "down" else (cfg.d_expert, cfg.d_model)
+def _expert_slot(name: str, here: str, part: str, expert: int, cfg: ModelConfig) -> Slot:
+    if part == "down":
+        return Slot(name, (cfg.d_model, cfg.d_expert), ours=f"{here}experts.down", index=expert)
+    half: Literal["gate", "up"] = "gate" if part == "gate" else "up"
+    return Slot(name, (cfg.d_expert, cfg.d_model), ours=f"{here}experts.gate_up", index=expert, half=half)
+
+
+def half_of(gate_up: Tensor, half: Literal["gate", "up"]) -> Tensor:
+    """Return gate or up, [..., d_expert, D], of experts' gate_up [..., D, 2 * d_expert]."""
+    return gate_up.chunk(2, dim=-1)[0 if half == "gate" else 1].transpose(-1, -2)
 
 
 def _swiglu(

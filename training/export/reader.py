@@ -19,7 +19,7 @@ from moe.init import initial_values
 from moe.sharding import is_expert
 from training.errors import CheckpointError, ConfigError, printable
 from training.export.architectures import from_hf_config
-from training.export.naming import DENSE, Slot, slots
+from training.export.naming import DENSE, Slot, half_of, slots
 from training.weights import MAPPED_BYTES, parameter_shapes
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -56,8 +56,14 @@ class HfWeights:
             for i, part in enumerate(whole):
                 part.copy_(self.read(name, i))
             return whole
-        if (slot := self._slots.get((name, expert))) is not None:
-            return self._files.read(slot.name)
+        if found := self._slots.get((name, expert)):
+            if len(found) == 1:
+                return self._files.read(found[0].name)
+            whole = torch.empty(self._shapes[name][1:])
+            for slot in found:
+                assert slot.half is not None
+                half_of(whole, slot.half).copy_(self._files.read(slot.name))
+            return whole
         assert self.architecture in DENSE and name.endswith("router.weight"), name
         return initial_values(self._shapes[name], self.cfg.init_std, name, self._seed)
 
@@ -70,9 +76,12 @@ class HfWeights:
                 bias_ME[slot.index] = self._files.read(slot.name)
         return bias_ME
 
-    def _find_slots(self) -> dict[tuple[str, int | None], Slot]:
-        """Return the slot of each parameter. Raises CheckpointError for a missing or unexpected tensor."""
-        found, filled, wanted = self._files.shapes, dict[tuple[str, int | None], Slot](), set[str]()
+    def _find_slots(self) -> dict[tuple[str, int | None], list[Slot]]:
+        """Return the slots of each parameter: one, of gate_up two halves.
+
+        Raises CheckpointError for a missing or unexpected tensor.
+        """
+        found, filled, wanted = self._files.shapes, dict[tuple[str, int | None], list[Slot]](), set[str]()
         # One at a time: the config of a stranger may speak of more layers than memory has room for.
         for slot in slots(self.architecture, self.cfg):
             if slot.name == "lm_head.weight" and self.cfg.tie_embeddings:
@@ -84,7 +93,7 @@ class HfWeights:
                 raise CheckpointError(f"{self.place}: {slot.name} is {here} where its config says {there}")
             wanted.add(slot.name)
             if slot.kind == "parameter":
-                filled[slot.ours, slot.index] = slot
+                filled.setdefault((slot.ours, slot.index), []).append(slot)
         for name in sorted(found.keys() - wanted):
             if not _is_computed(name) and name != "lm_head.weight":
                 raise CheckpointError(
@@ -103,13 +112,15 @@ class HfWeights:
             "model.embed_tokens.weight", "lm_head.weight"
         ):
             changes["tie_embeddings"] = True
-        shared = [slot for (name, _), slot in self._slots.items() if ".moe.shared." in name]
+        shared = [
+            slot for (name, _), found in self._slots.items() if ".moe.shared." in name for slot in found
+        ]
         if self.cfg.n_shared_experts == 1 and not any(self._files.has_nonzero(slot.name) for slot in shared):
             changes["n_shared_experts"] = 0
         if changes:
             self.cfg = ModelConfig.model_validate({**self.cfg.model_dump(), **changes})
         self._shapes = parameter_shapes(self.cfg)
-        self._slots = {key: slot for key, slot in self._slots.items() if key[0] in self._shapes}
+        self._slots = {key: found for key, found in self._slots.items() if key[0] in self._shapes}
 
     def _find_tokenizer(self) -> Path:
         for name in ("tokenizer.model", "tokenizer.json"):  # ids of the first are those of training
