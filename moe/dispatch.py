@@ -3,19 +3,23 @@
 Contract: combine(dispatch(rows)) with identity experts returns the rows, and so does its gradient.
 Nothing here knows about scores: a row's weight travels to its expert as any other number of the row does.
 
+Rows travel in trips, usually one. More of them keep a rank's memory within a limit where a routing sends it
+too much, or let one trip's rows be computed while the next ones are on their way.
+
 Shapes
-  N routed rows on the sending side   R rows on the receiving side   E n_experts   L experts on this rank
-  P ranks of the expert-parallel group
+  N routed rows that are sent   M of them in one trip   R rows that arrive in it   E n_experts
+  L experts on this rank   P ranks of the expert-parallel group
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe.permute import invert, permute_rows
@@ -50,22 +54,49 @@ def no_record(
 
 
 @dataclass(frozen=True)
-class Route:
-    """How the rows of one layer travel.
+class Trip:
+    """How rows travel at once.
 
-    n_rows       N, rows on this rank before any drop
     counts_L     [L] int64 rows of each local expert, sum R
-    sent         rows to each rank of the group; they sum to N less the dropped rows
+    sent         rows to each rank of the group, sum M
     received     rows from each rank, sum R
     order_R, inverse_R  [R] received rows (by sender) to rows by local expert; None: they are in order
     """
 
-    n_rows: int
     counts_L: Tensor
     sent: tuple[int, ...]
     received: tuple[int, ...]
     order_R: Tensor | None = None
     inverse_R: Tensor | None = None
+
+    @property
+    def n_sent(self) -> int:
+        return sum(self.sent)
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the rows of one layer travel: the same number of trips on every rank of the group.
+
+    order_N        [N] rows sorted by expert to rows sorted by trip, then by expert; None: they are the same
+    is_over_limit  some rank gets more rows than it is to hold: only one trip's activations may be kept
+    """
+
+    trips: tuple[Trip, ...]
+    order_N: Tensor | None = None
+    is_over_limit: bool = False
+
+    @property
+    def n_extra(self) -> int:
+        """Trips that only the limit has made."""
+        return len(self.trips) - 1 if self.is_over_limit else 0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Rows on their way. wait() returns them, and is called once."""
+
+    wait: Callable[[], Tensor]
 
 
 class Dispatcher(Protocol):
@@ -84,14 +115,14 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def dispatch(self, rows_ND: Tensor, route: Route) -> Tensor:
-        """Move each row to its expert's rank: [N, ...] sorted by expert id, dropped rows last, to
-        [R, ...] sorted by local expert. R differs per rank and per step; zero is legal.
+    def dispatch(self, rows: Tensor, trip: Trip) -> Arrival:
+        """Move each row to its expert's rank: [M, ...] sorted by expert id to [R, ...] sorted by local
+        expert. R differs per rank, trip and step; zero is legal.
         """
         ...
 
-    def combine(self, rows_RD: Tensor, route: Route) -> Tensor:
-        """Bring rows [R, d_model] back to where they were sent from, [N, d_model]; zeros for dropped rows."""
+    def combine(self, rows: Tensor, trip: Trip) -> Arrival:
+        """Bring rows [R, ...] back to where they were sent from, [M, ...]."""
         ...
 
 
@@ -106,22 +137,28 @@ class LocalDispatcher:
 
     def plan(self, counts_E: Tensor, n_rows: int, *, is_dropless: bool) -> Route:
         n_kept = n_rows if is_dropless else int(counts_E.sum())
-        return Route(n_rows, counts_E, (n_kept,), (n_kept,))
+        return Route((Trip(counts_E, (n_kept,), (n_kept,)),))
 
-    def dispatch(self, rows_ND: Tensor, route: Route) -> Tensor:
-        return rows_ND[: route.sent[0]]
+    def dispatch(self, rows: Tensor, trip: Trip) -> Arrival:
+        return Arrival(lambda: rows)
 
-    def combine(self, rows_RD: Tensor, route: Route) -> Tensor:
-        return _pad(rows_RD, route.n_rows)
+    def combine(self, rows: Tensor, trip: Trip) -> Arrival:
+        return Arrival(lambda: rows)
 
 
 @dataclass(frozen=True)
 class AllToAllDispatcher:
-    """Experts are spread over a group: rank p of P holds experts p * L to (p + 1) * L - 1."""
+    """Experts are spread over a group: rank p of P holds experts p * L to (p + 1) * L - 1.
+
+    max_load   rows that a rank takes in a trip, over the mean of the ranks; None: any number
+    min_trips  trips of every layer, whatever its routing
+    """
 
     group: dist.ProcessGroup
     record: Record = no_record
     layer: int | None = None
+    max_load: float | None = None
+    min_trips: int = 1
 
     def n_local_experts(self, n_experts: int) -> int:
         return n_experts // self.group.size()
@@ -130,55 +167,139 @@ class AllToAllDispatcher:
         return replace(self, layer=layer)
 
     def plan(self, counts_E: Tensor, n_rows: int, *, is_dropless: bool) -> Route:
-        sent_PL = counts_E.view(self.group.size(), -1)
-        received_PL = torch.empty_like(sent_PL)
-        with self.record("all-to-all of counts", "ep", layer=self.layer):
-            dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.group)
+        n_ranks, rank = self.group.size(), self.group.rank()
+        gathered = counts_E.new_empty(n_ranks * counts_E.numel())
+        with self.record("all-gather of counts", "ep", layer=self.layer):
+            dist.all_gather_into_tensor(gathered, counts_E.contiguous(), group=self.group)
+        counts_PPL = gathered.view(n_ranks, n_ranks, -1)  # sender, receiver, expert
+        rows_PP = counts_PPL.sum(2)
+        loads_P = rows_PP.sum(0)
         # The splits must be Python ints, so this is the layer's only device sync. Do not add another.
-        sent, received = torch.stack([sent_PL.sum(1), received_PL.sum(1)]).tolist()
-        n_local, n_received = sent_PL.size(1), sum(received)
-        expert_R = torch.arange(n_local, device=counts_E.device).repeat(self.group.size())
-        expert_R = expert_R.repeat_interleave(received_PL.flatten(), output_size=n_received)
+        numbers = torch.cat([rows_PP[rank], rows_PP[:, rank], loads_P.max()[None], loads_P.sum()[None]])
+        *both, busiest, total = numbers.tolist()
+        sent, received = both[:n_ranks], both[n_ranks:]
+        n_needed = self._n_trips(busiest, total / n_ranks)
+        n_trips = max(n_needed, self.min_trips)
+        trips = tuple(self._trip(counts_PPL[:, rank], sent, received, i, n_trips) for i in range(n_trips))
+        order_N = _by_trip(sent, n_trips, n_rows).to(counts_E.device) if n_trips > 1 else None
+        return Route(trips, order_N, is_over_limit=n_needed > self.min_trips)
+
+    def _n_trips(self, busiest: int, mean: float) -> int:
+        """Return the trips in which the busiest rank stays within the limit, but for a row of each sender."""
+        if self.max_load is None or not busiest:
+            return 1
+        return min(busiest, math.ceil(busiest / (self.max_load * mean)))
+
+    def _trip(self, counts_PL: Tensor, sent: list[int], received: list[int], i: int, n_trips: int) -> Trip:
+        """Return the trip in which part i of each sender's rows for each receiver goes."""
+        stop_PL = counts_PL.cumsum(1)
+        total_P1 = stop_PL[:, -1:]
+        first_P1, last_P1 = total_P1 * i // n_trips, total_P1 * (i + 1) // n_trips
+        part_PL = stop_PL.minimum(last_P1) - (stop_PL - counts_PL).maximum(first_P1)
+        part_PL = part_PL.clamp(min=0)
+        arriving = [_end(n, i, n_trips) - _end(n, i - 1, n_trips) for n in received]
+        expert_R = torch.arange(part_PL.size(1), device=part_PL.device).repeat(part_PL.size(0))
+        expert_R = expert_R.repeat_interleave(part_PL.flatten(), output_size=sum(arriving))
         order_R = expert_R.sort(stable=True).indices
-        return Route(n_rows, received_PL.sum(0), tuple(sent), tuple(received), order_R, invert(order_R))
+        return Trip(
+            counts_L=part_PL.sum(0),
+            sent=tuple(_end(n, i, n_trips) - _end(n, i - 1, n_trips) for n in sent),
+            received=tuple(arriving),
+            order_R=order_R,
+            inverse_R=invert(order_R),
+        )
 
-    def dispatch(self, rows_ND: Tensor, route: Route) -> Tensor:
-        assert route.order_R is not None and route.inverse_R is not None
-        rows_RD = self._exchange(rows_ND[: sum(route.sent)], route.sent, route.received)
-        return permute_rows(rows_RD, route.order_R, route.inverse_R)
+    def dispatch(self, rows: Tensor, trip: Trip) -> Arrival:
+        order_R, inverse_R = trip.order_R, trip.inverse_R
+        assert order_R is not None and inverse_R is not None
+        arrival = self._exchange(rows, trip.sent, trip.received)
+        return Arrival(lambda: permute_rows(arrival.wait(), order_R, inverse_R))
 
-    def combine(self, rows_RD: Tensor, route: Route) -> Tensor:
-        assert route.order_R is not None and route.inverse_R is not None
-        rows_RD = permute_rows(rows_RD, route.inverse_R, route.order_R)
-        return _pad(self._exchange(rows_RD, route.received, route.sent), route.n_rows)
+    def combine(self, rows: Tensor, trip: Trip) -> Arrival:
+        assert trip.order_R is not None and trip.inverse_R is not None
+        rows = permute_rows(rows, trip.inverse_R, trip.order_R)
+        return self._exchange(rows, trip.received, trip.sent)
 
-    def _exchange(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
-        return _AllToAll.apply(rows, sent, received, self)
-
-    def exchange_rows(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
-        """Send the first sent[0] rows to rank 0, and so on, and return what came, by sender. No gradient."""
-        arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        with self.record("all-to-all of rows", "ep", layer=self.layer, sent=sent, received=received):
-            dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=self.group)
-        return arrived
+    def _exchange(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Arrival:
+        """Send the first sent[0] rows to rank 0, and so on; what arrives is by sender."""
+        journey = _Journey(self, sent, received)
+        ticket = _Depart.apply(rows, journey)
+        return Arrival(lambda: _Arrive.apply(ticket, journey))
 
 
-class _AllToAll(torch.autograd.Function):
+class _Journey:
+    """One exchange of rows there, and of their gradients back."""
+
+    def __init__(
+        self, dispatcher: AllToAllDispatcher, sent: tuple[int, ...], received: tuple[int, ...]
+    ) -> None:
+        self.dispatcher, self.sent, self.received = dispatcher, sent, received
+        self._underway: tuple[dist.Work, Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, *, is_back: bool) -> None:
+        sent, received = self._splits(is_back=is_back)
+        rows, arriving = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(
+            arriving, rows, list(received), list(sent), group=self.dispatcher.group, async_op=True
+        )
+        self._underway = work, arriving, rows  # which must be kept until it has been sent
+
+    def finish(self, *, is_back: bool) -> Tensor:
+        """Return the rows that have arrived."""
+        sent, received = self._splits(is_back=is_back)
+        assert self._underway is not None
+        work, arriving, _ = self._underway
+        layer = self.dispatcher.layer
+        with self.dispatcher.record("all-to-all of rows", "ep", layer=layer, sent=sent, received=received):
+            work.wait()
+        self._underway = None
+        return arriving
+
+    def _splits(self, *, is_back: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.received, self.sent) if is_back else (self.sent, self.received)
+
+
+class _Depart(torch.autograd.Function):
+    """Rows leave; in the backward pass their gradients arrive. Returns a ticket of no elements.
+
+    Not where the rows will be: as many gradients come back as rows have left, and autograd wants as many as
+    rows arrive.
+    """
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        sent: tuple[int, ...],
-        received: tuple[int, ...],
-        dispatcher: AllToAllDispatcher,
-    ) -> Tensor:
-        ctx.sent, ctx.received, ctx.dispatcher = sent, received, dispatcher
-        return dispatcher.exchange_rows(rows, sent, received)
+    def forward(ctx: Any, rows: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        journey.start(rows, is_back=False)
+        return rows.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.dispatcher.exchange_rows(grads[0], ctx.received, ctx.sent), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.journey.finish(is_back=True), None
 
 
-def _pad(rows: Tensor, n_rows: int) -> Tensor:
-    return rows if rows.size(0) == n_rows else F.pad(rows, (0, 0, 0, n_rows - rows.size(0)))
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.finish(is_back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.start(grads[0], is_back=True)
+        return grads[0].new_empty(0), None
+
+
+def _end(n_rows: int, i: int, n_trips: int) -> int:
+    """Return where part i of rows ends that are cut into n_trips equal parts."""
+    return n_rows * (i + 1) // n_trips
+
+
+def _by_trip(sent: list[int], n_trips: int, n_rows: int) -> Tensor:
+    """Return the order [N] in which rows sorted by receiver are sorted by trip; dropped rows stay last."""
+    first_of = [0, *itertools.accumulate(sent)]
+    parts = [
+        torch.arange(first + _end(n, i - 1, n_trips), first + _end(n, i, n_trips))
+        for i in range(n_trips)
+        for first, n in zip(first_of, sent, strict=False)
+    ]
+    return torch.cat([*parts, torch.arange(first_of[-1], n_rows)])

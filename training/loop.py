@@ -346,6 +346,7 @@ def _step_row(result: StepResult, progress: Progress, lr: float, loss_scale: flo
         "router/max_load_frac": float(load_fractions(result.counts_ME).max()),
         "router/entropy_nats": float(result.entropy),
         "router/dropped_tokens": int(result.n_dropped),
+        "perf/extra_trips": int(result.n_extra_trips),
     }
 
 

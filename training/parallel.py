@@ -117,6 +117,11 @@ def plan_layout(cfg: RunConfig, world_size: int) -> Layout:
         raise ConfigError(
             "parallel.sequence_parallel=true has no effect with parallel.tp=1; raise parallel.tp, or drop it"
         )
+    if cfg.parallel.ep_trips > 1 and layout.ep == 1:
+        raise ConfigError(
+            f"parallel.ep_trips={cfg.parallel.ep_trips} has no effect with parallel.ep=1, where no rows "
+            "travel; raise parallel.ep, or drop it"
+        )
     n_microbatches(cfg, layout)
     return layout
 
@@ -227,11 +232,11 @@ class Groups:
         for group in (self.dp, self.tp, self.ep, self.edp):
             dist.destroy_process_group(group)
 
-    def dispatcher(self) -> Dispatcher:
-        """Return how routed rows reach their experts."""
+    def dispatcher(self, *, max_load: float | None = None, min_trips: int = 1) -> Dispatcher:
+        """Return how routed rows reach their experts; AllToAllDispatcher says what the settings mean."""
         if self.layout.ep == 1:
             return LocalDispatcher()
-        return AllToAllDispatcher(self.ep, self.ledger.collective)
+        return AllToAllDispatcher(self.ep, self.ledger.collective, max_load=max_load, min_trips=min_trips)
 
     def tensor_parallel(self, *, sequence_parallel: bool = False) -> TensorParallel:
         """Return how matrices are split."""

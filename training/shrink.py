@@ -27,7 +27,7 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
     schedule = {"warmup_steps": 0, "decay_frac": 1.0 if cfg.optim.schedule.kind == "wsd" else None}
     tree = cfg.model_dump()
     tree["model"] = model.model_dump()
-    tree["parallel"] |= {"tp": 1, "ep": 1, "sequence_parallel": False}
+    tree["parallel"] |= {"tp": 1, "ep": 1, "sequence_parallel": False, "ep_trips": 1}
     tree["train"] |= {
         "n_steps": N_STEPS,
         "batch_tokens": batch_seqs * model.seq_len,

@@ -29,6 +29,7 @@ class StepResult:
     entropy        [] nats, of the router probabilities, mean over expert layers
     counts_ME      [M, E] int64, rows that chose each expert
     n_dropped      [] int64, rows cut by the capacity factor, all layers
+    n_extra_trips  [] int64, see RouterStats; all layers and data-parallel ranks
     local_nll      [] fp64 nats, this rank's share of the sum of the cross-entropy
     """
 
@@ -38,6 +39,7 @@ class StepResult:
     entropy: Tensor
     counts_ME: Tensor
     n_dropped: Tensor
+    n_extra_trips: Tensor
     local_nll: Tensor
     outcome: StepOutcome
 
@@ -47,7 +49,7 @@ class StepTotals:
     """What the forward and backward passes of a step left.
 
     n_tokens   [] int64, unmasked targets of the global batch
-    sums       [5 + M * E] fp64 over the global batch, as _pack lays them out
+    sums       [6 + M * E] fp64 over the global batch, as _pack lays them out
     local_nll  [] fp64, this rank's share of the cross-entropy
     """
 
@@ -122,20 +124,20 @@ def advance_router_state(state: RouterState, result: StepResult, balance: Balanc
     return state.after_step(result.counts_ME, balance) if result.outcome.was_applied else state
 
 
-_N_SCALARS = 5
+_N_SCALARS = 6
 
 
 def _pack(objective: ObjectiveSums) -> Tensor:
     """Lay all sums of a micro-batch in one fp64 row, so that they cost one reduction."""
     stats = objective.stats
     scalars = [objective.nll, stats.balance_sum.mean(), stats.z_sum.mean(), stats.entropy_sum.mean()]
-    scalars.append(stats.n_dropped.sum())
+    scalars += [stats.n_dropped.sum(), stats.n_extra_trips.sum()]
     row = torch.stack([x.detach().double() for x in scalars])
     return torch.cat([row, stats.counts_E.flatten().double()])  # counts stay exact in fp64 up to 2**53
 
 
 def _unpack(totals: StepTotals, state: RouterState, outcome: StepOutcome) -> StepResult:
-    _, balance, z, entropy, n_dropped = totals.sums[:_N_SCALARS]
+    _, balance, z, entropy, n_dropped, n_extra_trips = totals.sums[:_N_SCALARS]
     return StepResult(
         loss=totals.loss,
         balance_loss=balance / totals.n_tokens,
@@ -143,6 +145,7 @@ def _unpack(totals: StepTotals, state: RouterState, outcome: StepOutcome) -> Ste
         entropy=entropy / totals.n_tokens,
         counts_ME=totals.counts.view_as(state.bias_ME),
         n_dropped=n_dropped.long(),
+        n_extra_trips=n_extra_trips.long(),
         local_nll=totals.local_nll,
         outcome=outcome,
     )

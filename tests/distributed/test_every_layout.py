@@ -66,8 +66,18 @@ LAYOUTS = [
 IDS = [f"world{x.world_size}-tp{x.tp}-ep{x.ep}" for x in LAYOUTS]
 
 
-def lay_out(cfg: RunConfig, layout: Layout, **changes: Any) -> RunConfig:
-    return with_parallel(cfg, tp=layout.tp, ep=layout.ep, **changes)
+# How expert rows travel: each layout and each model meets all of them.
+TRIPS: list[dict[str, Any]] = [
+    {},
+    {"ep_trips": 2},
+    {"ep_max_load": 0.4},
+    {"ep_trips": 2, "ep_max_load": 0.7},
+]
+
+
+def lay_out(cfg: RunConfig, layout: Layout, *, trips: int, **changes: Any) -> RunConfig:
+    travel = TRIPS[(trips + LAYOUTS.index(layout)) % len(TRIPS)] if layout.ep > 1 else {}
+    return with_parallel(cfg, tp=layout.tp, ep=layout.ep, **travel, **changes)
 
 
 def sum_gradients(rank: int, cfg: RunConfig, world_size: int, is_collapsed: bool) -> dict[str, Tensor] | None:
@@ -162,9 +172,9 @@ def test_runs_cover() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
 def test_every_gradient_is_that_of_one_process_in_fp64(layout: Layout) -> None:
-    for run in (run for run in gradient_runs() if run.layout == layout):
+    for i, run in enumerate(run for run in gradient_runs() if run.layout == layout):
         cfg = CONFIGS[run.model]
-        laid_out = lay_out(cfg, layout, sequence_parallel=run.sequence_parallel)
+        laid_out = lay_out(cfg, layout, trips=i, sequence_parallel=run.sequence_parallel)
         laid_out = with_split(laid_out, microbatch_seqs(cfg, layout, 2), recompute=run.recompute)
         world_size = layout.world_size
         got, *_ = run_ranks(sum_gradients, world_size, laid_out, world_size, run.is_collapsed)
@@ -209,6 +219,7 @@ def test_three_steps_through_the_engine_are_those_of_one_process(
     cfg = lay_out(
         CONFIGS[model],
         layout,
+        trips=list(CONFIGS).index(model),
         zero_stage=variant["zero_stage"],
         sequence_parallel=variant.get("sequence_parallel", False) and layout.tp > 1,
     )

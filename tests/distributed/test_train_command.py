@@ -158,12 +158,15 @@ def test_one_rank_and_other_microbatches_log_the_same_run(
 def test_a_model_split_in_every_way_logs_the_same_run_and_says_the_same(
     place: Path, two_ranks: subprocess.CompletedProcess[str]
 ) -> None:
-    settings = ["tp=2", "ep=4", "sequence_parallel=true", "zero_stage=2"]
+    settings = ["tp=2", "ep=4", "sequence_parallel=true", "zero_stage=2", "ep_max_load=0.5"]
     sets = [word for setting in settings for word in ("--set", f"parallel.{setting}")]
     sets += ["--set", "train.recompute=full"]
     split = turnout(place, "train", "run.toml", "--run-dir", "split", "--nproc", "4", *sets)
     assert split.returncode == 0 and not split.stderr.strip(), split.stderr
     check_same_rows(place / "split", place / "two")
+    # Below the mean, so each layer makes more than one trip.
+    assert all(row["perf/extra_trips"] > 0 for row in read_rows(place / "split"))
+    assert all(row["perf/extra_trips"] == 0 for row in read_rows(place / "two"))
     said, wanted = (run.stdout.partition("--- sample ---")[2] for run in (split, two_ranks))
     assert said.splitlines()[1] == wanted.splitlines()[1]
 

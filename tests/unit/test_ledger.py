@@ -291,14 +291,14 @@ def test_many_wrong_rows_are_counted() -> None:
 def test_ranks_in_different_collectives_are_told() -> None:
     views = {
         0: view(0, rows(layer=3)),
-        1: view(1, collective("all-to-all of counts", "ep", layer=4, ep=5)),
+        1: view(1, collective("all-gather of counts", "ep", layer=4, ep=5)),
         2: view(2, rows()),
         3: view(3, rows()),
     }
     assert explain(views, FOUR, endings(F, F, F, F))[0] == (
         "ranks of one group are in different collectives: "
         "rank 0 in step 12, backward, layer 3, all-to-all of rows (ep group 0, 1); "
-        "rank 1 in step 12, backward, layer 4, all-to-all of counts (ep group 0, 1)"
+        "rank 1 in step 12, backward, layer 4, all-gather of counts (ep group 0, 1)"
     )
 
 

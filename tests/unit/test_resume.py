@@ -26,6 +26,8 @@ FREE = {
         "parallel.tp",
         "parallel.ep",
         "parallel.sequence_parallel",
+        "parallel.ep_max_load",
+        "parallel.ep_trips",
         "parallel.zero_stage",
         "parallel.timeout_s",
     ),
