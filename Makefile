@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo test test-transformers4 test-llamacpp lint bench clean
+.PHONY: setup demo test test-megablocks test-transformers4 test-llamacpp lint bench clean
 
 setup: $(VENV)/installed
 
@@ -25,7 +25,14 @@ test: setup
 	$(BIN)/pytest tests/distributed
 # These take one core, or wait for jobs, so two files go at once, each with a SLURM cluster of its own; in their order,
 # which ends with many small ones.
-	$(BIN)/pytest tests --ignore tests/distributed --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest tests --ignore tests/distributed --ignore tests/megablocks --numprocesses 2 --dist loadfile \
+	  --no-loadscope-reorder
+	$(MAKE) test-megablocks
+
+# Triton kernels, computed on the CPU by Triton's interpreter: megablocks cannot be among what `pip install` resolves,
+# because it asks for an old torch.
+test-megablocks: $(VENV)-megablocks/installed
+	TRITON_INTERPRET=1 $(VENV)-megablocks/bin/python -m pytest tests/megablocks
 
 # Clients of exports that .venv cannot have beside its own. Each gets an environment that adds to .venv, of which pip
 # says, rightly, that the two do not go together: only the exports are tried in it.
@@ -36,6 +43,9 @@ test-llamacpp: $(VENV)-llamacpp/installed
 	$(VENV)-llamacpp/bin/python -m pytest tests/clients/test_llamacpp.py
 
 $(VENV)-transformers4/installed: CLIENT := 'transformers==4.57.6' 'huggingface_hub<1.0'
+# Its set-up asks for the torch that is there, and pip would keep what it builds for the next torch, too.
+$(VENV)-megablocks/installed: CLIENT := --no-deps --no-build-isolation --no-cache-dir --constraint constraints.txt \
+  megablocks stanford-stk triton==3.8.0
 # Compiles llama.cpp: minutes, and it needs a C++ compiler.
 $(VENV)-llamacpp/installed: CLIENT := 'llama-cpp-python==0.3.36'
 
@@ -43,6 +53,8 @@ $(VENV)-%/installed: | setup
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/turnout.pth"
+# What builds without isolation is built by this setuptools; the one that comes with Python can be too old.
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=77'
 	$(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENT)
 	@touch $@
 
@@ -55,4 +67,4 @@ bench: setup
 	$(BIN)/python -m tests.bench
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-llamacpp build *.egg-info
+	rm -rf $(VENV) $(VENV)-megablocks $(VENV)-transformers4 $(VENV)-llamacpp build *.egg-info

@@ -8,16 +8,36 @@ token a row came from.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe import megablocks_backend
+from moe.backends import check_widths
 from moe.config import ModelConfig
+from moe.permute import copy_rows, sum_rows
 from moe.sorted_loop import compiled_loop_experts, sorted_loop_experts
 
 # (rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF) -> results_RD, each times its row's weight
-ExpertBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+ApplyExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# (rows, order_N, inverse_N, n_copies) -> rows
+MoveRows = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertBackend:
+    """One way to compute an expert layer on this rank.
+
+    apply      what the experts make of rows sorted by expert
+    copy_rows  each token's rows, sorted by expert, before they travel: as in moe/permute.py
+    sum_rows   the sum of each token's rows, after they came back
+    """
+
+    apply: ApplyExperts
+    copy_rows: MoveRows = copy_rows
+    sum_rows: MoveRows = sum_rows
 
 
 def reference_experts(
@@ -53,11 +73,15 @@ def torch_grouped_experts(
     return F.grouped_mm(hidden_RF, down_LDF.transpose(1, 2), offs=offsets_L)
 
 
+# What each asks of model and machine is in moe/backends.py.
 EXPERT_BACKENDS: dict[str, ExpertBackend] = {
-    "reference": reference_experts,
-    "sorted_loop": sorted_loop_experts,
-    "compiled_loop": compiled_loop_experts,
-    "torch_grouped": torch_grouped_experts,
+    "reference": ExpertBackend(reference_experts),
+    "sorted_loop": ExpertBackend(sorted_loop_experts),
+    "compiled_loop": ExpertBackend(compiled_loop_experts),
+    "torch_grouped": ExpertBackend(torch_grouped_experts),
+    "megablocks": ExpertBackend(
+        torch_grouped_experts, megablocks_backend.copy_rows, megablocks_backend.sum_rows
+    ),
 }
 
 
@@ -81,11 +105,7 @@ class Experts(nn.Module):
             raise ValueError(
                 f"expert backend {backend!r} does not exist; use one of {sorted(EXPERT_BACKENDS)}"
             )
-        if backend == "torch_grouped" and (cfg.d_model % 8 or cfg.d_expert % 8):
-            raise ValueError(
-                f"expert backend 'torch_grouped' needs rows of whole 16 bytes: d_model={cfg.d_model} and "
-                f"d_expert={cfg.d_expert} must be multiples of 8; change them, or use backend 'sorted_loop'"
-            )
+        check_widths(backend, cfg.d_model, cfg.d_expert)
         self.backend = EXPERT_BACKENDS[backend]
         self.gate = nn.Parameter(torch.empty(n_local, cfg.d_expert, cfg.d_model))
         self.up = nn.Parameter(torch.empty(n_local, cfg.d_expert, cfg.d_model))
@@ -96,4 +116,4 @@ class Experts(nn.Module):
 
         rows_RD [R, D] sorted by expert, weights_R [R], counts_L [L] int64 with sum R; R = 0 is legal.
         """
-        return self.backend(rows_RD, weights_R, counts_L, self.gate, self.up, self.down)
+        return self.backend.apply(rows_RD, weights_R, counts_L, self.gate, self.up, self.down)

@@ -14,7 +14,7 @@ from moe.config import ModelConfig
 from moe.dispatch import Dispatcher
 from moe.experts import Experts
 from moe.ffn import SwiGLU
-from moe.permute import copy_rows, invert, permute_rows, sum_rows
+from moe.permute import invert, permute_rows
 from moe.recompute import Recompute, RoutingMemo, recompute_if
 from moe.router import Router, Routing
 from moe.tensor_parallel import TensorParallel
@@ -81,9 +81,9 @@ class MoELayer(nn.Module):
             memo.route = self.dispatcher.plan(
                 counts_E, destination_N.numel(), is_dropless=routing.is_kept_TK is None
             )
-        route = memo.route
-        rows_ND = copy_rows(x_TD, order_N, inverse_N, top_k)
+        route, backend = memo.route, self.experts.backend
+        rows_ND = backend.copy_rows(x_TD, order_N, inverse_N, top_k)
         weights_N = permute_rows(routing.weights_TK.flatten(), order_N, inverse_N)
         rows_RD, weights_R = (self.dispatcher.dispatch(part, route) for part in (rows_ND, weights_N))
         rows_RD = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, route.counts_L)
-        return sum_rows(self.dispatcher.combine(rows_RD, route), order_N, inverse_N, top_k)
+        return backend.sum_rows(self.dispatcher.combine(rows_RD, route), order_N, inverse_N, top_k)
