@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PLAIN := $(CURDIR)/build/plain
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo test test-megablocks test-transformers4 test-llamacpp lint bench clean
+.PHONY: setup demo test test-megablocks test-transformers4 test-llamacpp megablocks lint bench clean
 
 setup: $(VENV)/installed
 
@@ -43,9 +44,11 @@ test-llamacpp: $(VENV)-llamacpp/installed
 	$(VENV)-llamacpp/bin/python -m pytest tests/clients/test_llamacpp.py
 
 $(VENV)-transformers4/installed: CLIENT := 'transformers==4.57.6' 'huggingface_hub<1.0'
-# Its set-up asks for the torch that is there, and pip would keep what it builds for the next torch, too.
-$(VENV)-megablocks/installed: CLIENT := --no-deps --no-build-isolation --no-cache-dir --constraint constraints.txt \
-  megablocks stanford-stk triton==3.8.0
+# megablocks asks for an old torch, so nothing may come with it; and pip would give what it built to any later torch.
+MEGABLOCKS := --no-deps --no-build-isolation --no-cache-dir --constraint constraints.txt megablocks stanford-stk
+$(VENV)-megablocks/installed: CLIENT := $(MEGABLOCKS) triton==3.8.0
+$(VENV)-megablocks/installed: ENVIRONMENT := PYTHONPATH='$(PLAIN)'
+$(VENV)-megablocks/installed: | $(PLAIN)/sitecustomize.py
 # Compiles llama.cpp: minutes, and it needs a C++ compiler.
 $(VENV)-llamacpp/installed: CLIENT := 'llama-cpp-python==0.3.36'
 
@@ -55,8 +58,19 @@ $(VENV)-%/installed: | setup
 	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/turnout.pth"
 # What builds without isolation is built by this setuptools; the one that comes with Python can be too old.
 	$(@D)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=77'
-	$(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENT)
+	$(ENVIRONMENT) $(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENT)
 	@touch $@
+
+# Where this is, torch has no "cu" in its version, by which megablocks would compile its code for CUDA: we never call it,
+# and with CUDA 13 it fails.
+$(PLAIN)/sitecustomize.py:
+	@mkdir -p $(@D)
+	@echo 'import torch; torch.__version__ = torch.__version__.split("+")[0]' > $@
+
+# For the expert backend of that name, on a machine with a GPU.
+megablocks: setup $(PLAIN)/sitecustomize.py
+	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77'
+	PYTHONPATH='$(PLAIN)' $(BIN)/pip install --quiet --disable-pip-version-check $(MEGABLOCKS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,16 +16,11 @@ from training.config import RunConfig
 from training.errors import ConfigError
 from training.hardware import cpu_has_bf16, cpu_has_fp16
 
-# How to get what an expert backend imports. megablocks asks for a torch of its own, so nothing may come with
-# it; its set-up looks for the torch that is there; and pip would keep what it built for the next torch, too.
-_MEGABLOCKS = (
-    "pip install 'setuptools>=77' && pip install --no-deps --no-build-isolation --no-cache-dir "
-    "megablocks==0.10.0 stanford-stk==0.7.1"
-)
+# How to get what an expert backend imports.
 INSTALL = {
-    "triton": "install the triton that torch was built with, which torch's packages for CUDA ask for",
-    "megablocks": _MEGABLOCKS,
-    "stk": _MEGABLOCKS,
+    "triton": "pip install triton, of the version that your torch for CUDA asks for",
+    "megablocks": "make megablocks (README.md says what it does)",
+    "stk": "make megablocks (README.md says what it does)",
 }
 
 

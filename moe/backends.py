@@ -13,11 +13,13 @@ class Needs:
 
     width_multiple     of which d_model and d_expert must be
     packages           what it imports beyond torch and DeepSpeed
+    is_half_precision  it would not keep fp32's precision
     has_32_bit_places  its kernels count numbers in a matrix by int32
     """
 
     width_multiple: int = 1
     packages: tuple[str, ...] = ()
+    is_half_precision: bool = False
     has_32_bit_places: bool = False
 
     @property
@@ -34,6 +36,7 @@ NEEDS: dict[str, Needs] = {
     "compiled_loop": Needs(),
     "torch_grouped": Needs(width_multiple=8),  # rows of whole 16 bytes
     "megablocks": Needs(width_multiple=8, packages=("triton", "megablocks", "stk"), has_32_bit_places=True),
+    "triton_grouped": Needs(packages=("triton",), is_half_precision=True, has_32_bit_places=True),
 }
 
 

@@ -7,6 +7,7 @@ Several backends compute the same thing; `reference` is the one to check by eye.
 token a row came from.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from moe.backends import check_widths
 from moe.config import ModelConfig
 from moe.permute import copy_rows, sum_rows
 from moe.sorted_loop import compiled_loop_experts, sorted_loop_experts
+from moe.triton_grouped import triton_grouped_experts
 
 # (rows_RD, weights_R, counts_L, gate_LFD, up_LFD, down_LDF) -> results_RD, each times its row's weight
 ApplyExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -82,18 +84,30 @@ EXPERT_BACKENDS: dict[str, ExpertBackend] = {
     "megablocks": ExpertBackend(
         torch_grouped_experts, megablocks_backend.copy_rows, megablocks_backend.sum_rows
     ),
+    "triton_grouped": ExpertBackend(triton_grouped_experts),
 }
 
 
 def choose_backend(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend for a device: torch_grouped where its kernels need no host, else sorted_loop.
+    """Return the backend for a device: a grouped product where one needs no host, else sorted_loop."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return backend_of(cfg, capability, dtype, has_triton=importlib.util.find_spec("triton") is not None)
 
-    Before sm_90 torch's grouped product is a loop, too, which waits for the device (pytorch#186620).
+
+def backend_of(
+    cfg: ModelConfig, capability: tuple[int, int] | None, dtype: torch.dtype, *, has_triton: bool
+) -> str:
+    """Return the backend for a GPU of this compute capability; None: for a CPU.
+
+    torch's grouped product is one kernel from sm_90 on, and before that a loop which waits for the device
+    (pytorch#186620). DeepSpeed's in Triton was written for what came before.
     """
     can_group = dtype.itemsize == 2 and not cfg.d_model % 8 and not cfg.d_expert % 8
-    if can_group and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if capability is None or not can_group or capability < (8, 0):
+        return "sorted_loop"
+    if capability >= (9, 0):
         return "torch_grouped"
-    return "sorted_loop"
+    return "triton_grouped" if has_triton else "sorted_loop"
 
 
 class Experts(nn.Module):

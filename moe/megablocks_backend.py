@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from moe import permute
 from moe.backends import check_places
 
 # What `import megablocks` wants to find compiled. gather and scatter never call any of it.
@@ -39,16 +38,12 @@ def copy_rows(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -
 
     order_N is a permutation of N = T * n_copies.
     """
-    if not order_N.numel():
-        return permute.copy_rows(x_TD, order_N, inverse_N, n_copies)  # no kernel starts without a block
     _check(x_TD, order_N)
     return _operators().gather(x_TD.contiguous(), *_as_one_bin(order_N), n_copies)
 
 
 def sum_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -> Tensor:
     """Return the sum of each token's rows, [T, D]: copy_rows backwards. Half precision is summed in fp32."""
-    if not order_N.numel():
-        return permute.sum_rows(rows_ND, order_N, inverse_N, n_copies)
     _check(rows_ND, order_N)
     indices_N, bin_ids_N, bins = _as_one_bin(order_N)
     no_weights = None  # they are in the rows already
@@ -109,6 +104,6 @@ def _stand_in() -> ModuleType:
 
 def _refuse(name: str, *_: Any) -> NoReturn:
     raise RuntimeError(
-        f"{COMPILED}.{name} was called, but megablocks was installed without its compiled operators; install "
-        "it with CUDA 12 and CUDA_HOME set, or do without megablocks' own layers"
+        f"{COMPILED}.{name} was called, but megablocks was installed without its compiled operators; "
+        "install it with CUDA 12 and CUDA_HOME set, or do without megablocks' own layers"
     )

@@ -32,7 +32,7 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)  # None: no clipping
-    # auto: torch_grouped in half precision on a GPU that has it, else sorted_loop
+    # auto: in half precision on a GPU from sm_80 on triton_grouped or torch_grouped, else sorted_loop
     expert_backend: Literal[
         "auto",
         "reference",
@@ -40,6 +40,7 @@ class TrainConfig(BaseModel):
         "compiled_loop",
         "torch_grouped",
         "megablocks",
+        "triton_grouped",
     ] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
 
@@ -276,6 +277,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"train.expert_backend={name} needs multiples of {needs.width_multiple}, not model.d_model="
                 f"{model.d_model} and model.d_expert={model.d_expert}; change them, or use "
+                "train.expert_backend=sorted_loop"
+            )
+        if needs.is_half_precision and self.train.precision == "fp32":
+            raise ValueError(
+                f"train.expert_backend={name} would multiply fp32 as TF32; use train.precision=bf16, or "
                 "train.expert_backend=sorted_loop"
             )
         seqs = self.train.microbatch_seqs

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe import megablocks_backend
 
+DEEPSPEED_KERNELS = "deepspeed.ops.triton_ops.group_gemm_triton"
 HAS_MEGABLOCKS = importlib.util.find_spec("megablocks") is not None
 
 
@@ -40,6 +41,21 @@ def interpret_megablocks() -> None:
     """Make megablocks' kernels run here, as they are: our backend imports it as it would on a GPU."""
     megablocks_backend._operators()
     pin_autotuners(importlib.import_module("megablocks.backend.kernels"))
+
+
+@cache
+def interpret_deepspeed() -> None:
+    """Make DeepSpeed's grouped product run here: it defines its kernels only where Triton has a GPU."""
+    load_deepspeed_kernels()
+    pin_autotuners(sys.modules[DEEPSPEED_KERNELS])
+
+
+def load_deepspeed_kernels() -> ModuleType:
+    """Import the module of DeepSpeed's grouped product as it is where there is a GPU."""
+    flag = importlib.import_module("deepspeed.ops.triton_ops._triton")
+    flag.triton, flag.tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+    flag._TRITON_AVAILABLE = True
+    return importlib.reload(importlib.import_module(DEEPSPEED_KERNELS))
 
 
 @cache

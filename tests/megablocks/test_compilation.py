@@ -34,8 +34,11 @@ def compiled(backend: str, architectures: list[str], cache: Path) -> list[dict[s
 
 @pytest.mark.parametrize(
     ("backend", "n_kernels", "architectures"),
-    [("megablocks", 4, ["sm_80", "sm_90", "sm_100"])],
-    ids=["megablocks"],
+    [
+        ("megablocks", 4, ["sm_80", "sm_90", "sm_100"]),
+        ("triton_grouped", 7, ["sm_80", "sm_86", "sm_89"]),
+    ],
+    ids=["megablocks", "triton_grouped"],
 )
 def test_kernels_compile_and_fit(
     backend: str, n_kernels: int, architectures: list[str], tmp_path: Path

@@ -8,7 +8,14 @@ from moe import sorted_loop
 from moe.activation import compiled_swiglu
 from moe.backends import NEEDS
 from moe.dispatch import LocalDispatcher
-from moe.experts import EXPERT_BACKENDS, ApplyExperts, Experts, reference_experts
+from moe.experts import (
+    EXPERT_BACKENDS,
+    ApplyExperts,
+    Experts,
+    backend_of,
+    choose_backend,
+    reference_experts,
+)
 from moe.sorted_loop import compiled_loop_experts, sorted_loop_experts
 from tests.assertions import assert_same_grads, relative_error
 from tests.models import tiny_config
@@ -139,6 +146,34 @@ def test_another_routing_is_the_same_graph() -> None:
         assert torch.equal(out, apply(sorted_loop_experts, counts, tensors))
         assert all(tensor.grad is not None for tensor in tensors.values())
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "in_half", "in_half_without_triton"),
+    [
+        (None, "sorted_loop", "sorted_loop"),
+        ((7, 5), "sorted_loop", "sorted_loop"),
+        ((8, 0), "triton_grouped", "sorted_loop"),
+        ((8, 6), "triton_grouped", "sorted_loop"),
+        ((8, 9), "triton_grouped", "sorted_loop"),
+        ((9, 0), "torch_grouped", "torch_grouped"),
+        ((10, 0), "torch_grouped", "torch_grouped"),
+    ],
+    ids=str,
+)
+def test_the_backend_follows_the_gpu(
+    capability: tuple[int, int] | None, in_half: str, in_half_without_triton: str
+) -> None:
+    cfg = tiny_config()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert backend_of(cfg, capability, dtype, has_triton=True) == in_half
+        assert backend_of(cfg, capability, dtype, has_triton=False) == in_half_without_triton
+        assert backend_of(tiny_config(d_expert=9), capability, dtype, has_triton=True) == "sorted_loop"
+    assert backend_of(cfg, capability, torch.float32, has_triton=True) == "sorted_loop"
+
+
+def test_a_cpu_loops_over_experts() -> None:
+    assert choose_backend(tiny_config(), torch.device("cpu"), torch.bfloat16) == "sorted_loop"
 
 
 def test_unknown_backend_and_misaligned_widths_are_refused_with_the_way_out() -> None:
