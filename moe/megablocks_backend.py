@@ -75,7 +75,9 @@ def _check(rows: Tensor, order_N: Tensor) -> None:
 
 
 def _is_interpreted() -> bool:
-    import triton  # here because only GPUs have it
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton  # here because it comes with torch for GPUs only
 
     return bool(triton.knobs.runtime.interpret)
 

@@ -5,6 +5,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from functools import cache
 from types import ModuleType, SimpleNamespace
@@ -18,13 +19,13 @@ from torch import Tensor
 from moe import megablocks_backend
 
 DEEPSPEED_KERNELS = "deepspeed.ops.triton_ops.group_gemm_triton"
-HAS_MEGABLOCKS = importlib.util.find_spec("megablocks") is not None
 
 
 def skip_elsewhere() -> None:
     """Skip the module that calls this where it cannot run."""
-    if not HAS_MEGABLOCKS:
-        pytest.skip("needs megablocks; `make test-megablocks` has it", allow_module_level=True)
+    if importlib.util.find_spec("megablocks") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "needs megablocks and Triton's interpreter; `make test-megablocks` has them"
+        pytest.skip(reason, allow_module_level=True)
 
 
 def pin_autotuners(module: ModuleType) -> None:

@@ -183,6 +183,13 @@ def test_unknown_backend_and_misaligned_widths_are_refused_with_the_way_out() ->
         Experts(tiny_config(d_expert=9), 6, "torch_grouped")
 
 
+def test_kernels_of_a_gpu_are_refused_on_a_cpu() -> None:
+    order = torch.arange(4)
+    for move in (EXPERT_BACKENDS["megablocks"].copy_rows, EXPERT_BACKENDS["megablocks"].sum_rows):
+        with pytest.raises(ValueError, match="Triton kernels, which need a GPU, and these rows are on cpu"):
+            move(torch.randn(4, D), order, order, 1)
+
+
 def test_local_dispatch_is_the_identity() -> None:
     rows = torch.randn(11, D, requires_grad=True)
     counts = torch.tensor([4, 0, 7])
