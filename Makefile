@@ -47,7 +47,7 @@ $(VENV)-transformers4/installed: CLIENT := 'transformers==4.57.6' 'huggingface_h
 # megablocks asks for an old torch, so nothing may come with it; and pip would give what it built to any later torch.
 MEGABLOCKS := --no-deps --no-build-isolation --no-cache-dir --constraint constraints.txt megablocks stanford-stk
 $(VENV)-megablocks/installed: CLIENT := $(MEGABLOCKS) triton==3.8.0
-$(VENV)-megablocks/installed: ENVIRONMENT := PYTHONPATH='$(PLAIN)'
+$(VENV)-megablocks/installed: CLIENT_ENV := PYTHONPATH='$(PLAIN)'
 $(VENV)-megablocks/installed: | $(PLAIN)/sitecustomize.py
 # Compiles llama.cpp: minutes, and it needs a C++ compiler.
 $(VENV)-llamacpp/installed: CLIENT := 'llama-cpp-python==0.3.36'
@@ -58,7 +58,7 @@ $(VENV)-%/installed: | setup
 	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/turnout.pth"
 # What builds without isolation is built by this setuptools; the one that comes with Python can be too old.
 	$(@D)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=77'
-	$(ENVIRONMENT) $(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENT)
+	$(CLIENT_ENV) $(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENT)
 	@touch $@
 
 # Where this is, torch has no "cu" in its version, by which megablocks would compile its code for CUDA: we never call it,
