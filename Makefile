@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PLAIN := $(CURDIR)/build/plain
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo test test-transformers4 test-llamacpp lint bench clean
+.PHONY: setup demo test test-megablocks test-transformers4 test-llamacpp megablocks lint bench clean
 
 setup: $(VENV)/installed
 
@@ -25,7 +26,14 @@ test: setup
 	$(BIN)/pytest tests/distributed
 # These take one core, or wait for jobs, so two files go at once, each with a SLURM cluster of its own; in their order,
 # which ends with many small ones.
-	$(BIN)/pytest tests --ignore tests/distributed --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest tests --ignore tests/distributed --ignore tests/megablocks --numprocesses 2 --dist loadfile \
+	  --no-loadscope-reorder
+	$(MAKE) test-megablocks
+
+# Triton kernels, computed on the CPU by Triton's interpreter: megablocks cannot be among what `pip install` resolves,
+# because it asks for an old torch.
+test-megablocks: $(VENV)-megablocks/installed
+	TRITON_INTERPRET=1 $(VENV)-megablocks/bin/python -m pytest tests/megablocks
 
 # Clients of exports that .venv cannot have beside its own. Each gets an environment that adds to .venv, of which pip
 # says, rightly, that the two do not go together: only the exports are tried in it.
@@ -36,6 +44,11 @@ test-llamacpp: $(VENV)-llamacpp/installed
 	$(VENV)-llamacpp/bin/python -m pytest tests/clients/test_llamacpp.py
 
 $(VENV)-transformers4/installed: CLIENT := 'transformers==4.57.6' 'huggingface_hub<1.0'
+# megablocks asks for an old torch, so nothing may come with it; and pip would give what it built to any later torch.
+MEGABLOCKS := --no-deps --no-build-isolation --no-cache-dir --constraint constraints.txt megablocks stanford-stk
+$(VENV)-megablocks/installed: CLIENT := $(MEGABLOCKS) triton==3.8.0
+$(VENV)-megablocks/installed: CLIENT_ENV := PYTHONPATH='$(PLAIN)'
+$(VENV)-megablocks/installed: | $(PLAIN)/sitecustomize.py
 # Compiles llama.cpp: minutes, and it needs a C++ compiler.
 $(VENV)-llamacpp/installed: CLIENT := 'llama-cpp-python==0.3.36'
 
@@ -43,8 +56,21 @@ $(VENV)-%/installed: | setup
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/turnout.pth"
-	$(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENT)
+# What builds without isolation is built by this setuptools; the one that comes with Python can be too old.
+	$(@D)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=77'
+	$(CLIENT_ENV) $(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENT)
 	@touch $@
+
+# Where this is, torch has no "cu" in its version, by which megablocks would compile its code for CUDA: we never call it,
+# and with CUDA 13 it fails.
+$(PLAIN)/sitecustomize.py:
+	@mkdir -p $(@D)
+	@echo 'import torch; torch.__version__ = torch.__version__.split("+")[0]' > $@
+
+# For the expert backend of that name, on a machine with a GPU.
+megablocks: setup $(PLAIN)/sitecustomize.py
+	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77'
+	PYTHONPATH='$(PLAIN)' $(BIN)/pip install --quiet --disable-pip-version-check $(MEGABLOCKS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -55,4 +81,4 @@ bench: setup
 	$(BIN)/python -m tests.bench
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 $(VENV)-llamacpp build *.egg-info
+	rm -rf $(VENV) $(VENV)-megablocks $(VENV)-transformers4 $(VENV)-llamacpp build *.egg-info

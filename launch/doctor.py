@@ -56,6 +56,7 @@ def examine(
     chosen = choose_layouts(cfg, nproc, layouts, console)
     small = shrink(cfg, nproc)
     print_shrunk(small, nproc, console)
+    print_replaced(cfg, small, console)
     directory = Path(tempfile.mkdtemp(prefix="turnout-doctor-"))
     (directory / "config.toml").write_text(to_toml(small), encoding="utf-8")
     plan = {"layouts": [asdict(layout) for layout in chosen], **asdict(order_of(cfg))}
@@ -139,6 +140,13 @@ def print_shrunk(small: RunConfig, nproc: int, console: Console) -> None:
     )
     if small.train.precision == "fp16":
         console.print("in fp32: CPUs do not compute in fp16, and its loss scaling skips steps at will")
+
+
+def print_replaced(cfg: RunConfig, small: RunConfig, console: Console) -> None:
+    """Say which expert backend is not compared, because it runs on GPUs only."""
+    wanted, compared = cfg.train.expert_backend, small.train.expert_backend
+    if wanted != compared:
+        console.print(f"experts by train.expert_backend={compared}, because {wanted} needs a GPU")
 
 
 def print_table(results: Sequence[dict[str, Any]], console: Console) -> None:

@@ -10,10 +10,18 @@ import torch
 
 from data.corpus import Corpus, open_corpus
 from data.errors import DataError
+from moe.backends import NEEDS
 from training.batches import build_loader
 from training.config import RunConfig
 from training.errors import ConfigError
 from training.hardware import cpu_has_bf16, cpu_has_fp16
+
+# How to get what an expert backend imports.
+INSTALL = {
+    "triton": "pip install triton, of the version that your torch for CUDA asks for",
+    "megablocks": "make megablocks (README.md says what it does)",
+    "stk": "make megablocks (README.md says what it does)",
+}
 
 
 def check_machine(cfg: RunConfig, nproc: int) -> None:
@@ -34,9 +42,27 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
             "train.expert_backend=compiled_loop needs a C++ compiler, and there is no g++ or clang++ here; "
             "install one, name it in CXX, or use sorted_loop"
         )
+    if cfg.train.expert_backend != "auto":
+        check_kernels(cfg.train.expert_backend, n_gpus)
     if "wandb" in cfg.log.trackers and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "log.trackers names wandb, which is not installed; pip install 'turnout[wandb]', or leave it out"
+        )
+
+
+def check_kernels(backend: str, n_gpus: int) -> None:
+    """Raise ConfigError where what an expert backend runs on is not here."""
+    needs = NEEDS[backend]
+    if needs.gpu and not n_gpus:
+        raise ConfigError(
+            f"train.expert_backend={backend} runs Triton kernels, which need a GPU, and there is none here; "
+            "use auto, which chooses by the device"
+        )
+    missing = [name for name in needs.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"train.expert_backend={backend} needs {' and '.join(missing)}, not installed here; "
+            f"{INSTALL[missing[-1]]}, or use auto"
         )
 
 

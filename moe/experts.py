@@ -10,17 +10,39 @@ Several backends compute the same thing; `reference` is the one to check by eye.
 token a row came from.
 """
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe import megablocks_backend
+from moe.backends import check_widths
 from moe.config import ModelConfig
+from moe.permute import copy_rows, sum_rows
 from moe.sorted_loop import compiled_loop_experts, sorted_loop_experts
+from moe.triton_grouped import triton_grouped_experts
 
 # (rows_RD, weights_R, counts_L, gate_up_LDJ, down_LDF) -> results_RD, each times its row's weight
-ExpertBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+ApplyExperts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# (rows, order_N, inverse_N, n_copies) -> rows
+MoveRows = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertBackend:
+    """One way to compute an expert layer on this rank.
+
+    apply      what the experts make of rows sorted by expert
+    copy_rows  each token's rows, sorted by expert, before they travel: as in moe/permute.py
+    sum_rows   the sum of each token's rows, after they came back
+    """
+
+    apply: ApplyExperts
+    copy_rows: MoveRows = copy_rows
+    sum_rows: MoveRows = sum_rows
 
 
 def reference_experts(
@@ -56,23 +78,39 @@ def torch_grouped_experts(
     return F.grouped_mm(hidden_RF, down_LDF.transpose(1, 2), offs=offsets_L)
 
 
+# What each asks of model and machine is in moe/backends.py.
 EXPERT_BACKENDS: dict[str, ExpertBackend] = {
-    "reference": reference_experts,
-    "sorted_loop": sorted_loop_experts,
-    "compiled_loop": compiled_loop_experts,
-    "torch_grouped": torch_grouped_experts,
+    "reference": ExpertBackend(reference_experts),
+    "sorted_loop": ExpertBackend(sorted_loop_experts),
+    "compiled_loop": ExpertBackend(compiled_loop_experts),
+    "torch_grouped": ExpertBackend(torch_grouped_experts),
+    "megablocks": ExpertBackend(
+        torch_grouped_experts, megablocks_backend.copy_rows, megablocks_backend.sum_rows
+    ),
+    "triton_grouped": ExpertBackend(triton_grouped_experts),
 }
 
 
 def choose_backend(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend for a device: torch_grouped where its kernels need no host, else sorted_loop.
+    """Return the backend for a device: a grouped product where one needs no host, else sorted_loop."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return backend_of(cfg, capability, dtype, has_triton=importlib.util.find_spec("triton") is not None)
 
-    Before sm_90 torch's grouped product is a loop, too, which waits for the device (pytorch#186620).
+
+def backend_of(
+    cfg: ModelConfig, capability: tuple[int, int] | None, dtype: torch.dtype, *, has_triton: bool
+) -> str:
+    """Return the backend for a GPU of this compute capability; None: for a CPU.
+
+    torch's grouped product is one kernel from sm_90 on, and before that a loop which waits for the device
+    (pytorch#186620). DeepSpeed's in Triton was written for what came before.
     """
     can_group = dtype.itemsize == 2 and not cfg.d_model % 8 and not cfg.d_expert % 8
-    if can_group and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if capability is None or not can_group or capability < (8, 0):
+        return "sorted_loop"
+    if capability >= (9, 0):
         return "torch_grouped"
-    return "sorted_loop"
+    return "triton_grouped" if has_triton else "sorted_loop"
 
 
 class Experts(nn.Module):
@@ -84,11 +122,7 @@ class Experts(nn.Module):
             raise ValueError(
                 f"expert backend {backend!r} does not exist; use one of {sorted(EXPERT_BACKENDS)}"
             )
-        if backend == "torch_grouped" and (cfg.d_model % 8 or cfg.d_expert % 8):
-            raise ValueError(
-                f"expert backend 'torch_grouped' needs rows of whole 16 bytes: d_model={cfg.d_model} and "
-                f"d_expert={cfg.d_expert} must be multiples of 8; change them, or use backend 'sorted_loop'"
-            )
+        check_widths(backend, cfg.d_model, cfg.d_expert)
         self.backend = EXPERT_BACKENDS[backend]
         self.gate_up = nn.Parameter(torch.empty(n_local, cfg.d_model, 2 * cfg.d_expert))
         self.down = nn.Parameter(torch.empty(n_local, cfg.d_model, cfg.d_expert))
@@ -98,4 +132,4 @@ class Experts(nn.Module):
 
         rows_RD [R, D] sorted by expert, weights_R [R], counts_L [L] int64 with sum R; R = 0 is legal.
         """
-        return self.backend(rows_RD, weights_R, counts_L, self.gate_up, self.down)
+        return self.backend.apply(rows_RD, weights_R, counts_L, self.gate_up, self.down)

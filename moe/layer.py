@@ -17,7 +17,7 @@ from moe.config import ModelConfig
 from moe.dispatch import Arrival, Dispatcher, Route, Trip
 from moe.experts import Experts
 from moe.ffn import SwiGLU
-from moe.permute import copy_rows, invert, permute_rows, sum_rows
+from moe.permute import invert, permute_rows
 from moe.recompute import Recompute, RoutingMemo, recompute_if
 from moe.router import Router, Routing
 from moe.tensor_parallel import TensorParallel
@@ -92,7 +92,7 @@ class MoELayer(nn.Module):
         if route.order_N is not None:
             order_N = order_N[route.order_N]
         inverse_N = invert(order_N)
-        rows_ND = copy_rows(x_TD, order_N, inverse_N, top_k)
+        rows_ND = self.experts.backend.copy_rows(x_TD, order_N, inverse_N, top_k)
         weights_N = permute_rows(routing.weights_TK.flatten(), order_N, inverse_N)
         cuts = [trip.n_sent for trip in route.trips]
         cuts.append(order_N.numel() - sum(cuts))  # dropped rows
@@ -123,7 +123,8 @@ class MoELayer(nn.Module):
                 done = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, trip.counts_L)
                 returning.append(self.dispatcher.combine(done, trip))
             results = [arrival.wait() for arrival in returning]
-        return sum_rows(torch.cat([*results, sent.dropped]), sent.order_N, sent.inverse_N, sent.top_k)
+        rows_ND = torch.cat([*results, sent.dropped])
+        return self.experts.backend.sum_rows(rows_ND, sent.order_N, sent.inverse_N, sent.top_k)
 
     def _make_trip(self, rows: Tensor, weights: Tensor, trip: Trip) -> Tensor:
         rows_RD, weights_R = (self.dispatcher.dispatch(part, trip).wait() for part in (rows, weights))

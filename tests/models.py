@@ -11,6 +11,7 @@ from moe.balance import RouterState
 from moe.config import BalanceConfig, ModelConfig, RouterConfig
 from moe.init import init_weights
 from moe.model import Decoder, build_decoder
+from moe.recompute import Recompute
 
 
 def tiny_config(
@@ -55,6 +56,13 @@ def tiny_decoder(
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             else:
                 parameter.mul_(gain)
+    return decoder
+
+
+def decoder_by(backend: str, cfg: ModelConfig, recompute: Recompute = "none") -> Decoder:
+    """Build the tiny decoder in fp32 with its experts computed by a backend."""
+    decoder = build_decoder(cfg, expert_backend=backend, recompute=recompute)
+    decoder.load_state_dict(tiny_decoder(cfg, dtype=torch.float32).state_dict())
     return decoder
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
+from moe.backends import MAX_PLACES, NEEDS
 from moe.config import STRICT, ModelConfig
 
 
@@ -35,8 +36,16 @@ class TrainConfig(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)  # None: no clipping
-    # auto: torch_grouped in half precision on a GPU that has it, else sorted_loop
-    expert_backend: Literal["auto", "reference", "sorted_loop", "compiled_loop", "torch_grouped"] = "auto"
+    # auto: in half precision on a GPU from sm_80 on triton_grouped or torch_grouped, else sorted_loop
+    expert_backend: Literal[
+        "auto",
+        "reference",
+        "sorted_loop",
+        "compiled_loop",
+        "torch_grouped",
+        "megablocks",
+        "triton_grouped",
+    ] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
 
 
@@ -264,11 +273,30 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_expert_backend(self) -> Self:
-        d_model, d_expert = self.model.d_model, self.model.d_expert
-        if self.train.expert_backend == "torch_grouped" and (d_model % 8 or d_expert % 8):
+        name, model = self.train.expert_backend, self.model
+        if name == "auto":
+            return self
+        needs, widths = NEEDS[name], (model.d_model, model.d_expert)
+        if any(width % needs.width_multiple for width in widths):
             raise ValueError(
-                f"train.expert_backend=torch_grouped needs multiples of 8, not model.d_model={d_model} and "
-                f"model.d_expert={d_expert}; change them, or use train.expert_backend=sorted_loop"
+                f"train.expert_backend={name} needs multiples of {needs.width_multiple}, not model.d_model="
+                f"{model.d_model} and model.d_expert={model.d_expert}; change them, or use "
+                "train.expert_backend=sorted_loop"
+            )
+        if needs.is_half_precision and self.train.precision == "fp32":
+            raise ValueError(
+                f"train.expert_backend={name} would multiply fp32 as TF32; use train.precision=bf16, or "
+                "train.expert_backend=sorted_loop"
+            )
+        seqs = self.train.microbatch_seqs
+        row_numbers = model.seq_len * model.top_k * model.d_model // self.parallel.tp  # of a sequence
+        if needs.has_32_bit_places and seqs * row_numbers >= MAX_PLACES:
+            most = (MAX_PLACES - 1) // row_numbers
+            remedy = f"use at most {most}, or" if most else "use"
+            raise ValueError(
+                f"train.expert_backend={name} takes less than {MAX_PLACES:,} numbers of routed rows at once, "
+                f"and train.microbatch_seqs={seqs} gives {seqs * row_numbers:,}; {remedy} "
+                "train.expert_backend=torch_grouped"
             )
         return self
 

@@ -7,6 +7,7 @@ clipping, and for every size that a layout must divide, by which numbers of rank
 import math
 from collections.abc import Callable
 
+from moe.backends import NEEDS
 from moe.config import ModelConfig
 from training.config import RunConfig
 
@@ -20,9 +21,9 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
 
     A batch gives every data-parallel rank at least 4 sequences, so that it can be cut into micro-batches.
     """
-    model = shrink_model(
-        cfg.model, world_size, multiple=8 if cfg.train.expert_backend == "torch_grouped" else 1
-    )
+    backend = cpu_backend(cfg.train.expert_backend)
+    multiple = 1 if backend == "auto" else NEEDS[backend].width_multiple
+    model = shrink_model(cfg.model, world_size, multiple=multiple)
     batch_seqs = 4 * world_size if world_size > 1 else 8
     schedule = {"warmup_steps": 0, "decay_frac": 1.0 if cfg.optim.schedule.kind == "wsd" else None}
     tree = cfg.model_dump()
@@ -34,10 +35,16 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
         "microbatch_seqs": 1,
         "clip_norm": None if cfg.train.clip_norm is None else CLIP_NORM,
         "recompute": "none",
+        "expert_backend": backend,
     }
     tree["optim"]["schedule"] |= schedule
     del tree["sample"], tree["guard"]  # which speak of more steps and longer sequences
     return RunConfig.model_validate(tree)
+
+
+def cpu_backend(name: str) -> str:
+    """Return an expert backend, or where it needs a GPU what a CPU has in its place."""
+    return "auto" if name != "auto" and NEEDS[name].gpu else name
 
 
 def shrink_model(model: ModelConfig, world_size: int, *, multiple: int = 8) -> ModelConfig:

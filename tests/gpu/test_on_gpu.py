@@ -2,6 +2,7 @@
 elsewhere.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from launch.local import free_port
+from moe.backends import NEEDS
 from moe.balance import RouterState
-from moe.dispatch import AllToAllDispatcher
+from moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from moe.experts import EXPERT_BACKENDS, reference_experts
 from moe.layer import MoELayer
 from moe.model import build_decoder
@@ -32,11 +34,22 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda", 0)
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+KERNELS = ["torch_grouped", "megablocks", "triton_grouped"]
+
+
+def need(backend: str, dtype: torch.dtype) -> None:
+    """Skip what a backend does not compute, or what this machine lacks for it."""
+    if NEEDS[backend].is_half_precision and dtype.itemsize != 2:
+        pytest.skip(f"{backend} computes in half precision only")
+    missing = [name for name in NEEDS[backend].packages if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{backend} needs {' and '.join(missing)}; README.md says how to install it")
 
 
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
 @pytest.mark.parametrize("name", sorted(EXPERT_BACKENDS.keys() - {"reference"}))
 def test_expert_backend_equals_the_loop(name: str, dtype: torch.dtype) -> None:
+    need(name, dtype)
     counts = torch.tensor([70, 0, 130, 1, 55], device=CUDA)
     generator = torch.Generator().manual_seed(0)
     shapes = {
@@ -46,7 +59,7 @@ def test_expert_backend_equals_the_loop(name: str, dtype: torch.dtype) -> None:
         "down": (5, 64, 96),
     }
     results = []
-    for backend in (EXPERT_BACKENDS[name], reference_experts):
+    for backend in (EXPERT_BACKENDS[name].apply, reference_experts):
         generator.manual_seed(0)
         leaves = {
             key: torch.randn(shape, generator=generator).to(CUDA, dtype).requires_grad_()
@@ -56,6 +69,35 @@ def test_expert_backend_equals_the_loop(name: str, dtype: torch.dtype) -> None:
         out = backend(rows, weights, counts, *matrices)
         (out * torch.linspace(-1, 1, out.numel(), device=CUDA).view_as(out).to(dtype)).sum().backward()
         results.append((out, {key: leaf.grad for key, leaf in leaves.items()}))
+    (got, got_grads), (want, want_grads) = results
+    assert relative_error(got, want) <= RTOL[dtype]
+    assert_same_grads(got_grads, want_grads, rtol=RTOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_expert_layer_equals_that_by_the_loop(name: str, dtype: torch.dtype) -> None:
+    """Rows copied, computed and summed by kernels as they are tuned on this GPU; some of them are dropped."""
+    need(name, dtype)
+    cfg = tiny_config(
+        d_model=136, d_expert=88, n_experts=12, top_k=3, seq_len=37, router={"capacity_factor": 1.0}
+    )
+    state = random_state(cfg)
+    x = torch.randn(5 * cfg.seq_len, cfg.d_model, generator=torch.Generator().manual_seed(1))
+    results = []
+    for backend in (name, "reference"):
+        layer = MoELayer(cfg, LocalDispatcher(), Unsplit(), backend, "none")
+        generator = torch.Generator().manual_seed(2)
+        for parameter in layer.parameters():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        layer.to(CUDA, dtype)
+        leaf = x.to(CUDA, dtype).requires_grad_()
+        is_counted = torch.ones(x.size(0), dtype=torch.bool, device=CUDA)
+        bias_E, load_frac_E = state.bias_ME[0].to(CUDA), state.load_frac_ME[0].to(CUDA)
+        out, stats = layer(leaf, bias_E, load_frac_E, is_counted, RoutingMemo())
+        assert stats.n_dropped > 0
+        (out * torch.linspace(-1, 1, out.numel(), device=CUDA).view_as(out).to(dtype)).sum().backward()
+        results.append((out, {"x": leaf.grad, **{name: p.grad for name, p in layer.named_parameters()}}))
     (got, got_grads), (want, want_grads) = results
     assert relative_error(got, want) <= RTOL[dtype]
     assert_same_grads(got_grads, want_grads, rtol=RTOL[dtype])
@@ -95,18 +137,22 @@ def test_engine_trains_in_half_precision(precision: str, one_rank: Groups) -> No
     assert half["losses"] == pytest.approx(full["losses"], rel=5e-3)
 
 
-def test_an_expert_layer_waits_for_the_device_once(one_rank: Groups) -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_expert_layer_waits_for_the_device_once(name: str, one_rank: Groups) -> None:
+    need(name, torch.bfloat16)
+    if name != "triton_grouped" and torch.cuda.get_device_capability(CUDA) < (9, 0):
+        pytest.skip("before sm_90 torch's grouped product waits for the device, too")
     cfg = tiny_config(n_shared_experts=1)
-    layer = MoELayer(cfg, AllToAllDispatcher(one_rank.ep), Unsplit(), "torch_grouped", "none").to(CUDA)
+    layer = MoELayer(cfg, AllToAllDispatcher(one_rank.ep), Unsplit(), name, "none").to(CUDA, torch.bfloat16)
     state = RouterState.initial(cfg, CUDA)
-    x = torch.randn(2 * cfg.seq_len, cfg.d_model, device=CUDA, requires_grad=True)
+    x = torch.randn(2 * cfg.seq_len, cfg.d_model, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     inputs = (
         x,
         state.bias_ME[0],
         state.load_frac_ME[0],
         torch.ones(x.size(0), dtype=torch.bool, device=CUDA),
     )
-    layer(*inputs, RoutingMemo())  # allocations and first calls wait too
+    layer(*inputs, RoutingMemo())  # allocations, tuning and first calls wait too
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:

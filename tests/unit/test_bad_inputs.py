@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.corpus import open_corpus
 from launch.cli import main
@@ -316,6 +317,14 @@ def test_a_full_disk_ends_prepare_in_one_line_and_the_next_run_completes(place: 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert (place / "new" / "corpus.json").exists() and not list((place / "new").rglob("*.tmp"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_of_a_gpu_are_refused_before_ranks_start(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = run(*train_with("train.expert_backend=megablocks"), capsys=capsys)
+    assert code == 2 and "need a GPU" in message and not (place / "run").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -6,12 +6,22 @@ from torch._dynamo.utils import counters
 
 from moe import sorted_loop
 from moe.activation import compiled_swiglu
+from moe.backends import NEEDS
 from moe.dispatch import LocalDispatcher
-from moe.experts import EXPERT_BACKENDS, ExpertBackend, Experts, reference_experts
+from moe.experts import (
+    EXPERT_BACKENDS,
+    ApplyExperts,
+    Experts,
+    backend_of,
+    choose_backend,
+    reference_experts,
+)
 from moe.sorted_loop import compiled_loop_experts, sorted_loop_experts
 from tests.assertions import assert_same_grads, relative_error
 from tests.models import tiny_config
 
+# These have tests/megablocks, which `make test-megablocks` runs.
+ON_GPUS_ONLY = {name for name, needs in NEEDS.items() if needs.gpu}
 L, D, F = 5, 16, 24
 COUNTS = {
     "ragged, one empty": [7, 0, 13, 1, 16],
@@ -39,17 +49,17 @@ def leaves(counts: list[int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
 
 
-def apply(backend: ExpertBackend, counts: list[int], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def apply(backend: ApplyExperts, counts: list[int], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     rows, weights, *matrices = tensors.values()
     return backend(rows, weights, torch.tensor(counts), *matrices)
 
 
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-@pytest.mark.parametrize("name", sorted(EXPERT_BACKENDS.keys() - {"reference"}))
+@pytest.mark.parametrize("name", sorted(EXPERT_BACKENDS.keys() - {"reference"} - ON_GPUS_ONLY))
 def test_backend_equals_the_loop(name: str, counts: list[int], dtype: torch.dtype) -> None:
     results = []
-    for backend in (EXPERT_BACKENDS[name], reference_experts):
+    for backend in (EXPERT_BACKENDS[name].apply, reference_experts):
         tensors = leaves(counts, dtype)
         out = apply(backend, counts, tensors)
         mix = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)
@@ -77,7 +87,7 @@ def test_the_loop_is_the_same_where_no_gradient_can_follow(counts: list[int]) ->
 
 
 @pytest.mark.parametrize("backend", [reference_experts, sorted_loop_experts, compiled_loop_experts])
-def test_backends_of_any_dtype_pass_gradcheck(backend: ExpertBackend) -> None:
+def test_backends_of_any_dtype_pass_gradcheck(backend: ApplyExperts) -> None:
     counts = [3, 0, 1, 2, 0]
     tensors = leaves(counts, torch.float64)
 
@@ -137,11 +147,46 @@ def test_another_routing_is_the_same_graph() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize(
+    ("capability", "in_half", "in_half_without_triton"),
+    [
+        (None, "sorted_loop", "sorted_loop"),
+        ((7, 5), "sorted_loop", "sorted_loop"),
+        ((8, 0), "triton_grouped", "sorted_loop"),
+        ((8, 6), "triton_grouped", "sorted_loop"),
+        ((8, 9), "triton_grouped", "sorted_loop"),
+        ((9, 0), "torch_grouped", "torch_grouped"),
+        ((10, 0), "torch_grouped", "torch_grouped"),
+    ],
+    ids=str,
+)
+def test_the_backend_follows_the_gpu(
+    capability: tuple[int, int] | None, in_half: str, in_half_without_triton: str
+) -> None:
+    cfg = tiny_config()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert backend_of(cfg, capability, dtype, has_triton=True) == in_half
+        assert backend_of(cfg, capability, dtype, has_triton=False) == in_half_without_triton
+        assert backend_of(tiny_config(d_expert=9), capability, dtype, has_triton=True) == "sorted_loop"
+    assert backend_of(cfg, capability, torch.float32, has_triton=True) == "sorted_loop"
+
+
+def test_a_cpu_loops_over_experts() -> None:
+    assert choose_backend(tiny_config(), torch.device("cpu"), torch.bfloat16) == "sorted_loop"
+
+
 def test_unknown_backend_and_misaligned_widths_are_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match="use one of"):
         Experts(tiny_config(), 6, "fastest")
     with pytest.raises(ValueError, match="d_expert=9 must be multiples of 8"):
         Experts(tiny_config(d_expert=9), 6, "torch_grouped")
+
+
+def test_kernels_of_a_gpu_are_refused_on_a_cpu() -> None:
+    order = torch.arange(4)
+    for move in (EXPERT_BACKENDS["megablocks"].copy_rows, EXPERT_BACKENDS["megablocks"].sum_rows):
+        with pytest.raises(ValueError, match="Triton kernels, which need a GPU, and these rows are on cpu"):
+            move(torch.randn(4, D), order, order, 1)
 
 
 def test_local_dispatch_is_the_identity() -> None:

@@ -1,9 +1,16 @@
 """Reading recipes and `--set`, and the one-line errors of what is wrong in them."""
 
-import pytest
+import importlib.util
+from typing import get_args
 
-from launch.preflight import check_machine
+import pytest
+import torch
+
+from launch.preflight import check_kernels, check_machine
 from launch.settings import check_config, load_config, recipe_names, setting_paths, to_toml
+from moe.backends import NEEDS
+from moe.experts import EXPERT_BACKENDS
+from training.config import TrainConfig
 from training.errors import ConfigError
 
 CORPUS_TOML = 'data = { corpus = "x" }\n'
@@ -157,10 +164,33 @@ def test_guard_settings_have_a_value_where_they_are_at_work_and_nowhere_else(tmp
     assert load_config(str(written)) == cfg == type(cfg).model_validate(cfg.model_dump())
 
 
-def test_misaligned_widths_are_refused_for_the_grouped_backend_only() -> None:
-    with pytest.raises(ConfigError, match="expert_backend=torch_grouped needs multiples of 8"):
-        load_config("tiny", ["model.d_expert=100", "train.expert_backend=torch_grouped"])
+@pytest.mark.parametrize("backend", ["torch_grouped", "megablocks"])
+def test_misaligned_widths_are_refused_for_grouped_backends_only(backend: str) -> None:
+    with pytest.raises(ConfigError, match=f"expert_backend={backend} needs multiples of 8"):
+        load_config("tiny", ["model.d_expert=100", f"train.expert_backend={backend}"])
     load_config("tiny", ["model.d_expert=100"])
+
+
+def test_more_rows_than_kernels_can_count_are_refused() -> None:
+    """A row's numbers begin at place row x d_model, which must fit an int32: 2**31 of them are too many."""
+    shape = ["model.seq_len=4096", "model.top_k=8", "model.n_experts=16", "model.d_model=4096"]
+    batch = ["train.batch_tokens=65536", "train.expert_backend=megablocks", "train.microbatch_seqs=16"]
+    with pytest.raises(ConfigError, match=r"gives 2,147,483,648; use at most 15, or"):
+        load_config("tiny", [*shape, *batch])
+    load_config("tiny", [*shape, *batch, "train.microbatch_seqs=8"])
+    load_config("tiny", [*shape, *batch, "parallel.tp=2"])  # which dispatches half of the tokens
+    load_config("tiny", [*shape, *batch, "train.expert_backend=torch_grouped"])
+
+
+def test_half_precision_kernels_are_refused_for_fp32() -> None:
+    with pytest.raises(ConfigError, match=r"would multiply fp32 as TF32; use train\.precision=bf16"):
+        load_config("tiny", ["train.expert_backend=triton_grouped"])
+    load_config("tiny", ["train.expert_backend=triton_grouped", "train.precision=fp16"])
+
+
+def test_backends_of_the_config_are_those_that_there_are() -> None:
+    known = get_args(TrainConfig.model_fields["expert_backend"].annotation)
+    assert set(known) == {"auto", *EXPERT_BACKENDS} and NEEDS.keys() == EXPERT_BACKENDS.keys()
 
 
 def test_unreadable_recipes_are_named(tmp_path) -> None:
@@ -200,3 +230,18 @@ def test_a_compiled_backend_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match=r"compiled_loop needs a C\+\+ compiler.*use sorted_loop"):
         check_machine(cfg, 1)
     check_machine(load_config("tiny"), 1)
+
+
+def test_kernels_of_a_gpu_need_a_gpu_and_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="megablocks runs Triton kernels, which need a GPU.*use auto"):
+        check_kernels("megablocks", n_gpus=0)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("megablocks", "stk") else 1
+    )
+    with pytest.raises(ConfigError, match="needs megablocks and stk, .*; make megablocks .* or use auto"):
+        check_kernels("megablocks", n_gpus=1)
+    monkeypatch.undo()
+    check_kernels("torch_grouped", n_gpus=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="need a GPU"):
+            check_machine(load_config("tiny", ["train.expert_backend=megablocks"]), 1)

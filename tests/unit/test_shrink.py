@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from launch.doctor import print_replaced
 from launch.settings import load_config, recipe_names
 from moe.config import ModelConfig
 from training.config import GuardConfig, RunConfig
@@ -125,3 +127,17 @@ def test_variants_are_distinct_fit_and_cover_what_they_should(name: str) -> None
     assert {v.recompute for v in fp32} == {"none", "selective", "full"}
     in_half = {v.layout for v in variants if v.precision == "bf16"}
     assert in_half == (set(layouts) if cfg.train.precision == "bf16" else set())
+
+
+def test_experts_that_only_a_gpu_can_compute_are_replaced_and_that_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cfg = load_config("tiny", ["train.expert_backend=megablocks"])
+    small = shrink(cfg, 2)
+    print_replaced(cfg, small, Console())
+    assert capsys.readouterr().out == "experts by train.expert_backend=auto, because megablocks needs a GPU\n"
+    for backend in ("auto", "sorted_loop", "torch_grouped"):
+        cfg = load_config("tiny", [f"train.expert_backend={backend}"])
+        assert shrink(cfg, 2).train.expert_backend == backend
+        print_replaced(cfg, shrink(cfg, 2), Console())
+    assert not capsys.readouterr().out

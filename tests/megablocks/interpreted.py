@@ -1,0 +1,100 @@
+"""Triton kernels on a CPU: what stands in for a GPU, and for what megablocks has compiled for one.
+
+`make test-megablocks` sets TRITON_INTERPRET=1, by which Triton computes its kernels in numpy, block by block.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+from functools import cache
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe import megablocks_backend
+
+DEEPSPEED_KERNELS = "deepspeed.ops.triton_ops.group_gemm_triton"
+
+
+def skip_elsewhere() -> None:
+    """Skip the module that calls this where it cannot run."""
+    if importlib.util.find_spec("megablocks") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "needs megablocks and Triton's interpreter; `make test-megablocks` has them"
+        pytest.skip(reason, allow_module_level=True)
+
+
+def pin_autotuners(module: ModuleType) -> None:
+    """Leave each kernel its first setting: trying them all takes a driver to measure with."""
+    from triton.runtime.autotuner import Autotuner
+
+    for kernel in vars(module).values():
+        if isinstance(kernel, Autotuner):
+            kernel.configs = kernel.configs[:1]
+
+
+@cache
+def interpret_megablocks() -> None:
+    """Make megablocks' kernels run here, as they are: our backend imports it as it would on a GPU."""
+    megablocks_backend._operators()
+    pin_autotuners(importlib.import_module("megablocks.backend.kernels"))
+
+
+@cache
+def interpret_deepspeed() -> None:
+    """Make DeepSpeed's grouped product run here: it defines its kernels only where Triton has a GPU."""
+    load_deepspeed_kernels()
+    pin_autotuners(sys.modules[DEEPSPEED_KERNELS])
+
+
+def load_deepspeed_kernels() -> ModuleType:
+    """Import the module of DeepSpeed's grouped product as it is where there is a GPU."""
+    flag = importlib.import_module("deepspeed.ops.triton_ops._triton")
+    flag.triton, flag.tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+    flag._TRITON_AVAILABLE = True
+    return importlib.reload(importlib.import_module(DEEPSPEED_KERNELS))
+
+
+@cache
+def complete_megablocks() -> None:
+    """Put torch in the place of all that megablocks' own layers have compiled, so that those run too."""
+    interpret_megablocks()
+    module = sys.modules["megablocks_ops"]
+    for function in (exclusive_cumsum, inclusive_cumsum, histogram, sort, replicate_forward):
+        setattr(module, function.__name__, function)
+    grouped = importlib.import_module("megablocks.grouped_gemm_util")
+    grouped._grouped_gemm_is_available = True
+    grouped.ops = grouped.backend = SimpleNamespace(gmm=grouped_product)
+
+
+def exclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
+    out.copy_(x.cumsum(dim) - x)
+
+
+def inclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
+    out.copy_(x.cumsum(dim))
+
+
+def histogram(x: Tensor, n_bins: int) -> Tensor:
+    return torch.bincount(x.flatten().long(), minlength=int(n_bins)).to(torch.int32)
+
+
+def sort(x: Tensor, end_bit: int, values: Tensor, order: Tensor) -> None:
+    found = x.sort(stable=True)
+    values.copy_(found.values)
+    order.copy_(found.indices)
+
+
+def replicate_forward(x: Tensor, bins: Tensor, out: Tensor) -> None:
+    sizes = torch.diff(bins, prepend=bins.new_zeros(1)).long()
+    out.copy_(x.repeat_interleave(sizes, dim=1))
+
+
+def grouped_product(a: Tensor, b: Tensor, batch_sizes: Tensor, *, trans_b: bool = False, **_: Any) -> Tensor:
+    """Return a @ b of each group of rows, as grouped_gemm.ops.gmm does. Autograd finds the gradients."""
+    offsets = batch_sizes.cumsum(0).to(torch.int32)
+    return F.grouped_mm(a, b.transpose(1, 2) if trans_b else b, offs=offsets)
