@@ -37,10 +37,14 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
         print(
             "turnout: this CPU has no bf16 arithmetic; train.precision=fp32 will be faster", file=sys.stderr
         )
-    if cfg.train.expert_backend == "compiled_loop" and not n_gpus and not find_compiler():
+    compiling = {
+        "train.expert_backend=compiled_loop": cfg.train.expert_backend == "compiled_loop",
+        "train.compile=true": cfg.train.compile,
+    }
+    if (asked := [name for name, is_so in compiling.items() if is_so]) and not n_gpus and not find_compiler():
         raise ConfigError(
-            "train.expert_backend=compiled_loop needs a C++ compiler, and there is no g++ or clang++ here; "
-            "install one, name it in CXX, or use sorted_loop"
+            f"{asked[0]} needs a C++ compiler, and there is no g++ or clang++ here; "
+            "install one, name it in CXX, or do without"
         )
     if cfg.train.expert_backend != "auto":
         check_kernels(cfg.train.expert_backend, n_gpus)

@@ -80,6 +80,8 @@ def apply_rope(x_THA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THA.dtype)
 
 
+# Another packing of documents would be another graph to torch.compile.
+@torch.compiler.disable
 def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, window: int | None) -> Tensor:
     """Return the attention output [T, H, A]: causal, inside each document, at most `window` keys per
     query.

@@ -51,8 +51,7 @@ class MoELayer(nn.Module):
         sent = self._send(own, self._own_routing(routing), memo)
         shared = None if self.shared is None else self.shared(x)  # while the rows travel
         out = self.tp.join_tokens(self._receive(sent))
-        stats = replace(stats, n_extra_trips=torch.full_like(stats.n_dropped, sent.route.n_extra))
-        return out if shared is None else out + shared, stats
+        return out if shared is None else out + shared, _count_trips(stats, memo)
 
     def infer(self, x_TD: Tensor, bias_E: Tensor) -> Tensor:
         """Return the layer's output for any number of tokens.
@@ -81,65 +80,101 @@ class MoELayer(nn.Module):
         if routing.is_kept_TK is not None:
             # Dropped rows sort behind every expert, where no trip takes them.
             destination_N = destination_N.masked_fill(~routing.is_kept_TK.flatten(), self.n_experts)
-        order_N = destination_N.sort(stable=True).indices
-        if memo.route is None:
-            counts_E = torch.zeros(self.n_experts + 1, dtype=torch.int64, device=x_TD.device)
-            counts_E = counts_E.scatter_add_(0, destination_N, torch.ones_like(destination_N))[:-1]
-            memo.route = self.dispatcher.plan(
-                counts_E, destination_N.numel(), is_dropless=routing.is_kept_TK is None
-            )
-        route = memo.route
-        if route.order_N is not None:
-            order_N = order_N[route.order_N]
+        order_N = self._plan(destination_N, memo, is_dropless=routing.is_kept_TK is None)
         inverse_N = invert(order_N)
         rows_ND = self.experts.backend.copy_rows(x_TD, order_N, inverse_N, top_k)
         weights_N = permute_rows(routing.weights_TK.flatten(), order_N, inverse_N)
-        cuts = [trip.n_sent for trip in route.trips]
-        cuts.append(order_N.numel() - sum(cuts))  # dropped rows
-        *rows, dropped = rows_ND.split(cuts)
-        *weights, _ = weights_N.split(cuts)
-        sent = _Sent(route, rows, weights, torch.zeros_like(dropped), order_N, inverse_N, top_k)
-        if not route.is_over_limit:
-            sent.underway = self._depart(sent, 0)
-        return sent
-
-    def _depart(self, sent: "_Sent", i: int) -> tuple[Arrival, Arrival]:
-        trip = sent.route.trips[i]
-        rows, weights = (self.dispatcher.dispatch(part[i], trip) for part in (sent.rows, sent.weights))
-        return rows, weights
+        return _Sent(order_N, inverse_N, top_k, self._depart(rows_ND, weights_N, memo))
 
     def _receive(self, sent: "_Sent") -> Tensor:
-        """Compute the rows trip by trip; return [T, D], of each token the sum of its rows."""
-        trips, returning, results = sent.route.trips, list[Arrival](), list[Tensor]()
-        if sent.route.is_over_limit:
-            for load in zip(sent.rows, sent.weights, trips, strict=True):
-                results.append(recompute_if(True, self._make_trip, *load))
-        else:
-            for i, trip in enumerate(trips):
-                assert sent.underway is not None
-                rows_RD, weights_R = (part.wait() for part in sent.underway)
-                # The next rows travel while these are computed.
-                sent.underway = self._depart(sent, i + 1) if i + 1 < len(trips) else None
-                done = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, trip.counts_L)
-                returning.append(self.dispatcher.combine(done, trip))
-            results = [arrival.wait() for arrival in returning]
-        rows_ND = torch.cat([*results, sent.dropped])
+        """Return [T, D]: of each token the sum of what its experts make of its rows."""
+        rows_ND = self._compute(sent.travelling)
         return self.experts.backend.sum_rows(rows_ND, sent.order_N, sent.inverse_N, sent.top_k)
 
-    def _make_trip(self, rows: Tensor, weights: Tensor, trip: Trip) -> Tensor:
-        rows_RD, weights_R = (self.dispatcher.dispatch(part, trip).wait() for part in (rows, weights))
-        return self.dispatcher.combine(self.experts(rows_RD, weights_R, trip.counts_L), trip).wait()
+    # What torch.compile would have to do anew for another routing is left as it is, here and below.
+    @torch.compiler.disable
+    def _plan(self, destination_N: Tensor, memo: RoutingMemo, *, is_dropless: bool) -> Tensor:
+        """Agree with the other ranks on the route; return the order in which rows leave, [N]."""
+        order_N = destination_N.sort(stable=True).indices
+        if memo.route is None:
+            counts_E = torch.zeros(self.n_experts + 1, dtype=torch.int64, device=order_N.device)
+            counts_E = counts_E.scatter_add_(0, destination_N, torch.ones_like(destination_N))[:-1]
+            memo.route = self.dispatcher.plan(counts_E, order_N.numel(), is_dropless=is_dropless)
+        return order_N if memo.route.order_N is None else order_N[memo.route.order_N]
+
+    @torch.compiler.disable
+    def _depart(self, rows_ND: Tensor, weights_N: Tensor, memo: RoutingMemo) -> "_Travelling":
+        """Cut the rows into trips, and send the first of them on its way."""
+        route = memo.route
+        assert route is not None
+        cuts = [trip.n_sent for trip in route.trips]
+        cuts.append(rows_ND.size(0) - sum(cuts))  # dropped rows
+        *rows, dropped = rows_ND.split(cuts)
+        *weights, _ = weights_N.split(cuts)
+        loads = [_Load(*load) for load in zip(rows, weights, route.trips, strict=True)]
+        first = None if route.is_over_limit else self._dispatch(loads[0])
+        return _Travelling(route, loads, torch.zeros_like(dropped), first)
+
+    @torch.compiler.disable
+    def _compute(self, travelling: "_Travelling") -> Tensor:
+        """Compute the rows trip by trip; return what comes back, [N, D]."""
+        loads, results = travelling.loads, list[Tensor]()
+        if travelling.route.is_over_limit:
+            results = [recompute_if(True, self._make_trip, load) for load in loads]
+        else:
+            arriving, returning = travelling.first, list[Arrival]()
+            for i, load in enumerate(loads):
+                assert arriving is not None
+                rows_RD, weights_R = (part.wait() for part in arriving)
+                # The next rows travel while these are computed.
+                arriving = self._dispatch(loads[i + 1]) if i + 1 < len(loads) else None
+                done = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, load.trip.counts_L)
+                returning.append(self.dispatcher.combine(done, load.trip))
+            results = [arrival.wait() for arrival in returning]
+        return torch.cat([*results, travelling.dropped])
+
+    def _dispatch(self, load: "_Load") -> tuple[Arrival, Arrival]:
+        dispatch = self.dispatcher.dispatch
+        return dispatch(load.rows, load.trip), dispatch(load.weights, load.trip)
+
+    def _make_trip(self, load: "_Load") -> Tensor:
+        rows_RD, weights_R = (part.wait() for part in self._dispatch(load))
+        return self.dispatcher.combine(self.experts(rows_RD, weights_R, load.trip.counts_L), load.trip).wait()
 
 
-@dataclass
-class _Sent:
-    """A layer's rows, trip by trip, in the order of order_N [N]; of those on their way the arrivals."""
+@torch.compiler.disable
+def _count_trips(stats: RouterStats, memo: RoutingMemo) -> RouterStats:
+    assert memo.route is not None
+    return replace(stats, n_extra_trips=torch.full_like(stats.n_dropped, memo.route.n_extra))
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What leaves in one trip: rows [M, D] and their weights [M]."""
+
+    rows: Tensor
+    weights: Tensor
+    trip: Trip
+
+
+@dataclass(frozen=True)
+class _Travelling:
+    """A layer's rows, trip by trip; `first` of them on their way, where more than one may be kept.
+
+    dropped: rows of zeros, in place of what no expert takes
+    """
 
     route: Route
-    rows: Sequence[Tensor]
-    weights: Sequence[Tensor]
+    loads: Sequence[_Load]
     dropped: Tensor
+    first: tuple[Arrival, Arrival] | None
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Rows that left in the order of order_N [N], top_k of each token."""
+
     order_N: Tensor
     inverse_N: Tensor
     top_k: int
-    underway: tuple[Arrival, Arrival] | None = None
+    travelling: _Travelling

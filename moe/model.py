@@ -125,6 +125,15 @@ class Decoder(nn.Module):
         hidden_TD = self.tp.enter(self.norm(x))
         return hidden_TD.unflatten(0, (n_seqs, seq_len)), RouterStats.stack(stats)
 
+    def compile_blocks(self) -> None:
+        """Have torch.compile fuse what lies between matrix products, exchanges and attention.
+
+        Nothing is compiled anew for another routing or packing. Compiling takes seconds, a compiler, and is
+        done in the first step.
+        """
+        for block in self.blocks:
+            block.compile()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V / tp.size] of hidden states [..., D], in the dtype of the weights: those of
         this rank's part of the vocabulary.

@@ -51,4 +51,10 @@ def recompute_if(is_wanted: bool, run: Callable[[*Args], R], *args: *Args) -> R:
     """Call run, and where it is wanted and a backward pass can follow, keep only its inputs."""
     if not is_wanted or not torch.is_grad_enabled():
         return run(*args)
+    return _checkpoint(run, *args)
+
+
+# What it runs is compiled, and is the same compiled code when it is computed again.
+@torch.compiler.disable(recursive=False)
+def _checkpoint(run: Callable[[*Args], R], *args: *Args) -> R:
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)

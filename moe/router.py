@@ -57,12 +57,7 @@ class Router(nn.Module):
         memo = memo or RoutingMemo()
         router, n_seqs = self.cfg.router, is_counted_T.numel() // self.cfg.seq_len
         logits_TE, scores_TE = self._score(x)
-        if memo.expert_ids_TK is None:
-            self._choose(scores_TE.detach(), bias_E, is_counted_T, memo)
-        else:
-            memo.check_scores(scores_TE.detach().gather(-1, memo.expert_ids_TK))
-        expert_ids_TK, is_kept_TK = memo.expert_ids_TK, memo.is_kept_TK
-        assert expert_ids_TK is not None
+        expert_ids_TK, is_kept_TK = self._choose(scores_TE.detach(), bias_E, is_counted_T, memo)
         weights_TK = self._weigh(scores_TE, expert_ids_TK)
         # Sigmoid scores do not sum to 1 over experts; balancing speaks of probabilities
         # (DeepSeek-V3, 2412.19437, equation 19).
@@ -111,10 +106,19 @@ class Router(nn.Module):
             scores_TE + bias_E, self.cfg.top_k, n_groups=router.n_groups, top_groups=router.top_groups
         )
 
-    def _choose(self, scores_TE: Tensor, bias_E: Tensor, is_counted_T: Tensor, memo: RoutingMemo) -> None:
-        memo.expert_ids_TK = self._best(scores_TE, bias_E)
-        memo.scores_TK = scores_TE.gather(-1, memo.expert_ids_TK)
-        memo.is_kept_TK = self._within_capacity(memo.expert_ids_TK, memo.scores_TK, is_counted_T)
+    # Apart from what torch.compile sees, so that a recomputation is the same graph and keeps as much.
+    @torch.compiler.disable
+    def _choose(
+        self, scores_TE: Tensor, bias_E: Tensor, is_counted_T: Tensor, memo: RoutingMemo
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the experts of each token [T, K] and which rows they keep: the memo's, if it has them."""
+        if memo.expert_ids_TK is None:
+            memo.expert_ids_TK = self._best(scores_TE, bias_E)
+            memo.scores_TK = scores_TE.gather(-1, memo.expert_ids_TK)
+            memo.is_kept_TK = self._within_capacity(memo.expert_ids_TK, memo.scores_TK, is_counted_T)
+        else:
+            memo.check_scores(scores_TE.gather(-1, memo.expert_ids_TK))
+        return memo.expert_ids_TK, memo.is_kept_TK
 
     def _within_capacity(
         self, expert_ids_TK: Tensor, weights_TK: Tensor, is_counted_T: Tensor

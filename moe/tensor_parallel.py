@@ -106,6 +106,12 @@ class _Collective(torch.autograd.Function):
         return ctx.backward_op(grads[0]), None, None
 
 
+# A collective is not for torch.compile: it is recorded by name, and backward has another.
+@torch.compiler.disable
+def _communicate(x: Tensor, forward_op: Operation, backward_op: Operation) -> Tensor:
+    return _Collective.apply(x, forward_op, backward_op)
+
+
 @dataclass(frozen=True)
 class SplitOverGroup:
     """Matrices are split over the ranks of a group."""
@@ -128,31 +134,31 @@ class SplitOverGroup:
 
     def enter(self, x: Tensor) -> Tensor:
         if self.splits_tokens:
-            return _Collective.apply(x, self._all_gather, self._reduce_scatter)
-        return _Collective.apply(x, self._keep, self._all_reduce)
+            return _communicate(x, self._all_gather, self._reduce_scatter)
+        return _communicate(x, self._keep, self._all_reduce)
 
     def leave(self, x: Tensor) -> Tensor:
         if self.splits_tokens:
-            return _Collective.apply(x, self._reduce_scatter, self._all_gather)
-        return _Collective.apply(x, self._all_reduce, self._keep)
+            return _communicate(x, self._reduce_scatter, self._all_gather)
+        return _communicate(x, self._all_reduce, self._keep)
 
     def own_tokens(self, x: Tensor) -> Tensor:
-        return x if self.splits_tokens else _Collective.apply(x, self.own_rows, self._all_gather)
+        return x if self.splits_tokens else _communicate(x, self.own_rows, self._all_gather)
 
     def join_tokens(self, x: Tensor) -> Tensor:
         return x if self.splits_tokens else self.gather_rows(x)
 
     def gather_rows(self, x: Tensor) -> Tensor:
-        return _Collective.apply(x, self._all_gather, self.own_rows)
+        return _communicate(x, self._all_gather, self.own_rows)
 
     def own_rows(self, x: Tensor) -> Tensor:
         return x.chunk(self.size)[self.rank].contiguous()
 
     def shared(self, x: Tensor) -> Tensor:
-        return _Collective.apply(x, self._keep, self._all_reduce)
+        return _communicate(x, self._keep, self._all_reduce)
 
     def sum(self, x: Tensor) -> Tensor:
-        return _Collective.apply(x, self._all_reduce, self._keep)
+        return _communicate(x, self._all_reduce, self._keep)
 
     def max(self, x: Tensor) -> Tensor:
         return self._all_reduce(x.detach(), dist.ReduceOp.MAX)

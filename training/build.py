@@ -26,6 +26,8 @@ def build_local_decoder(cfg: RunConfig, groups: Groups, dtype: torch.dtype = tor
         expert_backend=expert_backend_of(cfg, groups.device),
         recompute=cfg.train.recompute,
     )
+    if cfg.train.compile:
+        decoder.compile_blocks()
     first_expert = groups.layout.local_experts(groups.rank, cfg.model.n_experts).start
     init_weights(decoder, seed=cfg.train.seed, first_expert=first_expert)
     return decoder

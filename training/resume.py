@@ -16,6 +16,7 @@ FREE = (
     "parallel",
     "train.microbatch_seqs",
     "train.recompute",
+    "train.compile",
     "train.expert_backend",
     "data.corpus",
     "data.verify",

@@ -232,3 +232,21 @@ def test_three_steps_through_the_engine_are_those_of_one_process(
         assert torch.equal(got["bias"], want["bias"])
         assert_same_grads(got["gradients"], want["gradients"], rtol=1e-5)
         assert_same_tensors(got["parameters"], want["parameters"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [(Layout(2, ep=2), "full"), (Layout(2, tp=2, ep=2), "selective")],
+    ids=["ep2", "tp2-ep2"],
+)
+def test_three_steps_of_compiled_blocks_are_those_of_one_process(layout: Layout, recompute: str) -> None:
+    model = "sigmoid top-2, shared, dense first, batch scope, bias"
+    want = steps_of_one_process(model, False)
+    cfg = lay_out(CONFIGS[model], layout, trips=0, sequence_parallel=layout.tp > 1)
+    cfg = with_split(cfg, microbatch_seqs(cfg, layout, 2), recompute=recompute, compile=True)
+    for got in run_ranks(train_on_ranks, 2, cfg, 2, "sgd"):
+        assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
+        assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
+        assert torch.equal(got["bias"], want["bias"])
+        assert_same_grads(got["gradients"], want["gradients"], rtol=1e-5)
+        assert_same_tensors(got["parameters"], want["parameters"], rtol=1e-5)

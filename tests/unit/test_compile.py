@@ -1,0 +1,68 @@
+"""Compiled blocks: the same numbers as eager ones, and no new graph for another routing or packing."""
+
+import pytest
+import torch
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.utils import counters
+
+from moe.config import ModelConfig
+from moe.model import Decoder, build_decoder
+from moe.recompute import Recompute
+from tests.assertions import assert_same_grads, relative_error
+from tests.models import random_state, tiny_config, tiny_decoder
+
+VARIANTS = {
+    "softmax": tiny_config(),
+    "sigmoid, shared, dense first, window, qk-norm": tiny_config(
+        n_layers=3,
+        n_dense_layers=1,
+        d_ff=24,
+        n_shared_experts=1,
+        sliding_window=7,
+        qk_norm=True,
+        router={"score": "sigmoid", "scale": 1.5},
+        balance={"coef": 0.5, "bias_rate": 0.01},
+    ),
+    "capacity": tiny_config(router={"capacity_factor": 1.0}),
+}
+
+
+def build(cfg: ModelConfig, recompute: Recompute, dtype: torch.dtype) -> Decoder:
+    decoder = build_decoder(cfg, dtype=dtype, expert_backend="sorted_loop", recompute=recompute)
+    decoder.load_state_dict(tiny_decoder(cfg, dtype=dtype).state_dict())
+    return decoder
+
+
+def run(decoder: Decoder, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Return the logits of random documents, which differ by seed, and all gradients."""
+    cfg, generator = decoder.cfg, torch.Generator().manual_seed(seed)
+    shape = (3, cfg.seq_len)
+    tokens = torch.randint(cfg.vocab_size, shape, generator=generator)
+    doc_ids = (torch.rand(shape, generator=generator) < 0.2).cumsum(1)
+    is_counted = torch.rand(shape, generator=generator) < 0.8
+    hidden, stats = decoder(tokens, doc_ids, is_counted, random_state(cfg))
+    logits = decoder.logits(hidden)
+    mix = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    decoder.zero_grad()
+    ((logits * mix).sum() + 0.1 * stats.balance_sum.sum() + 0.01 * stats.z_sum.sum()).backward()
+    return logits.detach(), {name: p.grad for name, p in decoder.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS.keys())
+def test_compiled_blocks_equal_eager_ones_with_one_graph_for_any_routing(
+    cfg: ModelConfig, recompute: Recompute
+) -> None:
+    torch._dynamo.reset()
+    dtype = torch.float64
+    eager, compiled = build(cfg, recompute, dtype), build(cfg, recompute, dtype)
+    compiled.compile_blocks()
+    counters.clear()
+    run(compiled, seed=0)
+    assert counters["stats"]["unique_graphs"] > 0
+    with dynamo_config.patch(error_on_recompile=True):
+        for seed in range(1, 5):
+            got, got_grads = run(compiled, seed)
+            want, want_grads = run(eager, seed)
+            assert relative_error(got, want) <= 1e-10
+            assert_same_grads(got_grads, want_grads, rtol=1e-10)
