@@ -4,6 +4,7 @@ The `small` recipe (103 M parameters) in bf16 under the engine, one thread. Its 
 sizes; what the CPU can do is the best of some square bf16 products in the same round.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -27,6 +28,7 @@ SETTINGS = ["data.corpus=unused", "train.batch_tokens=16384"]
 def mfu_rows(n_rounds: int = 5) -> list[Row]:
     torch.set_num_threads(1)
     join_alone()
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, and there is no launcher
     cfg = load_config("small", SETTINGS)
     groups = groups_of(plan_layout(cfg, 1), rank=0)
     batch = made_up_batch(cfg.model, cfg.batch_seqs)
