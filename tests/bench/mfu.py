@@ -25,7 +25,7 @@ PRODUCT_SIZES, N_PRODUCTS = (1024, 2048, 4096), 4
 SETTINGS = ["data.corpus=unused", "train.batch_tokens=16384"]
 
 
-def mfu_rows(n_rounds: int = 5) -> list[Row]:
+def mfu_rows(n_rounds: int = 3) -> list[Row]:
     torch.set_num_threads(1)
     join_alone()
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, and there is no launcher
