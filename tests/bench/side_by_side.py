@@ -16,6 +16,9 @@ from typing import Any, TypeVar
 R = TypeVar("R")
 
 MIB = 1 << 20
+# Kernels are made in the first; both touch fresh pages, until the heap has settled, which can take as long as
+# the arithmetic.
+N_WARM_ROUNDS = 2
 # Longer, and a process prints its stacks and dies.
 TIMEOUT_S = 1800
 # Written out, they also keep glibc from raising the thresholds as a process goes on.
@@ -33,18 +36,17 @@ def time_in_turn(
     n_rounds: int,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round, of CPU time unless clock is another. Each runs once
-    unmeasured.
+    """Return the seconds of each way in each round, of CPU time unless clock is another.
+
+    The first N_WARM_ROUNDS are not counted.
     """
-    for run in ways.values():
-        run()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(n_rounds):
+    for _ in range(N_WARM_ROUNDS + n_rounds):
         for name, run in ways.items():
             start_s = clock()
             run()
             seconds[name].append(clock() - start_s)
-    return seconds
+    return {name: times[N_WARM_ROUNDS:] for name, times in seconds.items()}
 
 
 def over(these: Sequence[float], those: Sequence[float]) -> list[float]:

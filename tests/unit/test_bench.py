@@ -7,7 +7,7 @@ import pytest
 
 from tests.bench.rows import Row, to_markdown
 from tests.bench.scaling import token_rows
-from tests.bench.side_by_side import GLIBC_DEFAULTS, in_own_process, over, time_in_turn
+from tests.bench.side_by_side import GLIBC_DEFAULTS, N_WARM_ROUNDS, in_own_process, over, time_in_turn
 
 
 def test_a_row_holds_the_median_and_the_extremes() -> None:
@@ -50,14 +50,14 @@ def test_the_table_says_what_is_met() -> None:
     ]
 
 
-def test_ways_take_turns_and_the_first_run_is_not_measured() -> None:
+def test_ways_take_turns_and_the_first_rounds_are_not_counted() -> None:
     order: list[str] = []
-    ticks = iter(range(100))
     ways = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    seconds = time_in_turn(ways, n_rounds=2, clock=lambda: next(ticks))
-    assert order == ["a", "b", "a", "b", "a", "b"]
-    assert seconds == {"a": [1, 1], "b": [1, 1]}
-    assert over(seconds["a"], seconds["b"]) == [1, 1]
+    seconds = time_in_turn(ways, n_rounds=2, clock=lambda: len(order) ** 2)
+    assert order == ["a", "b"] * (N_WARM_ROUNDS + 2)
+    first = 4 * N_WARM_ROUNDS + 1
+    assert seconds == {"a": [first, first + 4], "b": [first + 2, first + 6]}
+    assert over(seconds["b"], seconds["a"]) == [(first + 2) / first, (first + 6) / (first + 4)]
 
 
 def test_a_function_runs_in_a_process_of_its_own_with_its_malloc(monkeypatch: pytest.MonkeyPatch) -> None:
