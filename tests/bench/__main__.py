@@ -1,181 +1,58 @@
-"""`make bench`: speed and memory, each as a ratio to a baseline of the same interleaved run."""
+"""`make bench`: speed and memory as ratios to baselines that took turns with them, in one table.
 
-import json
-import os
-import statistics
-import subprocess
+python -m tests.bench [NAME ...] [--out FILE]: without a name the quick ones, those of the expert layer, the
+training step and what a step is made of.
+"""
+
+import argparse
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from launch.local import CPU_ALLOCATOR
-from tests.bench.checkpoints import print_checkpoint_cost
-from tests.bench.generate import print_generation_speed
-from tests.bench.self_check import print_self_check_cost
-from tests.runs import read_rows
+from tests.bench.rows import Row, to_markdown
+from tests.bench.side_by_side import call, in_own_process
 
-N_ROUNDS = 3
-GLIBC_DEFAULTS = {
-    "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),
-    "MALLOC_TRIM_THRESHOLD_": str(128 * 1024),
-    "MALLOC_TOP_PAD_": str(128 * 1024),
-    "THP_MEM_ALLOC_ENABLE": "0",
+# Each is a function that returns rows.
+QUICK = {
+    "experts": "tests.bench.experts:expert_rows",
+    "scaling": "tests.bench.scaling:scaling_rows",
+    "loss": "tests.bench.loss:loss_rows",
+    "step": "tests.bench.step:step_rows",
+    "engine": "tests.bench.engine:engine_rows",
+    "ranks": "tests.bench.ranks:rank_rows",
+    "mfu": "tests.bench.mfu:mfu_rows",
 }
-
-
-@dataclass(frozen=True)
-class Measurement:
-    speed: float  # in the unit of its table
-    peak_gib: float
-
-
-@dataclass(frozen=True)
-class Variant:
-    name: str
-    measure: Callable[[], Measurement]
-
-
-def turnout(*arguments: str, **env: str) -> None:
-    command = [sys.executable, "-m", "launch.cli", *arguments]
-    subprocess.run(command, env={**os.environ, **env}, check=True, stdout=subprocess.DEVNULL, timeout=600)
-
-
-def prepare(workers: int) -> Measurement:
-    with tempfile.TemporaryDirectory() as directory:
-        start_s = time.perf_counter()
-        out = Path(directory) / "corpus"
-        turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(out), "--workers", str(workers))
-        elapsed_s = time.perf_counter() - start_s
-        manifest = json.loads((out / "corpus.json").read_text())
-        n_bytes = sum(
-            split["n_text_bytes"] for source in manifest["sources"] for split in source["splits"].values()
-        )
-    return Measurement(n_bytes / 1e6 / elapsed_s, float("nan"))
-
-
-def train(corpus: Path, nproc: int, *overrides: str, **env: str) -> Measurement:
-    """Train `tiny` for 60 steps; the first 20 warm up and are left out."""
-    settings = [
-        "train.n_steps=60",
-        "optim.schedule.warmup_steps=5",
-        "eval.max_documents=1",
-        "sample.prompts=[]",
-    ]
-    settings += [f"data.corpus={corpus}", *overrides]
-    with tempfile.TemporaryDirectory() as directory:
-        run_dir = Path(directory) / "run"
-        sets = [word for setting in settings for word in ("--set", setting)]
-        # One thread per rank, so that one rank against two compares like with like.
-        env = {"OMP_NUM_THREADS": "1", **env}
-        turnout("train", "tiny", "--run-dir", str(run_dir), "--nproc", str(nproc), *sets, **env)
-        rows = [row for row in read_rows(run_dir) if "train/loss" in row and row["step"] > 20]
-    speed = statistics.median(row["perf/tokens_per_s"] for row in rows)
-    return Measurement(speed, rows[-1]["mem/peak_gib"])
-
-
-def compare(title: str, unit: str, variants: list[Variant]) -> None:
-    """Measure all variants N_ROUNDS times in turn and print medians with their spread."""
-    results: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
-    for _ in range(N_ROUNDS):
-        for variant in variants:
-            results[variant.name].append(variant.measure())
-    baseline = [m.speed for m in results[variants[0].name]]
-    print(f"\n### {title}\n\n| variant | {unit} | spread | ratio to the first | peak GiB per rank |")
-    print("|---|---|---|---|---|")
-    for name, measured in results.items():
-        speeds = [m.speed for m in measured]
-        # Each round's ratio is within that round, so that a slower machine in between cancels out.
-        ratio = statistics.median(speed / base for speed, base in zip(speeds, baseline, strict=True))
-        spread = f"{min(speeds):,.4g} to {max(speeds):,.4g}"
-        peak = statistics.median(m.peak_gib for m in measured)
-        print(
-            f"| {name} | {statistics.median(speeds):,.4g} | {spread} | {ratio:.2f} | {peak:.2f} |", flush=True
-        )
-
-
-def compare_prepare() -> None:
-    compare(
-        "turnout prepare --embedded --vocab-size 4096, tokenizer training included",
-        "MB/s",
-        [Variant(f"{n} workers", lambda n=n: prepare(n)) for n in (1, 2)],
-    )
-
-
-def compare_training(corpus: Path) -> None:
-    compare(
-        "turnout train tiny, one thread per rank",
-        "tokens/s",
-        [
-            Variant("1 rank, fp32", lambda: train(corpus, 1)),
-            Variant("2 ranks, fp32", lambda: train(corpus, 2)),
-            Variant("2 ranks, fp32, glibc's own malloc settings", lambda: train(corpus, 2, **GLIBC_DEFAULTS)),
-            Variant("2 ranks, bf16", lambda: train(corpus, 2, "train.precision=bf16")),
-            Variant(
-                "2 ranks, fp32, reference experts",
-                lambda: train(corpus, 2, "train.expert_backend=reference"),
-            ),
-        ],
-    )
-
-
-def compare_layouts(corpus: Path) -> None:
-    layouts = {
-        "1 rank": (1, ()),
-        "2 ranks, DP 2": (2, ()),
-        "2 ranks, DP 2, EP 2": (2, ("parallel.ep=2",)),
-        "2 ranks, TP 2": (2, ("parallel.tp=2",)),
-        "2 ranks, TP 2, sequence parallel": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
-        "2 ranks, TP 2, EP 2": (2, ("parallel.tp=2", "parallel.ep=2")),
-        "1 rank, selective recomputation": (1, ("train.recompute=selective",)),
-        "1 rank, full recomputation": (1, ("train.recompute=full",)),
-    }
-    compare(
-        "turnout train tiny, fp32, one thread per rank, by layout",
-        "tokens/s",
-        [
-            Variant(name, lambda nproc=nproc, sets=sets: train(corpus, nproc, *sets))
-            for name, (nproc, sets) in layouts.items()
-        ],
-    )
-
-
-def run_alone(module: str) -> None:
-    """Run a benchmark in a process of its own, with the memory allocator set as the launcher sets it."""
-    subprocess.run(
-        [sys.executable, "-m", module], env={**os.environ, **CPU_ALLOCATOR}, check=True, timeout=1800
-    )
-
-
-def with_corpus(measure: Callable[[Path], None]) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        corpus = Path(directory) / "corpus"
-        turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(corpus))
-        measure(corpus)
-
-
-BENCHMARKS: dict[str, Callable[[], None]] = {
-    "prepare": compare_prepare,
-    "training": lambda: with_corpus(compare_training),
-    "layouts": lambda: with_corpus(compare_layouts),
-    "self-check": print_self_check_cost,
-    "checkpoints": print_checkpoint_cost,
-    "generate": print_generation_speed,
-    "experts": lambda: run_alone("tests.bench.experts"),
-    "loss": lambda: run_alone("tests.bench.loss"),
-    "step": lambda: run_alone("tests.bench.step"),
-    "engine": lambda: run_alone("tests.bench.engine"),
+OTHERS = {
+    "prepare": "tests.bench.command:prepare_rows",
+    "training": "tests.bench.command:training_rows",
+    "layouts": "tests.bench.command:layout_rows",
+    "self-check": "tests.bench.self_check:self_check_rows",
+    "checkpoints": "tests.bench.checkpoints:checkpoint_rows",
+    "generate": "tests.bench.generate:generation_rows",
+    "export-memory": "tests.bench.export_memory:export_memory_rows",
 }
+BENCHMARKS = QUICK | OTHERS
 
 
 def main() -> None:
-    """Run the benchmarks named on the command line, or all of them."""
-    for name in sys.argv[1:] or BENCHMARKS:
-        if name not in BENCHMARKS:
-            sys.exit(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
-        BENCHMARKS[name]()
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--out", type=Path, help="write the table to this file, too")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in BENCHMARKS]:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    found: dict[str, list[Row]] = {}
+    try:
+        for name in arguments.names or QUICK:
+            start_s = time.monotonic()
+            found[name] = in_own_process(call, BENCHMARKS[name], malloc=CPU_ALLOCATOR)
+            print(f"{name}: {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True)
+    finally:  # what was measured before another failed is not lost
+        table = to_markdown(found)
+        print(table, end="")
+        if arguments.out is not None:
+            arguments.out.write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

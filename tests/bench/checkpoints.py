@@ -14,6 +14,8 @@ import torch.distributed as dist
 from launch.settings import load_config
 from moe.balance import RouterState
 from moe.counts import n_params
+from tests.bench.rows import Row
+from tests.bench.side_by_side import in_ms, over
 from tests.checkpoints import KINDS, saver_of, state_at
 from tests.layouts import groups_of
 from tests.ranks import run_ranks
@@ -103,7 +105,7 @@ def write_bare(path: Path, buffers: dict) -> None:
         os.fsync(file.fileno())
 
 
-def print_checkpoint_cost() -> None:
+def checkpoint_rows() -> list[Row]:
     cfg = load_config(RECIPE, SETTINGS)
     expected = 12 * n_params(cfg.model)
     with tempfile.TemporaryDirectory() as directory:
@@ -113,34 +115,26 @@ def print_checkpoint_cost() -> None:
         (path,) = list_checkpoints(place / "run")
         n_bytes = sum(file.stat().st_size for file in path.iterdir())
         verify = [timed(lambda: verify_checkpoint(path)) for _ in range(N_ROUNDS)]
-    # The slowest rank holds up all; each round's ratio is within that round.
+    # The slowest rank holds up all.
     rounds = {
         name: [max(times) for times in zip(*(r[name] for r in ranks), strict=True)] for name in ranks[0]
     }
-    print(f"\n### Checkpoints of {RECIPE}, {N_RANKS} ranks, fp32\n")
-    print(f"size: {n_bytes:,} bytes, {n_bytes / expected:.4f} of 12 bytes a parameter")
-    share_bytes = expected / N_RANKS
-    extra = ", ".join(f"{r['first'][0] / share_bytes:.2f}" for r in ranks)
-    print(f"memory: {extra} of the rank's share of the bytes, on each rank, for the copy and all else")
-    print("\n| | s | spread | MB/s | ratio to the copy | ratio to the bare write |")
-    print("|---|---|---|---|---|---|")
+    extra = [r["first"][0] / (expected / N_RANKS) for r in ranks]
+    rows = [
+        Row.of("size over 12 bytes a parameter", [n_bytes / expected], note=f"{n_bytes:,} bytes"),
+        Row.of("memory of the first save over a rank's share of the bytes", extra),
+    ]
     names = {
         "copy": "copy into buffers, nothing else",
         "stall": "asynchronous save, training waits",
         "written": "asynchronous save, until it has its name",
         "sync": "synchronous save, training waits",
-        "bare": "the same bytes written and flushed, nothing else",
     }
     for name, words in names.items():
-        to_copy, to_bare = (
-            statistics.median(a / b for a, b in zip(rounds[name], rounds[base], strict=True))
-            for base in ("copy", "bare")
-        )
-        print(f"| {words} | {_row(rounds[name], n_bytes)} | {to_copy:.2f} | {to_bare:.2f} |")
-    to_bare = statistics.median(verify) / statistics.median(rounds["bare"])
-    print(f"| verify, one process, from the page cache | {_row(verify, n_bytes)} | | {to_bare:.2f} |")
+        rows.append(_row(words, rounds[name], rounds["bare"], n_bytes))
+    return [*rows, _row("verify, one process, from the page cache", verify, rounds["bare"], n_bytes)]
 
 
-def _row(seconds: list[float], n_bytes: int) -> str:
-    median = statistics.median(seconds)
-    return f"{median:.3f} | {min(seconds):.3f} to {max(seconds):.3f} | {n_bytes / 1e6 / median:,.0f}"
+def _row(words: str, seconds: list[float], bare: list[float], n_bytes: int) -> Row:
+    note = f"{in_ms(seconds)}, {n_bytes / 1e6 / statistics.median(seconds):,.0f} MB/s"
+    return Row.of(f"{words}, over the same bytes written and flushed", over(seconds, bare), note=note)

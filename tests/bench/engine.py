@@ -9,10 +9,11 @@ from itertools import count
 
 import torch
 
-from data.loader import IGNORE_INDEX
+from data.loader import IGNORE_INDEX, Batch
 from launch.settings import load_config
 from moe.balance import RouterState
-from tests.bench.side_by_side import Timing, time_in_turn
+from tests.bench.rows import Row
+from tests.bench.side_by_side import in_ms, over, time_in_turn
 from tests.layouts import groups_of
 from tests.ranks import run_ranks
 from tests.runs import uneven_batch
@@ -25,25 +26,24 @@ from training.parallel import Groups, plan_layout
 from training.step import train_step
 
 
-def print_engine_cost() -> None:
-    print("\n### a step of `tiny`, fp32, one rank of one thread\n")
-    print("| way | ms | ratio | spread |\n|---|---|---|---|")
-    for name, found in run_ranks(time_steps, 1)[0].items():
-        print(f"| {name} | {found.ms:.0f} | {found.ratio:.3f} | {found.low:.2f} to {found.high:.2f} |")
+def engine_rows(n_rounds: int = 15) -> list[Row]:
+    seconds = run_ranks(time_steps, 1, n_rounds)[0]
+    engine, plain = seconds["engine"], seconds["plain"]
+    note = f"{in_ms(engine)} and {in_ms(plain)}"
+    return [Row.of("time of a step over a plain loop's", over(engine, plain), at_most=1.10, note=note)]
 
 
-def time_steps(rank: int) -> dict[str, Timing]:
-    torch.set_num_threads(1)
+def time_steps(rank: int, n_rounds: int) -> dict[str, list[float]]:
     cfg = load_config("tiny")
-    groups = groups_of(plan_layout(cfg, 1), rank)
-    ways = {"plain torch loop": plain_step(cfg, groups), "DeepSpeed engine": engine_step(cfg, groups)}
-    return time_in_turn(ways, n_rounds=15)
+    groups, batch = groups_of(plan_layout(cfg, 1), rank), uneven_batch(cfg, 0)
+    ways = {"plain": plain_step(cfg, groups, batch), "engine": engine_step(cfg, groups, batch)}
+    return time_in_turn(ways, n_rounds=n_rounds)
 
 
-def engine_step(cfg: RunConfig, groups: Groups) -> Callable[[], None]:
+def engine_step(cfg: RunConfig, groups: Groups, batch: Batch) -> Callable[[], None]:
     objective = Objective(build_local_decoder(cfg, groups))
     engine = put_under_engine(objective, cfg, groups, partial(build_adamw, cfg=cfg.optim))
-    microbatches = split_microbatches(uneven_batch(cfg, 0), cfg.train.microbatch_seqs)
+    microbatches = split_microbatches(batch, cfg.train.microbatch_seqs)
     state, steps = RouterState.initial(cfg.model), count(1)
 
     def run() -> None:
@@ -52,23 +52,19 @@ def engine_step(cfg: RunConfig, groups: Groups) -> Callable[[], None]:
     return run
 
 
-def plain_step(cfg: RunConfig, groups: Groups) -> Callable[[], None]:
+def plain_step(cfg: RunConfig, groups: Groups, batch: Batch) -> Callable[[], None]:
     objective = Objective(build_local_decoder(cfg, groups))
     optimizer = build_adamw(param_groups(objective.named_parameters(), cfg.optim.weight_decay), cfg=cfg.optim)
-    microbatches = split_microbatches(uneven_batch(cfg, 0), cfg.train.microbatch_seqs)
-    n_tokens = sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in microbatches)
+    microbatches = split_microbatches(batch, cfg.train.microbatch_seqs)
+    n_tokens = sum(int((microbatch.targets != IGNORE_INDEX).sum()) for microbatch in microbatches)
     state, clip_norm = RouterState.initial(cfg.model), cfg.train.clip_norm
     assert clip_norm is not None
 
     def run() -> None:
         optimizer.zero_grad()
-        for batch in microbatches:
-            (objective(batch, state).total / n_tokens).backward()
+        for microbatch in microbatches:
+            (objective(microbatch, state).total / n_tokens).backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), clip_norm)
         optimizer.step()
 
     return run
-
-
-if __name__ == "__main__":
-    print_engine_cost()

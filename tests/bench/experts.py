@@ -18,11 +18,12 @@ from moe.layer import MoELayer
 from moe.recompute import RoutingMemo
 from moe.router import Routing
 from moe.tensor_parallel import Unsplit
-from tests.bench.side_by_side import Timing, time_in_turn
+from tests.bench.rows import Row
+from tests.bench.side_by_side import in_ms, over, time_in_turn
 from tests.models import tiny_config
 
 T, D = 4096, 512
-# (dtype, E, K, F): the ratio that is asked.
+# (dtype, E, K, F): the time over dense that is asked.
 ASKED = {
     ("bf16", 8, 2, 1408): 0.90,
     ("bf16", 32, 2, 1024): 1.35,
@@ -36,68 +37,77 @@ ASKED = {
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def print_expert_speed() -> None:
+def expert_rows(n_rounds: int = 9) -> list[Row]:
     torch.set_num_threads(1)
-    print(f"\n### expert layer over a dense one of equal active FLOPs, T {T}, d {D}, forward and backward\n")
-    print(
-        "| dtype E K F | dense ms | asked | compiled_loop | spread | with router | sorted_loop "
-        "| torch_grouped |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for (dtype, n_experts, top_k, d_expert), asked in ASKED.items():
-        found = compare_with_dense(DTYPES[dtype], n_experts, top_k, d_expert)
-        ours = found["compiled_loop"]
-        rest = (found[name].ratio for name in ("with router", "sorted_loop", "torch_grouped"))
-        print(
-            f"| {dtype} {n_experts} {top_k} {d_expert} | {found['dense'].ms:.0f} | {asked:.2f} "
-            f"| {ours.ratio:.2f} | {ours.low:.2f} to {ours.high:.2f} "
-            f"| {' | '.join(f'{x:.2f}' for x in rest)} |",
-            flush=True,
-        )
-    print_skewed()
+    rows = []
+    for (name, n_experts, top_k, d_expert), asked in ASKED.items():
+        seconds = time_in_turn(beside_dense(DTYPES[name], n_experts, top_k, d_expert), n_rounds=n_rounds)
+        shape = f"{name} E {n_experts} k {top_k} F {d_expert}"
+        for way in ("compiled_loop", "with router", "sorted_loop", "torch_grouped"):
+            rows.append(
+                Row.of(
+                    f"time over dense, {shape}, {way}",
+                    over(seconds[way], seconds["dense"]),
+                    at_most=asked if way == "compiled_loop" else None,
+                    note=f"dense {in_ms(seconds['dense'])}",
+                )
+            )
+    return [*rows, skew_row(n_rounds)]
 
 
-def print_skewed() -> None:
-    """Print what a routing costs in which some expert has four times the mean."""
+def skew_row(n_rounds: int) -> Row:
+    """Return what a routing costs in which some expert has four times the mean."""
     dtype, (n_experts, top_k, d_expert) = torch.bfloat16, (64, 8, 512)
-    layer = build_layer(layer_config(n_experts, top_k, d_expert), "compiled_loop", dtype)
+    layer = build_layer(layer_config(n_experts, top_k, d_expert, T), "compiled_loop", dtype)
     x, out = leaf(T, D, dtype=dtype), torch.randn(T, D).to(dtype)
     ways = {}
     for name, skew in (("even", 0.0), ("skewed", 1.15)):
-        routing = made_up_routing(n_experts, top_k, skew)
+        routing = made_up_routing(T, n_experts, top_k, skew)
         loads = routing.expert_ids_TK.flatten().bincount(minlength=n_experts)
-        ways[f"{name}, largest load {loads.max() / loads.float().mean():.1f} x mean"] = step(
+        ways[name] = step(
             lambda routing=routing: layer._mix(x, routing, RoutingMemo()), out, [x, *layer.parameters()]
         )
-    print("\n| bf16 64 8 512 | ms | ratio | spread |\n|---|---|---|---|")
-    for name, found in time_in_turn(ways, n_rounds=7).items():
-        print(f"| {name} | {found.ms:.0f} | {found.ratio:.2f} | {found.low:.2f} to {found.high:.2f} |")
+    largest = loads.max() / loads.float().mean()
+    seconds = time_in_turn(ways, n_rounds=n_rounds)
+    return Row.of(
+        f"time of a routing with a largest load of {largest:.1f} means over an even one, bf16 E 64 k 8 F 512",
+        over(seconds["skewed"], seconds["even"]),
+        at_most=1.05,
+        note=f"even {in_ms(seconds['even'])}",
+    )
 
 
-def compare_with_dense(dtype: torch.dtype, n_experts: int, top_k: int, d_expert: int) -> dict[str, Timing]:
-    cfg = layer_config(n_experts, top_k, d_expert)
+def beside_dense(
+    dtype: torch.dtype, n_experts: int, top_k: int, d_expert: int
+) -> dict[str, Callable[[], None]]:
+    cfg = layer_config(n_experts, top_k, d_expert, T)
     x, out = leaf(T, D, dtype=dtype), torch.randn(T, D).to(dtype)
     dense_in, dense_out = leaf(2 * top_k * d_expert, D, dtype=dtype), leaf(D, top_k * d_expert, dtype=dtype)
     ways = {
         "dense": step(lambda: dense(x, dense_in, dense_out), out, [x, dense_in, dense_out]),
     }
-    routing = made_up_routing(n_experts, top_k, 0.0)
+    routing = made_up_routing(T, n_experts, top_k, 0.0)
     for backend in ("compiled_loop", "sorted_loop", "torch_grouped"):
-        layer = build_layer(cfg, backend, dtype)
-        ways[backend] = step(
-            lambda layer=layer: layer._mix(x, routing, RoutingMemo()),
-            out,
-            [x, routing.weights_TK, *layer.experts.parameters()],
-        )
-    layer, state = build_layer(cfg, "compiled_loop", dtype), RouterState.initial(cfg)
-    is_counted = torch.ones(T, dtype=torch.bool)
+        ways[backend] = mix_step(build_layer(cfg, backend, dtype), routing, x, out)
+    ways["with router"] = layer_step(build_layer(cfg, "compiled_loop", dtype), cfg, x, out)
+    return ways
+
+
+def mix_step(layer: MoELayer, routing: Routing, x: Tensor, out: Tensor) -> Callable[[], None]:
+    """Return forward and backward of all but the router, whose choices are given."""
+    leaves = [x, routing.weights_TK, *layer.experts.parameters()]
+    return step(lambda: layer._mix(x, routing, RoutingMemo()), out, leaves)
+
+
+def layer_step(layer: MoELayer, cfg: ModelConfig, x: Tensor, out: Tensor) -> Callable[[], None]:
+    """Return forward and backward of the whole layer."""
+    state, is_counted = RouterState.initial(cfg), torch.ones(x.size(0), dtype=torch.bool)
     inputs = (x, state.bias_ME[0], state.load_frac_ME[0], is_counted)
-    ways["with router"] = step(lambda: layer(*inputs, RoutingMemo())[0], out, [x, *layer.parameters()])
-    return time_in_turn(ways, n_rounds=9)
+    return step(lambda: layer(*inputs, RoutingMemo())[0], out, [x, *layer.parameters()])
 
 
-def layer_config(n_experts: int, top_k: int, d_expert: int) -> ModelConfig:
-    return tiny_config(d_model=D, d_expert=d_expert, n_experts=n_experts, top_k=top_k, seq_len=T)
+def layer_config(n_experts: int, top_k: int, d_expert: int, n_tokens: int) -> ModelConfig:
+    return tiny_config(d_model=D, d_expert=d_expert, n_experts=n_experts, top_k=top_k, seq_len=n_tokens)
 
 
 def build_layer(cfg: ModelConfig, backend: str, dtype: torch.dtype) -> MoELayer:
@@ -108,12 +118,12 @@ def build_layer(cfg: ModelConfig, backend: str, dtype: torch.dtype) -> MoELayer:
     return layer
 
 
-def made_up_routing(n_experts: int, top_k: int, skew: float) -> Routing:
+def made_up_routing(n_tokens: int, n_experts: int, top_k: int, skew: float) -> Routing:
     """Return choices of which some experts get more the larger skew is."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(T, n_experts, generator=generator)
+    scores = torch.randn(n_tokens, n_experts, generator=generator)
     scores[:, 0] += skew
-    weights = torch.rand(T, top_k, generator=generator).requires_grad_()
+    weights = torch.rand(n_tokens, top_k, generator=generator).requires_grad_()
     return Routing(scores.topk(top_k).indices, weights, None)
 
 
@@ -133,7 +143,3 @@ def step(forward: Callable[[], Tensor], grad: Tensor, leaves: list[Any]) -> Call
         forward().backward(grad)
 
     return run
-
-
-if __name__ == "__main__":
-    print_expert_speed()

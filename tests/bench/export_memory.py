@@ -1,10 +1,7 @@
-"""How much memory writing an export and an import takes, against the largest tensor: `python -m
-tests.bench.export_memory` makes a checkpoint of 2 GB and measures each in a process of its own.
+"""How much memory writing an export and an import takes, against the largest tensor: `python -m tests.bench
+export-memory` makes a checkpoint of 2 GB and measures each in a process of its own.
 """
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from math import prod
@@ -14,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe.config import ModelConfig
-from tests.bench.side_by_side import MIB, peak_extra_bytes
+from tests.bench.rows import Row
+from tests.bench.side_by_side import GLIBC_DEFAULTS, MIB, in_own_process, peak_extra_bytes
 from tests.exports import save_weights
 from tests.models import tiny_config
 from tests.unit.data_fixtures import write_tokenizer
@@ -63,16 +61,11 @@ def largest_bytes(sizes: dict[str, int]) -> int:
 
 
 def measure(checkpoint: Path, sizes: dict[str, int], form: str) -> tuple[int, float]:
-    """Return the bytes by which a writer's process grows at most, and its seconds."""
-    words = [sys.executable, "-m", "tests.bench.export_memory", str(checkpoint), json.dumps(sizes), form]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    assert said.returncode == 0, said.stderr
-    extra, seconds = json.loads(said.stdout.splitlines()[-1])
-    return extra, seconds
+    """Return the bytes by which a writer's process grows at most, mapped pages included, and its seconds."""
+    return in_own_process(write_one, checkpoint, sizes, form, malloc=GLIBC_DEFAULTS)
 
 
-def write_one(checkpoint: Path, sizes: dict[str, int], form: str) -> None:
-    """Write one form and print by how much the resident memory grew, mapped pages included."""
+def write_one(checkpoint: Path, sizes: dict[str, int], form: str) -> tuple[int, float]:
     cfg = tiny_config(**sizes)
     weights = CheckpointWeights(checkpoint, cfg)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as name:
@@ -83,7 +76,7 @@ def write_one(checkpoint: Path, sizes: dict[str, int], form: str) -> None:
             _write(form, weights, checkpoint, out)
 
         extra = peak_extra_bytes(write)
-        print(json.dumps([extra, time.perf_counter() - start_s]))
+        return extra, time.perf_counter() - start_s
 
 
 def _write(form: str, weights: CheckpointWeights, checkpoint: Path, out: Path) -> None:
@@ -96,20 +89,13 @@ def _write(form: str, weights: CheckpointWeights, checkpoint: Path, out: Path) -
         write_huggingface(weights, "mixtral", out, dtype=getattr(torch, form.split()[1]))
 
 
-def main() -> None:
-    if len(sys.argv) == 4:
-        write_one(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])
-        return
+def export_memory_rows() -> list[Row]:
     largest = largest_bytes(LARGE)
     with tempfile.TemporaryDirectory() as place:
         checkpoint = save_made_up(Path(place), LARGE)
-        total = sum(path.stat().st_size for path in checkpoint.iterdir())
-        print(f"checkpoint {total / MIB:,.0f} MiB, largest tensor {largest / MIB:,.0f} MiB")
-        print("| written | extra memory MiB | of the largest tensor | s |\n|---|---|---|---|")
+        rows = []
         for form in FORMS:
             extra, seconds = measure(checkpoint, LARGE, form)
-            print(f"| {form} | {extra / MIB:,.0f} | {extra / largest:.2f} | {seconds:.1f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            note = f"{extra / MIB:,.0f} of {largest / MIB:,.0f} MiB, {seconds:.1f} s"
+            rows.append(Row.of(f"extra memory over the largest tensor, {form}", [extra / largest], note=note))
+    return rows

@@ -1,8 +1,8 @@
 """What the cache saves: tokens/s of whole passes, of the cache, and of transformers on the same weights."""
 
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import MixtralForCausalLM
@@ -12,6 +12,8 @@ from moe.balance import RouterState
 from moe.cache import CachedDecoder
 from moe.config import ModelConfig
 from moe.model import Decoder
+from tests.bench.rows import Row
+from tests.bench.side_by_side import over, time_in_turn
 from tests.models import tiny_decoder
 from tests.unit.test_mixtral_parity import build_mixtral, to_mixtral
 from training.generate import whole_pass_logits
@@ -75,11 +77,10 @@ def by_transformers(decoder: Decoder, cfg: ModelConfig, experts: str) -> Write:
     return write
 
 
-def print_generation_speed() -> None:
-    print(f"\n### Greedy continuation of {N_PROMPT} tokens by {N_NEW}, fp32, one thread, by CPU seconds\n")
-    print("| model | rows | by | tokens/s | spread | ratio to the cache | tokens as the cache |")
-    print("|---|---|---|---|---|---|---|")
+def generation_rows() -> list[Row]:
+    """Greedy continuation in fp32, one thread."""
     torch.set_num_threads(1)
+    rows = []
     for recipe, n_rows, has_slow in (("tiny", 1, True), ("tiny", 8, True), ("small", 1, False)):
         cfg = mixtral_like(recipe)
         decoder = tiny_decoder(cfg, dtype=torch.float32, gain=2.0).eval().requires_grad_(False)
@@ -89,30 +90,29 @@ def print_generation_speed() -> None:
             writers[f"transformers, {experts} experts"] = by_transformers(decoder, cfg, experts)
         if has_slow:
             writers["whole passes"] = by_whole_passes(decoder, state)
-        compare(recipe, n_rows, cfg, writers)
+        rows += compare(f"{recipe}, {n_rows} rows", n_rows, cfg, writers)
+    return rows
 
 
-def compare(recipe: str, n_rows: int, cfg: ModelConfig, writers: dict[str, Write]) -> None:
-    """Measure all writers N_ROUNDS times in turn; each ratio is within one round."""
+def compare(case: str, n_rows: int, cfg: ModelConfig, writers: dict[str, Write]) -> list[Row]:
+    """Return the cache's tokens/s over the other writers', and how many of their tokens are its own."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(cfg.vocab_size, (n_rows, N_PROMPT), generator=generator).tolist()
-    speeds: dict[str, list[float]] = {name: [] for name in writers}
     texts: dict[str, list[list[int]]] = {}
-    for _ in range(N_ROUNDS):
-        for name, write in writers.items():
-            # Of this process, which has one thread: what else the machine does is not counted.
-            start_s = time.process_time()
-            texts[name] = write(prompts)
-            speeds[name].append(n_rows * N_NEW / (time.process_time() - start_s))
-    for name, found in speeds.items():
-        ratio = statistics.median(a / b for a, b in zip(found, speeds["cache"], strict=True))
-        same = sum(a == b for a, b in zip(flat(texts[name]), flat(texts["cache"]), strict=True))
-        share = same / len(flat(texts["cache"]))
-        print(
-            f"| {recipe} | {n_rows} | {name} | {statistics.median(found):,.0f} | {min(found):,.0f} to "
-            f"{max(found):,.0f} | {ratio:.3f} | {share:.1%} |",
-            flush=True,
-        )
+
+    def writing(name: str) -> None:
+        texts[name] = writers[name](prompts)
+
+    seconds = time_in_turn({name: partial(writing, name) for name in writers}, n_rounds=N_ROUNDS)
+    speed = {name: n_rows * N_NEW / statistics.median(times) for name, times in seconds.items()}
+    rows = []
+    for name in list(writers)[1:]:
+        is_same = [a == b for a, b in zip(flat(texts[name]), flat(texts["cache"]), strict=True)]
+        note = f"{speed['cache']:,.0f} and {speed[name]:,.0f} tokens/s, "
+        note += f"{sum(is_same) / len(is_same):.1%} of them the same"
+        ratios = over(seconds[name], seconds["cache"])
+        rows.append(Row.of(f"tokens/s of the cache over {name}, {case}", ratios, note=note))
+    return rows
 
 
 def flat(rows: list[list[int]]) -> list[int]:

@@ -1,7 +1,8 @@
-"""The loss without logits against the loss of logits: `python -m tests.bench loss`. One thread."""
+"""The loss without logits against the loss of logits: `python -m tests.bench loss`.
 
-import subprocess
-import sys
+Of T tokens and V words in bf16, forward and backward, one thread.
+"""
+
 from collections.abc import Callable
 
 import torch
@@ -9,36 +10,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.tensor_parallel import Unsplit
-from tests.bench.side_by_side import MIB, peak_extra_bytes, time_in_turn, without_allocator
+from tests.bench.rows import Row
+from tests.bench.side_by_side import (
+    GLIBC_DEFAULTS,
+    MIB,
+    in_ms,
+    in_own_process,
+    over,
+    peak_extra_bytes,
+    time_in_turn,
+)
 from training.linear_cross_entropy import linear_cross_entropy
 
 T, D, V = 4096, 512, 50_304
 
 
-def print_loss_cost() -> None:
+def loss_rows(n_rounds: int = 7) -> list[Row]:
     torch.set_num_threads(1)
     tensors, targets = made_up()
     hidden, weight = (tensor.detach().float() for tensor in tensors)
     exact = float(F.cross_entropy(hidden @ weight.T, targets))
-    print(f"\n### loss of {T} tokens and {V:,} words, d {D}, bf16, forward and backward\n")
-    print(f"| way | ms | ratio | spread | extra MiB | loss, fp32's being {exact:.5f} |")
-    print("|---|---|---|---|---|---|")
     losses: dict[str, float] = {}
-    timings = time_in_turn({name: build(name, tensors, targets, losses) for name in WAYS}, n_rounds=7)
-    for name, found in timings.items():
-        print(
-            f"| {name} | {found.ms:,.0f} | {found.ratio:.2f} | {found.low:.2f} to {found.high:.2f} "
-            f"| {peak_alone(name) / MIB:,.0f} | {losses[name]:.5f} |",
-            flush=True,
-        )
+    seconds = time_in_turn({way: build(way, tensors, targets, losses) for way in WAYS}, n_rounds=n_rounds)
+    peaks = {way: in_own_process(peak_bytes, way, malloc=GLIBC_DEFAULTS) for way in WAYS}
+    base, *others = WAYS
+    rows = []
+    for way in others:
+        most_time, most_memory, most_error = (1.0, 0.25, 1e-4) if way == OURS else (None, None, None)
+        times, memory = over(seconds[way], seconds[base]), peaks[way] / peaks[base]
+        note = f"{in_ms(seconds[way])} and {in_ms(seconds[base])}"
+        rows.append(Row.of(f"time of {way} over {base}", times, at_most=most_time, note=note))
+        note = f"{peaks[way] / MIB:,.0f} and {peaks[base] / MIB:,.0f} MiB"
+        rows.append(Row.of(f"memory of {way} over {base}", [memory], at_most=most_memory, note=note))
+        note = f"{losses[way]:.6f} and {exact:.6f}"
+        error = abs(losses[way] / exact - 1)
+        rows.append(Row.of(f"error of {way} over the loss in fp32", [error], at_most=most_error, note=note))
+    return rows
 
 
-def peak_alone(name: str) -> int:
-    """Return the bytes that a way takes in a process of its own, which holds no freed memory."""
-    words = [sys.executable, "-m", "tests.bench.loss", name]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=300, env=without_allocator())
-    assert said.returncode == 0, said.stderr
-    return int(said.stdout.splitlines()[-1])
+def peak_bytes(way: str) -> int:
+    """Return the bytes that a way takes; in a process of its own, which holds no freed memory."""
+    torch.set_num_threads(1)
+    return peak_extra_bytes(build(way, *made_up()))
 
 
 def made_up() -> tuple[list[Tensor], Tensor]:
@@ -59,10 +72,11 @@ def by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy(hidden, weight, targets, Unsplit()) / T
 
 
+OURS = "chunks, no logits"
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "logits.float() and cross-entropy": by_fp32_logits,
     "bf16 logits and cross-entropy": by_logits,
-    "chunks, no logits": by_chunks,
+    OURS: by_chunks,
 }
 
 
@@ -78,11 +92,3 @@ def build(
             losses[name] = float(total.detach())
 
     return run
-
-
-if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        torch.set_num_threads(1)
-        print(peak_extra_bytes(build(sys.argv[1], *made_up())))
-    else:
-        print_loss_cost()

@@ -1,6 +1,5 @@
 """What the engine's check of its first step costs, in the run that pays for it once."""
 
-import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from launch.settings import load_config
 from moe.balance import RouterState
+from tests.bench.rows import Row
+from tests.bench.side_by_side import in_ms, over
 from tests.layouts import groups_of, with_parallel
 from tests.ranks import run_ranks
 from tests.runs import rank_share, uneven_batch
@@ -47,8 +48,8 @@ class TimedCheck(FirstStepCheck):
         self.seconds += time.perf_counter() - start_s
 
 
-def time_steps(rank: int, cfg: RunConfig, world_size: int) -> tuple[float, float]:
-    """Return the median seconds of a step and of the check within one."""
+def time_steps(rank: int, cfg: RunConfig, world_size: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of each step and of the check within it."""
     layout = plan_layout(cfg, world_size)
     groups = groups_of(layout, rank)
     engine, _ = build_engine(cfg, groups)
@@ -66,14 +67,19 @@ def time_steps(rank: int, cfg: RunConfig, world_size: int) -> tuple[float, float
         of_steps.append(time.perf_counter() - start_s)
         of_checks.append(built_s + check.seconds)
     engine.close()
-    return statistics.median(of_steps), statistics.median(of_checks)
+    return of_steps, of_checks
 
 
-def print_self_check_cost() -> None:
-    print("\n### The engine's check of its first step, tiny, fp32\n")
-    print("| layout | step ms | check ms | share of the step |\n|---|---|---|---|")
+def self_check_rows() -> list[Row]:
+    rows = []
     for parallel in ({"tp": 1, "ep": 1}, {"tp": 1, "ep": 2}, {"tp": 2, "ep": 2}):
         cfg = with_parallel(load_config("tiny"), **parallel)
-        step_s, check_s = run_ranks(time_steps, 2, cfg, 2)[0]
-        name = f"2 ranks, tp {parallel['tp']}, ep {parallel['ep']}"
-        print(f"| {name} | {1000 * step_s:.0f} | {1000 * check_s:.1f} | {check_s / step_s:.1%} |", flush=True)
+        steps, checks = run_ranks(time_steps, 2, cfg, 2)[0]
+        rows.append(
+            Row.of(
+                f"share of its step, tiny, fp32, 2 ranks, tp {parallel['tp']}, ep {parallel['ep']}",
+                over(checks, steps),
+                note=f"{in_ms(checks)} of {in_ms(steps)}",
+            )
+        )
+    return rows

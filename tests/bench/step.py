@@ -1,24 +1,39 @@
-"""A whole training step against transformers' on the same weights and batch: `python -m tests.bench step`.
+"""A whole training step against others' on the same weights and batch: `python -m tests.bench step`.
 
-Forward, backward and AdamW in bf16, one thread, a plain loop on both sides; transformers with those of its
-ways to compute experts that fit into memory. For its memory each is run in a process of its own.
+Forward, backward and fused AdamW in bf16, one thread, a plain loop around each: transformers' model with
+those of its ways to compute experts that fit into memory, and our decoder with DeepSpeed's own expert layer,
+dropless, in the place of ours. For its memory each is run in a process of its own.
 """
 
-import json
-import subprocess
-import sys
+import logging
+import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.loader import Batch
-from moe.balance import RouterState
+from launch.local import CPU_ALLOCATOR
+from moe.balance import RouterState, RouterStats
 from moe.config import ModelConfig
-from tests.bench.side_by_side import MIB, peak_extra_bytes, time_in_turn, without_allocator
+from moe.ffn import SwiGLU
+from moe.layer import MoELayer
+from moe.model import Decoder
+from moe.tensor_parallel import Unsplit
+from tests.bench.rows import Row
+from tests.bench.side_by_side import (
+    GLIBC_DEFAULTS,
+    MIB,
+    in_ms,
+    in_own_process,
+    over,
+    peak_extra_bytes,
+    time_in_turn,
+)
 from tests.exports import DecoderWeights
 from tests.models import tiny_config, tiny_decoder
 from tests.unit.data_fixtures import write_tokenizer
@@ -32,33 +47,79 @@ SHAPES: dict[str, tuple[Architecture, dict[str, int | bool]]] = {
     "E 64 k 8 F 512": ("qwen3_moe", {"n_experts": 64, "top_k": 8, "d_expert": 512, "qk_norm": True}),
 }
 SIZES = {"n_layers": 4, "d_model": 512, "n_heads": 8, "n_kv_heads": 4, "d_head": 64, "vocab_size": 32_000}
-EXPERTS = ("grouped_mm", "eager")
-Step = Callable[[], None]
+# Of tokens/s over each of the others', and of memory.
+AT_LEAST = {"E 8 k 2 F 1408": 2.0, "E 64 k 8 F 512": 3.0}
+AT_MOST = 0.6
+OURS = "compiled_loop"
+OTHERS = ("transformers grouped_mm", "transformers eager", "deepspeed.moe")
+Step = Callable[[], Tensor]  # returns the cross-entropy, in nats per token
 
 
-def model_config(shape: str) -> ModelConfig:
-    return tiny_config(**SIZES, **SHAPES[shape][1], seq_len=SEQ_LEN)
+def step_rows(n_rounds: int = 3) -> list[Row]:
+    rows = []
+    for shape in SHAPES:
+        ours = in_own_process(peak_bytes, shape, OURS, malloc=GLIBC_DEFAULTS)
+        for way in ("sorted_loop", *OTHERS):
+            is_judged = way in OTHERS
+            # In pairs: all models at once, each with its moments and activations, would take 10 GiB.
+            seconds = in_own_process(time_beside_ours, shape, way, n_rounds, malloc=CPU_ALLOCATOR)
+            note = f"{in_ms(seconds[OURS])} and {in_ms(seconds[way])} of {N_SEQS * SEQ_LEN} tokens"
+            least, ratios = AT_LEAST[shape] if is_judged else None, over(seconds[way], seconds[OURS])
+            rows.append(Row.of(f"tokens/s over {way}, {shape}", ratios, at_least=least, note=note))
+            theirs = in_own_process(peak_bytes, shape, way, malloc=GLIBC_DEFAULTS)
+            note = f"{ours / MIB:,.0f} and {theirs / MIB:,.0f} MiB"
+            most = AT_MOST if is_judged else None
+            rows.append(Row.of(f"memory over {way}, {shape}", [ours / theirs], at_most=most, note=note))
+    return rows
 
 
-def made_up_tokens() -> Tensor:
+def time_beside_ours(shape: str, way: str, n_rounds: int) -> dict[str, list[float]]:
+    torch.set_num_threads(1)
+    steps, losses = {name: build(shape, name) for name in (OURS, way)}, dict[str, float]()
+
+    def noting_first_loss(name: str) -> None:
+        loss = steps[name]()
+        losses.setdefault(name, float(loss))
+
+    seconds = time_in_turn({name: partial(noting_first_loss, name) for name in steps}, n_rounds=n_rounds)
+    assert math.isclose(*losses.values(), rel_tol=1e-3), f"they do not compute the same: {losses}"
+    return seconds
+
+
+def build(shape: str, way: str) -> Step:
+    if way.startswith("transformers"):
+        return their_step(shape, way.split()[1])
+    decoder = built_decoder(shape, "sorted_loop" if way == "deepspeed.moe" else way)
+    if way == "deepspeed.moe":
+        put_deepspeed_into(decoder)
+    return our_step(decoder.bfloat16())
+
+
+def built_decoder(shape: str, backend: str) -> Decoder:
+    cfg = tiny_config(**SIZES, **SHAPES[shape][1], seq_len=SEQ_LEN)
+    # Weights as they are at the start of training: louder ones would load the experts unevenly.
+    return tiny_decoder(cfg, dtype=torch.float32, backend=backend, gain=1.0)
+
+
+def made_up_batch(cfg: ModelConfig, n_seqs: int) -> Batch:
+    """Return sequences of one document each."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(SIZES["vocab_size"], (N_SEQS, SEQ_LEN + 1), generator=generator)
-
-
-def our_step(shape: str) -> Step:
-    decoder = tiny_decoder(model_config(shape), dtype=torch.float32, backend="sorted_loop").bfloat16()
-    objective, state = Objective(decoder), RouterState.initial(decoder.cfg)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
-    tokens = made_up_tokens()
+    tokens = torch.randint(cfg.vocab_size, (n_seqs, cfg.seq_len + 1), generator=generator)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    batch = Batch(
-        tokens=inputs, targets=targets, doc_ids=torch.zeros_like(inputs), sample_ids=torch.arange(N_SEQS)
-    )
+    return Batch(inputs, targets, doc_ids=torch.zeros_like(inputs), sample_ids=torch.arange(n_seqs))
 
-    def run() -> None:
+
+def our_step(decoder: Decoder) -> Step:
+    objective, state = Objective(decoder), RouterState.initial(decoder.cfg)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4, fused=True)
+    batch = made_up_batch(decoder.cfg, N_SEQS)
+
+    def run() -> Tensor:
         optimizer.zero_grad()
-        (objective(batch, state).total / targets.numel()).backward()
+        sums = objective(batch, state)
+        (sums.total / batch.targets.numel()).backward()
         optimizer.step()
+        return sums.nll / batch.targets.numel()
 
     return run
 
@@ -68,59 +129,66 @@ def their_step(shape: str, experts: str) -> Step:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    architecture, _ = SHAPES[shape]
-    decoder = tiny_decoder(model_config(shape), dtype=torch.float32)
+    decoder = built_decoder(shape, "reference")
     with tempfile.TemporaryDirectory() as name:
         weights = DecoderWeights(decoder, RouterState.initial(decoder.cfg), write_tokenizer(Path(name)))
         (place := Path(name) / "hf").mkdir()
-        write_huggingface(weights, architecture, place, dtype=torch.bfloat16)
+        write_huggingface(weights, SHAPES[shape][0], place, dtype=torch.bfloat16)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.bfloat16, experts_implementation=experts, attn_implementation="sdpa"
         )
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = made_up_tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = made_up_batch(decoder.cfg, N_SEQS)
 
-    def run() -> None:
+    def run() -> Tensor:
         optimizer.zero_grad()
-        logits = model(tokens[:, :-1], use_cache=False, output_router_logits=False).logits
-        F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+        logits = model(batch.tokens, use_cache=False, output_router_logits=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return run
 
 
-def build(shape: str, way: str) -> Step:
-    return our_step(shape) if way == "turnout" else their_step(shape, way)
+class DeepSpeedLayer(nn.Module):
+    """DeepSpeed's expert layer with the weights of ours, in the place of ours."""
+
+    def __init__(self, cfg: ModelConfig, ours: MoELayer) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE  # seconds to import, and only this side needs it
+
+        self.layer = MoE(
+            cfg.d_model,
+            SwiGLU(cfg.d_model, cfg.d_expert, Unsplit(), "none"),
+            num_experts=cfg.n_experts,
+            k=cfg.top_k,
+            drop_tokens=False,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
+        inner = self.layer.deepspeed_moe
+        with torch.no_grad():
+            inner.gate.wg.weight.copy_(ours.router.weight)
+            for i, expert in enumerate(inner.experts.deepspeed_experts):
+                for matrix in ("gate", "up", "down"):
+                    getattr(expert, matrix).weight.copy_(getattr(ours.experts, matrix)[i])
+
+    def forward(self, x_TD: Tensor, *_: object) -> tuple[Tensor, RouterStats]:
+        out_TD, balance, counts_E = self.layer(x_TD)
+        zero = balance.new_zeros(())
+        return out_TD, RouterStats(balance * x_TD.size(0), zero, counts_E, zero, zero)
 
 
-def print_step_speed() -> None:
-    torch.set_num_threads(1)
-    n_tokens = N_SEQS * SEQ_LEN
-    for shape in SHAPES:
-        print(f"\n### training step of {shape}, 4 layers, d 512, V 32,000, {n_tokens} tokens, bf16\n")
-        print("| way | ms | tokens/s | time of transformers' fastest over this | extra MiB |")
-        print("|---|---|---|---|---|")
-        timings = time_in_turn({way: build(shape, way) for way in ("turnout", *EXPERTS)}, n_rounds=3)
-        fastest = min(timings[way].ms for way in EXPERTS)
-        for way, found in timings.items():
-            extra = json.loads(_alone(shape, way)) / MIB
-            speed = 1e3 * n_tokens / found.ms
-            print(
-                f"| {way} | {found.ms:,.0f} | {speed:,.0f} | {fastest / found.ms:.2f} | {extra:,.0f} |",
-                flush=True,
-            )
+def put_deepspeed_into(decoder: Decoder) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for block in decoder.blocks:
+        block.moe = DeepSpeedLayer(decoder.cfg, block.moe)
 
 
-def _alone(shape: str, way: str) -> str:
-    words = [sys.executable, "-m", "tests.bench.step", shape, way]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=900, env=without_allocator())
-    assert said.returncode == 0, said.stderr
-    return said.stdout.splitlines()[-1]
-
-
-def print_peak(shape: str, way: str) -> None:
-    """Print by how much two steps make the process grow beyond its weights; gradients and moments count."""
+def peak_bytes(shape: str, way: str) -> int:
+    """Return by how much two steps make the process grow beyond its weights; gradients and moments count."""
     torch.set_num_threads(1)
     run = build(shape, way)
 
@@ -128,11 +196,4 @@ def print_peak(shape: str, way: str) -> None:
         run()
         run()
 
-    print(peak_extra_bytes(twice))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print_peak(*sys.argv[1:])
-    else:
-        print_step_speed()
+    return peak_extra_bytes(twice)

@@ -1,0 +1,64 @@
+"""How much of what this CPU can multiply a training step uses: `python -m tests.bench mfu`.
+
+The `small` recipe (103 M parameters) in bf16 under the engine, one thread. Its FLOPs are counted from its
+sizes; what the CPU can do is the best of some square bf16 products in the same round.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from launch.settings import load_config
+from moe.counts import flops_per_token
+from tests.bench.engine import engine_step
+from tests.bench.rows import Row
+from tests.bench.side_by_side import in_ms, time_in_turn
+from tests.bench.step import made_up_batch
+from tests.layouts import groups_of
+from tests.ranks import join_alone
+from training.parallel import plan_layout
+
+BACKENDS = ("compiled_loop", "sorted_loop")
+PRODUCT_SIZES, N_PRODUCTS = (1024, 2048, 4096), 4
+# One micro-batch of the recipe, which has eight in a step: the optimizer weighs more here than in a run.
+SETTINGS = ["data.corpus=unused", "train.batch_tokens=16384"]
+
+
+def mfu_rows(n_rounds: int = 3) -> list[Row]:
+    torch.set_num_threads(1)
+    join_alone()
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, and there is no launcher
+    cfg = load_config("small", SETTINGS)
+    groups = groups_of(plan_layout(cfg, 1), rank=0)
+    batch = made_up_batch(cfg.model, cfg.batch_seqs)
+    ways = {}
+    for backend in BACKENDS:
+        chosen = load_config("small", [*SETTINGS, f"train.expert_backend={backend}"])
+        ways[backend] = engine_step(chosen, groups, batch)
+    products = {f"{size}": product(size) for size in PRODUCT_SIZES}
+    seconds = time_in_turn(ways | products, n_rounds=n_rounds)
+    speeds = [[2 * size**3 * N_PRODUCTS / s for s in seconds[f"{size}"]] for size in PRODUCT_SIZES]
+    peaks = [max(of_round) for of_round in zip(*speeds, strict=True)]
+    flops = flops_per_token(cfg.model) * cfg.train.batch_tokens
+    return [
+        Row.of(
+            f"MFU of `small`, bf16, {backend}",
+            [flops / s / peak for s, peak in zip(seconds[backend], peaks, strict=True)],
+            at_least=0.45,
+            note=f"{in_ms(seconds[backend])} of {cfg.train.batch_tokens} tokens, "
+            f"best product {sorted(peaks)[n_rounds // 2] / 1e9:,.0f} GFLOP/s",
+        )
+        for backend in BACKENDS
+    ]
+
+
+def product(size: int) -> Callable[[], None]:
+    left, right = (torch.randn(size, size).bfloat16() for _ in range(2))
+    out = torch.empty(size, size, dtype=torch.bfloat16)
+
+    def run() -> None:
+        for _ in range(N_PRODUCTS):
+            torch.mm(left, right, out=out)
+
+    return run
