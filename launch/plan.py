@@ -1,29 +1,14 @@
 """What a run will need, counted before any rank starts: `turnout train --dry-run`."""
 
-from dataclasses import dataclass
-
 from accelerate import init_empty_weights
 
 from data.corpus import Corpus
+from launch.memory import state_bytes
 from moe.config import ModelConfig
 from moe.counts import flops_per_token, n_active_params, n_params
 from moe.model import Decoder
-from moe.sharding import split_of
 from training.config import RunConfig
 from training.parallel import Layout, n_microbatches
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes one rank holds of the training state, without activations."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
 
 
 def count_built_params(cfg: ModelConfig) -> int:
@@ -31,38 +16,6 @@ def count_built_params(cfg: ModelConfig) -> int:
     with init_empty_weights():
         decoder = Decoder(cfg)
     return sum(p.numel() for p in decoder.parameters())
-
-
-def rank_params(cfg: ModelConfig, layout: Layout) -> tuple[int, int]:
-    """Return how many parameters one rank holds: dense ones and those of routed experts."""
-    with init_empty_weights():
-        decoder = Decoder(cfg)
-    dense = experts = 0
-    for name, parameter in decoder.named_parameters():
-        split = split_of(name)
-        if split is not None and split.over == "ep":
-            experts += parameter.numel() // layout.ep
-        else:
-            dense += parameter.numel() // (1 if split is None else layout.tp)
-    return dense, experts
-
-
-def state_bytes(cfg: RunConfig, layout: Layout) -> StateBytes:
-    """Return a rank's bytes under ZeRO (Rajbhandari et al. 2020, section 3).
-
-    AdamW's two moments and the fp32 master are split over the ranks that hold the same weights. Gradients:
-    ZeRO-2 keeps the fp32 sum of its own part; ZeRO-1 keeps a whole one, in fp32 also under bf16, where it
-    comes beside the bf16 one.
-    """
-    dense, experts = rank_params(cfg.model, layout)
-    n = dense + experts
-    part = -(-dense // layout.dp) - (-experts // layout.edp)
-    is_fp32 = cfg.train.precision == "fp32"
-    weight_bytes = 4 if is_fp32 else 2
-    gradients = weight_bytes * n + 4 * part
-    if cfg.parallel.zero_stage == 1:
-        gradients = weight_bytes * n + (0 if is_fp32 else 4 * n)
-    return StateBytes(weights=weight_bytes * n, gradients=gradients, optimizer=12 * part)
 
 
 def plan_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
