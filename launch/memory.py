@@ -1,8 +1,9 @@
-"""The bytes that one rank holds of a run's training state, and what the engine takes on top to apply a step.
+"""The bytes that one rank holds of a run's training state, and the most that a step takes.
 
 Contract: `state_bytes` is exact: a test finds every tensor that the engine keeps, and counts the same. It
-follows how DeepSpeed lays out parameters, which training/engine_settings.py fixes. Activations are in
-launch/activations.py.
+follows how DeepSpeed lays out parameters, which training/engine_settings.py fixes. What it holds while it
+reduces gradients is the sum of its large buffers. Activations are in launch/activations.py; checkpoints,
+evaluation and what libraries keep for themselves are not counted.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from moe.config import ModelConfig
 from moe.model import Decoder
 from moe.sharding import is_expert, split_of
 from training.config import RunConfig
+from training.engine_settings import BUCKET_ELEMENTS
 from training.optimizer import ADAMW_KINDS, ADAMW_SCALARS, param_groups
-from training.parallel import Layout, has_own_expert_groups
+from training.parallel import Layout, has_own_expert_groups, n_microbatches
 
 FP32_BYTES = 4
 # DeepSpeed pads each group of parameters to a multiple of this times the ranks that share it.
@@ -142,17 +144,68 @@ def weight_bytes(cfg: RunConfig) -> int:
     return FP32_BYTES if cfg.train.precision == "fp32" else 2
 
 
+def largest_state(cfg: RunConfig, layout: Layout) -> tuple[int, StateBytes]:
+    """Return the rank that holds most, and what it holds."""
+    states = (state_bytes(cfg, layout, rank) for rank in range(layout.world_size))
+    return max(enumerate(states), key=lambda one: one[1].total)
+
+
+def peak_bytes(cfg: RunConfig, layout: Layout, rank: int, activations: int) -> int:
+    """Return the most that a rank holds at once in a step, of what is in use.
+
+    activations: what the passes of one micro-batch add. They are gone when the last gradients are reduced.
+    """
+    groups, state = flat_groups(cfg, layout, rank), state_bytes(cfg, layout, rank)
+    held = state.gradients if n_microbatches(cfg, layout) > 1 else 0
+    if not held and _has_bf16_optimizer(cfg):
+        held = FP32_BYTES * sum(g.n_padded for g in groups)
+    return state.weights + state.optimizer + max(held + activations, _reducing_bytes(cfg, layout, groups))
+
+
+def bucket_bytes(cfg: RunConfig) -> int:
+    """Return what DeepSpeed reserves to reduce gradients in; of a CPU's memory it takes what they fill."""
+    if _has_bf16_optimizer(cfg):
+        return 0
+    return (FP32_BYTES if cfg.parallel.zero_stage == 1 else weight_bytes(cfg)) * BUCKET_ELEMENTS
+
+
+def _has_bf16_optimizer(cfg: RunConfig) -> bool:
+    """Return whether DeepSpeed takes its bf16 optimizer, which has buffers of its own, and no bucket."""
+    return cfg.train.precision == "bf16" and cfg.parallel.zero_stage == 1
+
+
 def _gradient_bytes(cfg: RunConfig, groups: list[FlatGroup]) -> int:
-    n, n_share = sum(sum(g.sizes) for g in groups), sum(g.n_share for g in groups)
-    precision, zero_stage = cfg.train.precision, cfg.parallel.zero_stage
-    if precision == "bf16" and zero_stage == 1:
-        # DeepSpeed's bf16 optimizer adds all bf16 gradients to an fp32 sum as padded as the weights, and
-        # keeps the tensors of both.
+    n = sum(sum(g.sizes) for g in groups)
+    if _has_bf16_optimizer(cfg):
+        # All bf16 gradients, and their fp32 sum, which is padded as the weights are.
         return weight_bytes(cfg) * n + FP32_BYTES * sum(g.n_padded for g in groups)
-    if precision == "fp32":
-        # A gradient is kept whole where any of it is in this rank's share.
-        reduced = FP32_BYTES * sum(g.n_touched + g.n_filling for g in groups)
-    else:
-        reduced = FP32_BYTES * n_share
     # ZeRO-1 reduces after the last micro-batch, and before keeps the sum of all, in fp32.
-    return reduced if zero_stage == 2 else max(FP32_BYTES * n, reduced)
+    reduced = _reduced_bytes(cfg, groups)
+    return reduced if cfg.parallel.zero_stage == 2 else max(FP32_BYTES * n, reduced)
+
+
+def _reduced_bytes(cfg: RunConfig, groups: list[FlatGroup]) -> int:
+    if cfg.train.precision == "fp32":
+        # A gradient is kept whole where any of it is in this rank's share.
+        return FP32_BYTES * sum(g.n_touched + g.n_filling for g in groups)
+    return FP32_BYTES * sum(g.n_share for g in groups)
+
+
+def _reducing_bytes(cfg: RunConfig, layout: Layout, groups: list[FlatGroup]) -> int:
+    """Return the most that gradients take while they are reduced, copies of them included."""
+    n = sum(sum(g.sizes) for g in groups)
+    n_at_once, reduced = min(n, BUCKET_ELEMENTS), _reduced_bytes(cfg, groups)
+    if _has_bf16_optimizer(cfg):
+        return _gradient_bytes(cfg, groups) + FP32_BYTES * n_at_once  # laid end to end
+    if cfg.parallel.zero_stage == 1:
+        gradients = FP32_BYTES * n  # in the bucket, and those that are not there yet
+        copy = FP32_BYTES * n_at_once
+    else:
+        held = reduced if n_microbatches(cfg, layout) > 1 and cfg.train.precision == "fp32" else 0
+        gradients = held + weight_bytes(cfg) * n_at_once
+        # In half precision once as it is, and once in fp32.
+        copy = (weight_bytes(cfg) + FP32_BYTES if cfg.train.precision != "fp32" else FP32_BYTES) * n_at_once
+    if cfg.train.precision != "fp32":
+        return gradients + copy + reduced  # added to the shares from the copy
+    # The bucket is copied where it is cut into shares; what is kept is copied once that copy is gone.
+    return gradients + max(copy if layout.dp > 1 else 0, reduced)

@@ -3,7 +3,8 @@
 from accelerate import init_empty_weights
 
 from data.corpus import Corpus
-from launch.memory import state_bytes
+from launch.activations import activation_bytes, backend_measured
+from launch.memory import bucket_bytes, largest_state, peak_bytes
 from moe.config import ModelConfig
 from moe.counts import flops_per_token, n_active_params, n_params
 from moe.model import Decoder
@@ -23,18 +24,13 @@ def plan_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
     model, train = cfg.model, cfg.train
     built = count_built_params(model)
     assert built == n_params(model), f"counted {n_params(model)} parameters, but the model has {built}"
-    state = state_bytes(cfg, layout)
     n_tokens = train.n_steps * train.batch_tokens
     return [
         ("parameters", f"{n_params(model):,} ({_short(n_params(model))})"),
         ("active parameters", f"{n_active_params(model):,} ({_short(n_active_params(model))})"),
         ("FLOPs per token", f"{flops_per_token(model):.4g} (forward and backward)"),
         ("ranks", f"{layout.world_size} (dp={layout.dp} tp={layout.tp} ep={layout.ep})"),
-        (
-            "state per rank",
-            f"{_gib(state.total)} = weights {_gib(state.weights)} + gradients {_gib(state.gradients)} + "
-            f"optimizer {_gib(state.optimizer)}, activations not counted",
-        ),
+        *_memory_lines(cfg, layout),
         (
             "tokens per step",
             f"{train.batch_tokens:,} = {layout.dp} data-parallel ranks x "
@@ -45,6 +41,26 @@ def plan_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
         ("tokens in all", f"{n_tokens:,}"),
         ("FLOPs in all", f"{n_tokens * flops_per_token(model):.4g}"),
         ("checkpoint", _checkpoint_words(cfg)),
+    ]
+
+
+def _memory_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
+    rank, state = largest_state(cfg, layout)
+    activations, bucket = activation_bytes(cfg, layout), bucket_bytes(cfg)
+    peak = _gib(peak_bytes(cfg, layout, rank, activations))
+    reserved = f"; a GPU keeps all {_gib(bucket)} of DeepSpeed's bucket, of which this counts what is filled"
+    return [
+        (
+            "state per rank",
+            f"{_gib(state.total)} = weights {_gib(state.weights)} + gradients {_gib(state.gradients)} + "
+            f"optimizer {_gib(state.optimizer)}",
+        ),
+        (
+            "activations",
+            f"{_gib(activations)} in a micro-batch, recompute={cfg.train.recompute}, experts by "
+            f"{backend_measured(cfg)}, uniform routing",
+        ),
+        ("peak per rank", f"{peak} in a step{reserved if bucket else ''}"),
     ]
 
 

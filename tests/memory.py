@@ -1,10 +1,11 @@
 """What a process really holds: every tensor of an engine, found by walking its objects."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from launch.memory import StateBytes
 from training.engine import Engine
@@ -45,3 +46,16 @@ def held_by(engine: Engine, groups: Groups, known: Storages) -> StateBytes:
     found = all_tensors() | storages(t for t in named if t is not None)
     left = [n for at, n in found.items() if at not in elsewhere and n < 2 * BUCKET_ELEMENTS]
     return StateBytes(sum(weights.values()), sum(left), sum(optimizer.values()))
+
+
+def peak_allocated_bytes(run: Callable[[], object]) -> int:
+    """Return by how much torch's tensors on the CPU grow at most while run does."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    allocated = peak = 0
+    for _, change in changes:
+        allocated += change
+        peak = max(peak, allocated)
+    return peak
