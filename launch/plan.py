@@ -1,29 +1,15 @@
 """What a run will need, counted before any rank starts: `turnout train --dry-run`."""
 
-from dataclasses import dataclass
-
 from accelerate import init_empty_weights
 
 from data.corpus import Corpus
+from launch.activations import activation_bytes, backend_measured
+from launch.memory import bucket_bytes, largest_state, peak_bytes
 from moe.config import ModelConfig
 from moe.counts import flops_per_token, n_active_params, n_params
 from moe.model import Decoder
-from moe.sharding import split_of
 from training.config import RunConfig
 from training.parallel import Layout, n_microbatches
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes one rank holds of the training state, without activations."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
 
 
 def count_built_params(cfg: ModelConfig) -> int:
@@ -33,55 +19,18 @@ def count_built_params(cfg: ModelConfig) -> int:
     return sum(p.numel() for p in decoder.parameters())
 
 
-def rank_params(cfg: ModelConfig, layout: Layout) -> tuple[int, int]:
-    """Return how many parameters one rank holds: dense ones and those of routed experts."""
-    with init_empty_weights():
-        decoder = Decoder(cfg)
-    dense = experts = 0
-    for name, parameter in decoder.named_parameters():
-        split = split_of(name)
-        if split is not None and split.over == "ep":
-            experts += parameter.numel() // layout.ep
-        else:
-            dense += parameter.numel() // (1 if split is None else layout.tp)
-    return dense, experts
-
-
-def state_bytes(cfg: RunConfig, layout: Layout) -> StateBytes:
-    """Return a rank's bytes under ZeRO (Rajbhandari et al. 2020, section 3).
-
-    AdamW's two moments and the fp32 master are split over the ranks that hold the same weights. Gradients:
-    ZeRO-2 keeps the fp32 sum of its own part; ZeRO-1 keeps a whole one, in fp32 also under bf16, where it
-    comes beside the bf16 one.
-    """
-    dense, experts = rank_params(cfg.model, layout)
-    n = dense + experts
-    part = -(-dense // layout.dp) - (-experts // layout.edp)
-    is_fp32 = cfg.train.precision == "fp32"
-    weight_bytes = 4 if is_fp32 else 2
-    gradients = weight_bytes * n + 4 * part
-    if cfg.parallel.zero_stage == 1:
-        gradients = weight_bytes * n + (0 if is_fp32 else 4 * n)
-    return StateBytes(weights=weight_bytes * n, gradients=gradients, optimizer=12 * part)
-
-
 def plan_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
     """Return (quantity, value) rows of a run's plan, without the data."""
     model, train = cfg.model, cfg.train
     built = count_built_params(model)
     assert built == n_params(model), f"counted {n_params(model)} parameters, but the model has {built}"
-    state = state_bytes(cfg, layout)
     n_tokens = train.n_steps * train.batch_tokens
     return [
         ("parameters", f"{n_params(model):,} ({_short(n_params(model))})"),
         ("active parameters", f"{n_active_params(model):,} ({_short(n_active_params(model))})"),
         ("FLOPs per token", f"{flops_per_token(model):.4g} (forward and backward)"),
         ("ranks", f"{layout.world_size} (dp={layout.dp} tp={layout.tp} ep={layout.ep})"),
-        (
-            "state per rank",
-            f"{_gib(state.total)} = weights {_gib(state.weights)} + gradients {_gib(state.gradients)} + "
-            f"optimizer {_gib(state.optimizer)}, activations not counted",
-        ),
+        *_memory_lines(cfg, layout),
         (
             "tokens per step",
             f"{train.batch_tokens:,} = {layout.dp} data-parallel ranks x "
@@ -92,6 +41,26 @@ def plan_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
         ("tokens in all", f"{n_tokens:,}"),
         ("FLOPs in all", f"{n_tokens * flops_per_token(model):.4g}"),
         ("checkpoint", _checkpoint_words(cfg)),
+    ]
+
+
+def _memory_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
+    rank, state = largest_state(cfg, layout)
+    activations, bucket = activation_bytes(cfg, layout), bucket_bytes(cfg)
+    peak = _gib(peak_bytes(cfg, layout, rank, activations))
+    reserved = f"; a GPU keeps all {_gib(bucket)} of DeepSpeed's bucket, of which this counts what is filled"
+    return [
+        (
+            "state per rank",
+            f"{_gib(state.total)} = weights {_gib(state.weights)} + gradients {_gib(state.gradients)} + "
+            f"optimizer {_gib(state.optimizer)}",
+        ),
+        (
+            "activations",
+            f"{_gib(activations)} in a micro-batch, recompute={cfg.train.recompute}, experts by "
+            f"{backend_measured(cfg)}, uniform routing",
+        ),
+        ("peak per rank", f"{peak} in a step{reserved if bucket else ''}"),
     ]
 
 

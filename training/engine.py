@@ -33,7 +33,7 @@ from training.config import TrainConfig
 from training.engine_settings import deepspeed_config
 from training.errors import CheckpointError
 from training.optimizer import ParamGroups
-from training.parallel import Groups, Layout
+from training.parallel import Groups, Layout, has_own_expert_groups
 from training.self_check import FirstStepCheck, ReducedFragment, check_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -310,13 +310,6 @@ class _MoEMarker(MoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """The groups are registered already."""
-
-
-def has_own_expert_groups(layout: Layout) -> bool:
-    """Return whether experts are reduced over other ranks than the rest. Under tensor parallelism they are,
-    even with ep=1: each rank's experts see only its own tokens.
-    """
-    return layout.ep > 1 or layout.tp > 1
 
 
 def mark_experts(module: nn.Module, param_groups: ParamGroups, groups: Groups) -> ParamGroups:

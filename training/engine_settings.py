@@ -8,6 +8,8 @@ from training.config import TrainConfig
 
 # DeepSpeed wants a number; the loop logs by itself, so this one is never reached.
 NEVER = 10**9
+# Gradients that are reduced at once, and weights that are gathered at once.
+BUCKET_ELEMENTS = 2**27
 
 
 def deepspeed_config(cfg: TrainConfig, *, zero_stage: int, dp: int, n_microbatches: int) -> dict[str, Any]:
@@ -30,9 +32,9 @@ def deepspeed_config(cfg: TrainConfig, *, zero_stage: int, dp: int, n_microbatch
             "reduce_scatter": True,
             "overlap_comm": False,
             "use_multi_rank_bucket_allreduce": True,
-            "reduce_bucket_size": 2**27,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_partitions": True,
-            "allgather_bucket_size": 2**27,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
             "compute_grad_norm": True,
             "elastic_checkpoint": False,
             "ignore_unused_parameters": False,

@@ -95,6 +95,13 @@ class Layout:
         return range(first, first + n_local)
 
 
+def has_own_expert_groups(layout: Layout) -> bool:
+    """Return whether experts are reduced over other ranks than the rest. Under tensor parallelism they are,
+    even with ep=1: each rank's experts see only its own tokens.
+    """
+    return layout.ep > 1 or layout.tp > 1
+
+
 def _contiguous(world_size: int, size: int) -> list[list[int]]:
     return [list(range(start, start + size)) for start in range(0, world_size, size)]
 

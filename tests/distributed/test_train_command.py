@@ -179,6 +179,8 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(place: Path) -> None:
         "parameters",
         "active parameters",
         "state per rank",
+        "activations",
+        "peak per rank",
         "tokens per step",
         "steps",
         "data",

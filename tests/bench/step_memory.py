@@ -1,0 +1,124 @@
+"""How much memory a training step takes, against what `--dry-run` says: `python -m tests.bench.step_memory`
+measures some configs in a process of their own.
+
+Resident memory above what the process had before the model was built, after a small model of the same
+precision has had all code loaded. malloc gives back what is freed. oneDNN's cache is off: in half precision
+it keeps compiled code and buffers for each number of rows that an expert ever had, which is no part of a
+step and grows for hundreds of steps.
+"""
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from launch.activations import activation_bytes
+from launch.memory import peak_bytes
+from tests.bench.side_by_side import MIB, peak_extra_bytes, resident_bytes, without_allocator
+from tests.layouts import groups_of, starting_state
+from tests.ranks import RANK_ENV, join_alone
+from tests.runs import run_config, uneven_batch
+from training.batches import split_microbatches
+from training.build import build_engine
+from training.config import RunConfig
+from training.engine import Engine
+from training.parallel import Groups, Layout, n_microbatches
+from training.step import train_step
+
+SMALL = {"n_layers": 3, "d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_head": 64, "d_expert": 256}
+SMALL |= {"n_experts": 16, "top_k": 2, "vocab_size": 8000, "seq_len": 256}
+LARGE = {**SMALL, "n_layers": 8, "d_model": 512, "d_expert": 512, "n_heads": 8, "n_kv_heads": 8}
+WARM = {**SMALL, "n_layers": 1, "d_model": 32, "d_expert": 16, "vocab_size": 64}
+# precision, ZeRO stage, recomputation, sequences of a micro-batch, micro-batches
+CASES = [
+    ("fp32", 1, "none", 8, 2),
+    ("fp32", 1, "full", 8, 2),
+    ("fp32", 2, "selective", 2, 2),
+    ("bf16", 1, "none", 8, 1),
+    ("bf16", 2, "none", 2, 2),
+]
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "LRU_CACHE_CAPACITY": "1",
+}
+ENVIRONMENT |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+
+
+def measure(name: str) -> list[tuple[str, int, int]]:
+    """Return of each case its name, the bytes that were measured, and those that were said."""
+    env = {
+        **without_allocator(),
+        **RANK_ENV,
+        **ENVIRONMENT,
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
+    words = [sys.executable, "-m", "tests.bench.step_memory", name]
+    said = subprocess.run(words, capture_output=True, text=True, timeout=900, env=env)
+    assert said.returncode == 0, said.stderr
+    return [tuple(case) for case in json.loads(said.stdout.splitlines()[-1])]
+
+
+def measure_here(model: dict[str, int]) -> list[tuple[str, int, int]]:
+    torch.set_num_threads(1)
+    join_alone()
+    groups, results = groups_of(Layout(1), 0), []
+    for case in CASES:
+        _train(_config(WARM, *case), groups)
+        cfg = _config(model, *case)
+        give_back()
+        before = resident_bytes("VmRSS")
+        measured = _train(cfg, groups) - before
+        said = peak_bytes(cfg, Layout(1), 0, activation_bytes(cfg, Layout(1)))
+        results.append((" ".join(map(str, case)), measured, said))
+    return results
+
+
+def _config(
+    model: dict[str, int], precision: str, zero: int, recompute: str, n_seqs: int, n: int
+) -> RunConfig:
+    train: dict[str, Any] = {"precision": precision, "recompute": recompute, "microbatch_seqs": n_seqs}
+    train["batch_tokens"] = n_seqs * n * model["seq_len"]
+    return run_config(model=model, train=train, parallel={"zero_stage": zero})
+
+
+def _train(cfg: RunConfig, groups: Groups) -> int:
+    """Take two steps, and return how much was resident at most in the second."""
+    engine, _ = build_engine(cfg, groups)
+    _step(cfg, engine, groups, 0)
+    give_back()
+    before = resident_bytes("VmRSS")
+    extra = peak_extra_bytes(lambda: _step(cfg, engine, groups, 1))
+    engine.close()
+    return before + extra
+
+
+def _step(cfg: RunConfig, engine: Engine, groups: Groups, step: int) -> None:
+    microbatches = split_microbatches(uneven_batch(cfg, step), cfg.train.microbatch_seqs)
+    assert len(microbatches) == n_microbatches(cfg, groups.layout)
+    train_step(engine, microbatches, starting_state(cfg), step=step + 1, lr=0.01, groups=groups)
+
+
+def give_back() -> None:
+    """Have malloc give back to the system what is free."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(measure_here({"small": SMALL, "large": LARGE}[sys.argv[1]])))
+        return
+    for name, measured, said in measure("large"):
+        sizes = f"measured {measured / MIB:7.0f} MiB, said {said / MIB:7.0f}"
+        print(f"{name:24} {sizes}, {said / measured - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What a process really holds: every tensor of an engine, found by walking its objects."""
+
+import gc
+from collections.abc import Callable, Iterable
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from launch.memory import StateBytes
+from training.engine import Engine
+from training.engine_settings import BUCKET_ELEMENTS
+from training.parallel import Groups
+
+Storages = dict[int, int]  # bytes by address, so that views count once
+
+
+def storages(tensors: Iterable[Tensor]) -> Storages:
+    found = [t.untyped_storage() for t in tensors if t.device.type != "meta"]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+def all_tensors() -> Storages:
+    """Return the memory of all tensors that any Python object of this process holds."""
+    gc.collect()
+    return storages(o for o in gc.get_objects() if issubclass(type(o), Tensor))
+
+
+def held_by(engine: Engine, groups: Groups, known: Storages) -> StateBytes:
+    """Return the bytes of the engine's weights, gradients and optimizer state.
+
+    known: what was there before, or is not the engine's. All else that is no weight and not the optimizer's
+    is a gradient, but for DeepSpeed's bucket, which is told by its size, and the last norm.
+    """
+    for group in (groups.dp, groups.tp, groups.ep, groups.edp):
+        dist.barrier(group)  # gloo keeps the tensor of its last collective
+    parameters = list(engine.module.parameters())
+    weights = storages(parameters)
+    inner = engine._optimizer
+    state = [value for own in inner.state.values() for value in own.values()]
+    optimizer = storages([*(group["params"][0] for group in inner.param_groups), *state])
+    # By name too: of a gradient that nobody has asked for, there is no Python object.
+    named = [getattr(p, kind, None) for p in parameters for kind in ("grad", "grad_accum")]
+    norm = engine._engine.optimizer._global_grad_norm
+    elsewhere = weights | optimizer | known | storages([norm] if isinstance(norm, Tensor) else [])
+    found = all_tensors() | storages(t for t in named if t is not None)
+    left = [n for at, n in found.items() if at not in elsewhere and n < 2 * BUCKET_ELEMENTS]
+    return StateBytes(sum(weights.values()), sum(left), sum(optimizer.values()))
+
+
+def peak_allocated_bytes(run: Callable[[], object]) -> int:
+    """Return by how much torch's tensors on the CPU grow at most while run does."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    allocated = peak = 0
+    for _, change in changes:
+        allocated += change
+        peak = max(peak, allocated)
+    return peak
