@@ -6,7 +6,7 @@ two documents of unequal length. Room that one operator takes for itself while i
 that of the experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data.loader import Batch
 from moe.balance import RouterState
 from moe.config import ModelConfig
-from moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Route
+from moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Route, Trip, Underway
 from moe.experts import Experts, choose_backend
 from moe.model import Decoder
 from moe.sorted_loop import ROWS_AT_ONCE
@@ -77,7 +77,7 @@ def _measure(cfg: RunConfig, layout: Layout, model: ModelConfig) -> int:
         )
     for module in decoder.modules():
         if isinstance(module, Experts) and backend_measured(cfg) == "sorted_loop":
-            module.backend = _SortedLoop.apply
+            module.backend = replace(module.backend, apply=_SortedLoop.apply)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialise(decoder, _dtype(cfg))
         tokens = torch.zeros(n_seqs, seq_len, dtype=torch.int64)
@@ -109,17 +109,17 @@ class _SortedLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, *matrices: Tensor) -> Tensor:
-        out_RD, *products = torch.ops.turnout.sorted_loop(rows_RD, weights_R, counts_L, *matrices, False)
-        ctx.save_for_backward(rows_RD, weights_R, counts_L, *products, *matrices)
+        out_RD, products_RJ = torch.ops.turnout.sorted_loop(rows_RD, weights_R, counts_L, *matrices, False)
+        ctx.save_for_backward(rows_RD, weights_R, counts_L, products_RJ, *matrices)
         return out_RD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         results = torch.ops.turnout.sorted_loop_backward(grads[0].contiguous(), *saved, False)
-        gates_RF = saved[3]
-        # Of a turn's rows: hidden activations and their gradient, silu(gate), and a product of two of them.
-        scratch = [torch.empty_like(gates_RF[:ROWS_AT_ONCE]) for _ in range(4)]
+        n_rows, d_expert = min(len(saved[0]), ROWS_AT_ONCE), saved[-1].size(2)
+        # Of a turn's rows: hidden activations and their gradient, silu(gate), the products' two gradients.
+        scratch = [grads[0].new_empty(n_rows, d_expert) for _ in range(5)]
         del scratch
         return *results[:2], None, *results[2:]
 
@@ -155,12 +155,16 @@ class _UniformOverGroup(AllToAllDispatcher):
         n_ranks = self.group.size()
         rows = tuple(n_rows // n_ranks + (rank < n_rows % n_ranks) for rank in range(n_ranks))
         order_R = counts_E.new_empty(n_rows)
-        return Route(
-            n_rows, counts_E.view(n_ranks, -1).sum(0), rows, rows, order_R, torch.empty_like(order_R)
-        )
+        counts_L = counts_E.view(n_ranks, -1).sum(0)
+        return Route((Trip(counts_L, rows, rows, order_R, torch.empty_like(order_R)),))
 
-    def exchange_rows(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
-        return rows.new_empty(sum(received), *rows.shape[1:])
+    def send(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> tuple[Underway, Tensor]:
+        return _Arrived(), rows.new_empty(sum(received), *rows.shape[1:])
+
+
+class _Arrived:
+    def wait(self) -> None:
+        """Nothing travels."""
 
 
 class _SplitOverSilence(SplitOverGroup):

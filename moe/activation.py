@@ -38,14 +38,14 @@ def _forward(products_RJ: Tensor, weights_R: Tensor) -> Tensor:
 
 def _backward(d_hidden_RF: Tensor, products_RJ: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gates_RF, ups_RF = products_RJ.chunk(2, dim=1)
-    d_products_RJ = torch.empty_like(products_RJ)
-    d_gates_RF, d_ups_RF = d_products_RJ.chunk(2, dim=1)
     scale_R1 = weights_R.to(products_RJ.dtype).unsqueeze(1)
     silu_RF = F.silu(gates_RF)
     hidden_RF = silu_RF * ups_RF
     d_weights_R = (d_hidden_RF * hidden_RF).sum(1, dtype=weights_R.dtype)
     hidden_RF *= scale_R1
     d_hidden_RF *= scale_R1
+    d_products_RJ = torch.empty_like(products_RJ)
+    d_gates_RF, d_ups_RF = d_products_RJ.chunk(2, dim=1)
     torch.mul(silu_RF, d_hidden_RF, out=d_ups_RF)
     torch.ops.aten.silu_backward.grad_input(d_hidden_RF.mul_(ups_RF), gates_RF, grad_input=d_gates_RF)
     return hidden_RF, d_products_RJ, d_weights_R

@@ -220,11 +220,26 @@ class AllToAllDispatcher:
         rows = permute_rows(rows, trip.inverse_R, trip.order_R)
         return self._exchange(rows, trip.received, trip.sent)
 
+    def send(
+        self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]
+    ) -> tuple["Underway", Tensor]:
+        """Start to send the first sent[0] rows to rank 0, and so on; return where rows will be, by sender."""
+        arriving = rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(
+            arriving, rows, list(received), list(sent), group=self.group, async_op=True
+        )
+        return work, arriving
+
     def _exchange(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Arrival:
-        """Send the first sent[0] rows to rank 0, and so on; what arrives is by sender."""
         journey = _Journey(self, sent, received)
         ticket = _Depart.apply(rows, journey)
         return Arrival(lambda: _Arrive.apply(ticket, journey))
+
+
+class Underway(Protocol):
+    """An exchange that has started."""
+
+    def wait(self) -> object: ...
 
 
 class _Journey:
@@ -234,15 +249,12 @@ class _Journey:
         self, dispatcher: AllToAllDispatcher, sent: tuple[int, ...], received: tuple[int, ...]
     ) -> None:
         self.dispatcher, self.sent, self.received = dispatcher, sent, received
-        self._underway: tuple[dist.Work, Tensor, Tensor] | None = None
+        self._underway: tuple[Underway, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, *, is_back: bool) -> None:
-        sent, received = self._splits(is_back=is_back)
-        rows, arriving = rows.contiguous(), rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(
-            arriving, rows, list(received), list(sent), group=self.dispatcher.group, async_op=True
-        )
-        self._underway = work, arriving, rows  # which must be kept until it has been sent
+        rows = rows.contiguous()
+        work, arriving = self.dispatcher.send(rows, *self._splits(is_back=is_back))
+        self._underway = work, arriving, rows  # which must be kept until they have been sent
 
     def finish(self, *, is_back: bool) -> Tensor:
         """Return the rows that have arrived."""

@@ -30,6 +30,7 @@ OTHERS = {
     "self-check": "tests.bench.self_check:self_check_rows",
     "checkpoints": "tests.bench.checkpoints:checkpoint_rows",
     "generate": "tests.bench.generate:generation_rows",
+    "step-memory": "tests.bench.step_memory:step_memory_rows",
     "export-memory": "tests.bench.export_memory:export_memory_rows",
 }
 BENCHMARKS = QUICK | OTHERS

@@ -172,13 +172,14 @@ class DeepSpeedLayer(nn.Module):
         with torch.no_grad():
             inner.gate.wg.weight.copy_(ours.router.weight)
             for i, expert in enumerate(inner.experts.deepspeed_experts):
-                for matrix in ("gate", "up", "down"):
-                    getattr(expert, matrix).weight.copy_(getattr(ours.experts, matrix)[i])
+                gate, up = ours.experts.gate_up[i].t().chunk(2)
+                for matrix, weight in (("gate", gate), ("up", up), ("down", ours.experts.down[i])):
+                    getattr(expert, matrix).weight.copy_(weight)
 
     def forward(self, x_TD: Tensor, *_: object) -> tuple[Tensor, RouterStats]:
         out_TD, balance, counts_E = self.layer(x_TD)
         zero = balance.new_zeros(())
-        return out_TD, RouterStats(balance * x_TD.size(0), zero, counts_E, zero, zero)
+        return out_TD, RouterStats(balance * x_TD.size(0), zero, counts_E, zero, zero, zero)
 
 
 def put_deepspeed_into(decoder: Decoder) -> None:

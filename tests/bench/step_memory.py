@@ -1,4 +1,4 @@
-"""How much memory a training step takes, against what `--dry-run` says: `python -m tests.bench.step_memory`
+"""How much memory a training step takes, against what `--dry-run` says: `python -m tests.bench step-memory`
 measures some configs in a process of their own.
 
 Resident memory above what the process had before the model was built, after a small model of the same
@@ -9,16 +9,14 @@ step and grows for hundreds of steps.
 
 import ctypes
 import gc
-import json
-import subprocess
-import sys
 from typing import Any
 
 import torch
 
 from launch.activations import activation_bytes
 from launch.memory import peak_bytes
-from tests.bench.side_by_side import MIB, peak_extra_bytes, resident_bytes, without_allocator
+from tests.bench.rows import Row
+from tests.bench.side_by_side import GLIBC_DEFAULTS, MIB, in_own_process, peak_extra_bytes, resident_bytes
 from tests.layouts import groups_of, starting_state
 from tests.ranks import RANK_ENV, join_alone
 from tests.runs import run_config, uneven_batch
@@ -49,20 +47,19 @@ ENVIRONMENT = {
 ENVIRONMENT |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 
 
-def measure(name: str) -> list[tuple[str, int, int]]:
+def step_memory_rows() -> list[Row]:
+    rows = []
+    for case, measured, said in measure(LARGE):
+        note = f"{said / MIB:,.0f} and {measured / MIB:,.0f} MiB"
+        off = abs(said / measured - 1)
+        rows.append(Row.of(f"memory that --dry-run says, off by, {case}", [off], at_most=0.1, note=note))
+    return rows
+
+
+def measure(model: dict[str, int]) -> list[tuple[str, int, int]]:
     """Return of each case its name, the bytes that were measured, and those that were said."""
-    env = {
-        **without_allocator(),
-        **RANK_ENV,
-        **ENVIRONMENT,
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-    }
-    words = [sys.executable, "-m", "tests.bench.step_memory", name]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=900, env=env)
-    assert said.returncode == 0, said.stderr
-    return [tuple(case) for case in json.loads(said.stdout.splitlines()[-1])]
+    rank = {**RANK_ENV, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    return in_own_process(measure_here, model, malloc={**GLIBC_DEFAULTS, **rank, **ENVIRONMENT})
 
 
 def measure_here(model: dict[str, int]) -> list[tuple[str, int, int]]:
@@ -109,16 +106,3 @@ def give_back() -> None:
     """Have malloc give back to the system what is free."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(measure_here({"small": SMALL, "large": LARGE}[sys.argv[1]])))
-        return
-    for name, measured, said in measure("large"):
-        sizes = f"measured {measured / MIB:7.0f} MiB, said {said / MIB:7.0f}"
-        print(f"{name:24} {sizes}, {said / measured - 1:+.1%}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ import torch
 
 from launch.activations import activation_bytes
 from launch.memory import StateBytes, state_bytes
-from tests.bench.step_memory import measure
+from tests.bench.step_memory import SMALL, measure
 from tests.layouts import groups_of, starting_state
 from tests.memory import all_tensors, held_by, peak_allocated_bytes, storages
 from tests.ranks import run_ranks
@@ -121,5 +121,5 @@ def test_passes_take_the_activations_that_were_planned(
 
 
 def test_a_step_takes_the_memory_that_was_planned() -> None:
-    for name, measured, said in measure("small"):
+    for name, measured, said in measure(SMALL):
         assert said == pytest.approx(measured, rel=0.1), name
