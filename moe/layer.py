@@ -108,12 +108,12 @@ class MoELayer(nn.Module):
         route = memo.route
         assert route is not None
         cuts = [trip.n_sent for trip in route.trips]
-        cuts.append(rows_ND.size(0) - sum(cuts))  # dropped rows
-        *rows, dropped = rows_ND.split(cuts)
-        *weights, _ = weights_N.split(cuts)
-        loads = [_Load(*load) for load in zip(rows, weights, route.trips, strict=True)]
+        n_dropped = rows_ND.size(0) - sum(cuts)
+        cuts += [n_dropped] if n_dropped else []
+        rows, weights = _split(rows_ND, cuts), _split(weights_N, cuts)
+        loads = [_Load(*load) for load in zip(rows, weights, route.trips, strict=False)]
         first = None if route.is_over_limit else self._dispatch(loads[0])
-        return _Travelling(route, loads, torch.zeros_like(dropped), first)
+        return _Travelling(route, loads, torch.zeros_like(rows[-1]) if n_dropped else None, first)
 
     @torch.compiler.disable
     def _compute(self, travelling: "_Travelling") -> Tensor:
@@ -131,7 +131,8 @@ class MoELayer(nn.Module):
                 done = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, load.trip.counts_L)
                 returning.append(self.dispatcher.combine(done, load.trip))
             results = [arrival.wait() for arrival in returning]
-        return torch.cat([*results, travelling.dropped])
+        parts = [*results, travelling.dropped] if travelling.dropped is not None else results
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _dispatch(self, load: "_Load") -> tuple[Arrival, Arrival]:
         dispatch = self.dispatcher.dispatch
@@ -140,6 +141,11 @@ class MoELayer(nn.Module):
     def _make_trip(self, load: "_Load") -> Tensor:
         rows_RD, weights_R = (part.wait() for part in self._dispatch(load))
         return self.dispatcher.combine(self.experts(rows_RD, weights_R, load.trip.counts_L), load.trip).wait()
+
+
+def _split(rows: Tensor, cuts: list[int]) -> Sequence[Tensor]:
+    # In backward a split is a copy of all gradients, also where it cut nothing.
+    return rows.split(cuts) if len(cuts) > 1 else [rows]
 
 
 @torch.compiler.disable
@@ -161,12 +167,12 @@ class _Load:
 class _Travelling:
     """A layer's rows, trip by trip; `first` of them on their way, where more than one may be kept.
 
-    dropped: rows of zeros, in place of what no expert takes
+    dropped: rows of zeros, in place of what no expert takes, if there are any
     """
 
     route: Route
     loads: Sequence[_Load]
-    dropped: Tensor
+    dropped: Tensor | None
     first: tuple[Arrival, Arrival] | None
 
 

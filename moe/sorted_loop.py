@@ -15,12 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.activation import Activation, compiled_swiglu, plain_swiglu
 
 # Rows whose activations are computed in one call: those of several small experts, or a part of a large one's.
 ROWS_AT_ONCE = 2048
+# In half precision oneDNN makes a kernel for every number of rows, which takes several times as long as to
+# run it, and keeps 1,024 of them; each routing has other numbers. So they are rounded up, into the rows of
+# the next expert: to a tile of AMX, and from 512 rows on to 1/16 to 1/32 of them.
+TILE_ROWS = 16
 
 
 def sorted_loop_experts(
@@ -50,12 +55,13 @@ def _forward(
     activation = _activation(compiles)
     out_RD = torch.empty_like(rows_RD)
     products_RJ = rows_RD.new_empty(rows_RD.size(0), gate_up_LDJ.size(2))
-    for turn in _turns(counts_L.tolist()):
-        for expert, here in turn.parts:
-            torch.mm(rows_RD[here], gate_up_LDJ[expert], out=products_RJ[here])
-        hidden = activation.forward(products_RJ[turn.whole], weights_R[turn.whole])
-        for expert, here in turn.parts:
-            torch.mm(hidden[turn.within(here)], down_LDF[expert].t(), out=out_RD[here])
+    gate_ups, downs = gate_up_LDJ.unbind(), down_LDF.transpose(1, 2).unbind()
+    for turn in _turns(counts_L.tolist(), rows_RD):
+        for part in turn.parts:
+            _multiply(rows_RD, part.start, gate_ups[part.expert], products_RJ, part.start, part.n_rows)
+        hidden = activation.forward(products_RJ[turn.window], weights_R[turn.window])
+        for part in turn.parts:
+            _multiply(hidden, part.start - turn.start, downs[part.expert], out_RD, part.start, part.n_rows)
     return out_RD, products_RJ
 
 
@@ -74,24 +80,27 @@ def _backward(
     activation = _activation(compiles)
     d_rows_RD, d_weights_R = torch.empty_like(rows_RD), torch.empty_like(weights_R)
     d_gate_up_LDJ, d_down_LDF = torch.empty_like(gate_up_LDJ), torch.empty_like(down_LDF)
+    gate_ups, downs = gate_up_LDJ.transpose(1, 2).unbind(), down_LDF.unbind()
+    d_gate_ups, d_downs = d_gate_up_LDJ.unbind(), d_down_LDF.unbind()
     counts, last = counts_L.tolist(), None
-    for turn in _turns(counts):
-        d_hidden = rows_RD.new_empty(turn.n_rows, down_LDF.size(2))
-        for expert, here in turn.parts:
-            torch.mm(grad_RD[here], down_LDF[expert], out=d_hidden[turn.within(here)])
-        hidden, d_products, d_weights_R[turn.whole] = activation.backward(
-            d_hidden, products_RJ[turn.whole], weights_R[turn.whole]
+    for turn in _turns(counts, rows_RD):
+        d_hidden = rows_RD.new_empty(turn.n_window, down_LDF.size(2))
+        for part in turn.parts:
+            _multiply(grad_RD, part.start, downs[part.expert], d_hidden, part.start - turn.start, part.n_rows)
+        hidden, d_products, d_weights = activation.backward(
+            d_hidden, products_RJ[turn.window], weights_R[turn.window]
         )
-        for expert, here in turn.parts:
-            there, is_first = turn.within(here), expert != last
-            torch.mm(d_products[there], gate_up_LDJ[expert].t(), out=d_rows_RD[here])
-            _multiply(_turned(grad_RD[here]), hidden[there], d_down_LDF[expert], is_first=is_first)
-            _multiply(_turned(rows_RD[here]), d_products[there], d_gate_up_LDJ[expert], is_first=is_first)
+        d_weights_R[turn.start : turn.start + turn.n_rows] = d_weights[: turn.n_rows]
+        for part in turn.parts:
+            expert, there, n_rows = part.expert, part.start - turn.start, part.n_rows
+            _multiply(d_products, there, gate_ups[expert], d_rows_RD, part.start, n_rows)
+            for left, right, out in ((grad_RD, hidden, d_downs), (rows_RD, d_products, d_gate_ups)):
+                _multiply_turned(left, part.start, right, there, n_rows, out[expert], is_first=expert != last)
             last = expert
     for expert, n_rows in enumerate(counts):
         if not n_rows:
-            d_gate_up_LDJ[expert].zero_()
-            d_down_LDF[expert].zero_()
+            d_gate_ups[expert].zero_()
+            d_downs[expert].zero_()
     return d_rows_RD, d_weights_R, d_gate_up_LDJ, d_down_LDF
 
 
@@ -99,48 +108,105 @@ def _activation(compiles: bool) -> Activation:
     return compiled_swiglu() if compiles else plain_swiglu
 
 
-def _turned(rows: Tensor) -> Tensor:
-    """Return the transpose, in half precision a copy of it: oneDNN is slow with columns that lie apart."""
-    return rows.t().contiguous() if rows.dtype.itemsize == 2 else rows.t()
+def _multiply(left: Tensor, start: int, right: Tensor, out: Tensor, out_start: int, n_rows: int) -> None:
+    """Write left[start:] @ right to out[out_start:], n_rows of them.
 
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor, *, is_first: bool) -> None:
-    """Write a product, or where it is not the first, add it."""
-    if is_first:
-        torch.mm(left, right, out=out)
+    More may be computed: the rows of out that follow are written over, and have to be written later.
+    """
+    n_rounded = _round_up(n_rows, left)
+    if start + n_rounded <= left.size(0) and out_start + n_rounded <= out.size(0):
+        here, there = slice(start, start + n_rounded), slice(out_start, out_start + n_rounded)
+        torch.mm(left[here], right, out=out[there])
     else:
-        out.addmm_(left, right)
+        products = _padded(left[start : start + n_rows], n_rounded) @ right
+        out[out_start : out_start + n_rows] = products[:n_rows]
+
+
+def _multiply_turned(
+    left: Tensor, start: int, right: Tensor, right_start: int, n_rows: int, out: Tensor, *, is_first: bool
+) -> None:
+    """Write left[start:].T @ right[right_start:], of n_rows, to out, or where it is not the first, add it.
+
+    Rows that follow may be read, times 0. They are finite: _multiply has written as many.
+    """
+    n_rounded = _round_up(n_rows, left)
+    if start + n_rounded <= left.size(0) and right_start + n_rounded <= right.size(0):
+        left, right = left[start : start + n_rounded], right[right_start : right_start + n_rounded]
+    else:
+        left = _padded(left[start : start + n_rows], n_rounded)
+        right = _padded(right[right_start : right_start + n_rows], n_rounded)
+    turned = left.t()
+    if left.dtype.itemsize == 2:
+        turned = turned.clone(
+            memory_format=torch.contiguous_format
+        )  # oneDNN is slow with columns that lie apart
+    if n_rounded > n_rows:
+        turned[:, n_rows:] = 0
+    if is_first:
+        torch.mm(turned, right, out=out)
+    else:
+        out.addmm_(turned, right)
+
+
+def _round_up(n_rows: int, rows: Tensor) -> int:
+    """Return how many rows to compute in place of n_rows."""
+    if rows.device.type != "cpu" or rows.dtype.itemsize != 2:
+        return n_rows
+    multiple = max(TILE_ROWS, 1 << n_rows.bit_length() >> 5)
+    return -(-n_rows // multiple) * multiple
+
+
+def _padded(rows: Tensor, n_rows: int) -> Tensor:
+    return rows if len(rows) == n_rows else F.pad(rows, (0, 0, 0, n_rows - len(rows)))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one expert."""
+
+    expert: int
+    start: int
+    n_rows: int
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """Rows that are neighbours: of whom each part is."""
+    """Rows that are neighbours, and n_window of them with those that follow and are computed with them."""
 
-    whole: slice
-    parts: list[tuple[int, slice]]
+    parts: list[_Part]
+    n_window: int
+
+    @property
+    def start(self) -> int:
+        return self.parts[0].start
 
     @property
     def n_rows(self) -> int:
-        return self.whole.stop - self.whole.start
+        return sum(part.n_rows for part in self.parts)
 
-    def within(self, part: slice) -> slice:
-        return slice(part.start - self.whole.start, part.stop - self.whole.start)
+    @property
+    def window(self) -> slice:
+        return slice(self.start, self.start + self.n_window)
 
 
-def _turns(counts: list[int]) -> Iterator[_Turn]:
-    """Cut all rows into turns of ROWS_AT_ONCE, the last of what is left."""
-    start, first, parts = 0, 0, list[tuple[int, slice]]()
-    for expert, n_rows in enumerate(counts):
-        stop = start + n_rows
-        while start < stop:
-            end = min(stop, first + ROWS_AT_ONCE)
-            parts.append((expert, slice(start, end)))
-            start = end
-            if start == first + ROWS_AT_ONCE:
-                yield _Turn(slice(first, start), parts)
-                first, parts = start, []
+def _turns(counts: list[int], rows: Tensor) -> Iterator[_Turn]:
+    """Cut all rows into turns of at most ROWS_AT_ONCE: of whole experts, or a part of one that has more."""
+    parts, n_rows, start = list[_Part](), 0, 0
+    for expert, count in enumerate(counts):
+        for first in range(0, count, ROWS_AT_ONCE):
+            n_more = min(ROWS_AT_ONCE, count - first)
+            if parts and n_rows + n_more > ROWS_AT_ONCE:
+                yield _turn(parts, rows)
+                parts, n_rows = [], 0
+            parts.append(_Part(expert, start, n_more))
+            n_rows, start = n_rows + n_more, start + n_more
     if parts:
-        yield _Turn(slice(first, start), parts)
+        yield _turn(parts, rows)
+
+
+def _turn(parts: list[_Part], rows: Tensor) -> _Turn:
+    stop = max(part.start + _round_up(part.n_rows, rows) for part in parts)
+    return _Turn(parts, min(stop, rows.size(0)) - parts[0].start)
 
 
 @_forward.register_fake

@@ -1,5 +1,7 @@
 """Every expert backend against the reference loop: ragged, empty and unique experts."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -110,6 +112,38 @@ def test_turns_are_of_many_experts_or_of_a_part_of_one(monkeypatch: pytest.Monke
     for got, got_grads in results[1:]:
         assert relative_error(got, want) < 1e-12
         assert_same_grads(got_grads, want_grads, rtol=1e-12)
+
+
+def sizes_of_products(run: Callable[[], object]) -> set[int]:
+    """Return all sizes that matrices have which are multiplied."""
+    with torch.profiler.profile(record_shapes=True) as seen:
+        run()
+    products = [event for event in seen.events() if event.name in ("aten::mm", "aten::addmm_")]
+    return {n for event in products for shape in event.input_shapes[-4:] for n in shape if len(shape) == 2}
+
+
+@pytest.mark.parametrize("rows_at_once", [4096, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_in_half_precision_have_few_sizes(
+    dtype: torch.dtype, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorted_loop, "ROWS_AT_ONCE", rows_at_once)
+    for counts in ([40, 0, 71, 130, 9], [1, 1, 1, 247, 0], [0, 0, 3, 0, 33], [250, 0, 0, 0, 0]):
+        results = []
+        for backend in (sorted_loop_experts, reference_experts):
+            tensors = leaves(counts, dtype)
+            out = apply(backend, counts, tensors)
+            mix = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)
+            (out * mix).sum().backward()
+            results.append((out, {name: tensor.grad for name, tensor in tensors.items()}))
+        (got, got_grads), (want, want_grads) = results
+        assert relative_error(got, want) <= RTOL[dtype]
+        assert_same_grads(got_grads, want_grads, rtol=RTOL[dtype])
+        tensors = leaves(counts, dtype)
+        sizes = sizes_of_products(
+            lambda t=tensors, c=counts: apply(sorted_loop_experts, c, t).sum().backward()
+        )
+        assert {D, F, 2 * F} <= sizes and all(n == F or n % sorted_loop.TILE_ROWS == 0 for n in sizes)
 
 
 def test_any_number_of_rows_is_the_same_compiled_activation() -> None:
