@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        self.cfg, self.recompute = cfg, recompute
+        self.cfg, self.recompute, self.is_compiled = cfg, recompute, False
         self.tp = tp = tp or Unsplit()
         dispatcher = dispatcher or LocalDispatcher()
         self.embed = Embedding(cfg.vocab_size, cfg.d_model, tp)
@@ -131,6 +131,7 @@ class Decoder(nn.Module):
         Nothing is compiled anew for another routing or packing. Compiling takes seconds, a compiler, and is
         done in the first step.
         """
+        self.is_compiled = True
         for block in self.blocks:
             block.compile()
 

@@ -47,7 +47,7 @@ class TrainConfig(BaseModel):
         "triton_grouped",
     ] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
-    compile: bool = False  # blocks by torch.compile: a slower first step, faster ones after it
+    compile: bool = False  # blocks and loss by torch.compile: a slower first step, faster ones after it
 
 
 class ScheduleConfig(BaseModel):

@@ -7,6 +7,8 @@ Shapes
   T tokens   D d_model   V vocab_size / tp.size: this rank's part of the vocabulary
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,18 +19,21 @@ from data.loader import IGNORE_INDEX
 from moe.tensor_parallel import TensorParallel
 
 # Of the logits of a chunk, in fp32. Smaller chunks add more often to the gradient of the whole head.
-CHUNK_BYTES = 96 << 20
+CHUNK_BYTES = 128 << 20
 
 
 def linear_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, tp: TensorParallel
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, tp: TensorParallel, *, compiles: bool = False
 ) -> Tensor:
     """Return the sum of -log p(target) in nats, [] fp32 or wider; a target of IGNORE_INDEX counts nowhere.
 
     Logits are hidden_TD @ weight_VD.T. Under tensor parallelism they are not gathered (Shoeybi et al. 2019,
     1909.08053, section 3), and hidden_TD is the same on every rank; its gradient is this rank's part.
+    compiles: have torch.compile fuse what is done to logits, where no rank has to be asked.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, tp, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, targets_T, tp, torch.is_grad_enabled(), compiles and tp.size == 1
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -40,33 +45,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_T: Tensor,
         tp: TensorParallel,
         has_backward: bool,
+        compiles: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         total = hidden_TD.new_zeros((), dtype=wide)
-        d_hidden_TD, d_weight_VD = torch.empty_like(hidden_TD), None
+        d_hidden_TD, d_weight_DV = torch.empty_like(hidden_TD), None
         if has_backward:
-            d_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
-        n_at_once = max(1, CHUNK_BYTES // (weight_VD.size(0) * wide.itemsize))
+            # Turned, because oneDNN is slow with a left matrix that is: here it would be the large one.
+            d_weight_DV = torch.zeros_like(weight_VD.t(), dtype=wide, memory_format=torch.contiguous_format)
+        # Fused, logits are never in fp32.
+        n_bytes = weight_VD.size(0) * (hidden_TD.dtype.itemsize if compiles else wide.itemsize)
+        n_at_once = max(1, CHUNK_BYTES // n_bytes)
         for start in range(0, hidden_TD.size(0), n_at_once):
             here = slice(start, start + n_at_once)
-            nll, logprobs = score_logits(F.linear(hidden_TD[here], weight_VD).to(wide), targets_T[here], tp)
-            total += nll.sum()
-            if d_weight_VD is not None:
-                d_logits = _differentiate(logprobs, targets_T[here], tp).to(hidden_TD.dtype)
-                del logprobs
-                d_hidden_TD[here] = d_logits @ weight_VD
-                d_weight_VD += d_logits.t() @ hidden_TD[here]
-        if d_weight_VD is not None:
-            ctx.save_for_backward(d_hidden_TD, d_weight_VD)
+            logits, targets = F.linear(hidden_TD[here], weight_VD), targets_T[here]
+            if d_weight_DV is None:
+                total += score_logits(logits.to(wide), targets, tp)[0].sum()
+                continue
+            nll, d_logits = _fused()(logits, targets) if compiles else _differentiate(logits, targets, tp)
+            total += nll
+            d_hidden_TD[here] = d_logits @ weight_VD
+            d_weight_DV += hidden_TD[here].t().contiguous() @ d_logits
+        if d_weight_DV is not None:
+            ctx.save_for_backward(d_hidden_TD, d_weight_DV)
             ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        d_hidden_TD, d_weight_VD = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        d_hidden_TD, d_weight_DV = ctx.saved_tensors
         # In place: nobody else holds them, and there is one backward pass.
-        d_weight_VD = d_weight_VD.mul_(grads[0]).to(ctx.weight_dtype)
-        return d_hidden_TD.mul_(grads[0]), d_weight_VD, None, None, None
+        d_weight_VD = d_weight_DV.mul_(grads[0]).to(ctx.weight_dtype).t().contiguous()
+        return d_hidden_TD.mul_(grads[0]), d_weight_VD, None, None, None, None
 
 
 def score_logits(logits: Tensor, targets: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
@@ -84,12 +94,35 @@ def score_logits(logits: Tensor, targets: Tensor, tp: TensorParallel) -> tuple[T
     return -tp.sum(logprobs.gather(1, local).squeeze(1) * is_here), logprobs
 
 
-def _differentiate(logprobs: Tensor, targets: Tensor, tp: TensorParallel) -> Tensor:
-    """Return the gradient of the summed loss by the logits: probabilities, less 1 at the target."""
+def _differentiate(logits: Tensor, targets: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of logits [T, V], and its gradient by them: probabilities, less 1 at the
+    target.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    nll, logprobs = score_logits(logits.to(wide), targets, tp)
     local, is_here = _local_targets(targets, logprobs.size(1), tp)
     grads = logprobs.exp_()
-    grads.scatter_add_(1, local, -is_here.to(grads.dtype).unsqueeze(1))
-    return grads.mul_((targets != IGNORE_INDEX).to(grads.dtype).unsqueeze(1))
+    grads.scatter_add_(1, local, -is_here.to(wide).unsqueeze(1))
+    grads.mul_((targets != IGNORE_INDEX).to(wide).unsqueeze(1))
+    return nll.sum(), grads.to(logits.dtype)
+
+
+def _differentiate_fused(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same of a whole vocabulary, in a form of which torch.compile makes two passes over logits."""
+    wide_TV = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normaliser_T1 = wide_TV.logsumexp(1, keepdim=True)
+    is_counted_T1 = (targets != IGNORE_INDEX).unsqueeze(1)
+    target_T1 = targets.unsqueeze(1).where(is_counted_T1, 0)
+    nll_T1 = (normaliser_T1 - wide_TV.gather(1, target_T1)) * is_counted_T1
+    is_target_TV = torch.arange(logits.size(1), device=logits.device) == target_T1
+    grads_TV = ((wide_TV - normaliser_T1).exp() - is_target_TV.to(wide_TV.dtype)) * is_counted_T1
+    return nll_T1.sum(), grads_TV.to(logits.dtype)
+
+
+@cache
+def _fused() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    # Of any number of tokens: the last chunk has fewer.
+    return torch.compile(_differentiate_fused, fullgraph=True, dynamic=True)
 
 
 def _local_targets(targets: Tensor, n_words: int, tp: TensorParallel) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,9 @@ class Objective(nn.Module):
         is_counted = batch.targets != IGNORE_INDEX
         hidden, stats = self.decoder(batch.tokens, batch.doc_ids, is_counted, router_state)
         decoder, targets = self.decoder, batch.targets.flatten()
-        nll = linear_cross_entropy(hidden.flatten(0, 1), decoder.head_weight, targets, decoder.tp)
+        nll = linear_cross_entropy(
+            hidden.flatten(0, 1), decoder.head_weight, targets, decoder.tp, compiles=decoder.is_compiled
+        )
         total = nll + balance.coef * stats.balance_sum.mean() + balance.z_coef * stats.z_sum.mean()
         return ObjectiveSums(total, nll.detach(), stats)
 

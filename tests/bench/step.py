@@ -50,7 +50,7 @@ SIZES = {"n_layers": 4, "d_model": 512, "n_heads": 8, "n_kv_heads": 4, "d_head":
 # Of tokens/s over each of the others', and of memory.
 AT_LEAST = {"E 8 k 2 F 1408": 2.0, "E 64 k 8 F 512": 3.0}
 AT_MOST = 0.6
-OURS = "compiled_loop"
+OURS = "compiled"  # blocks, loss and experts' activations
 OTHERS = ("transformers grouped_mm", "transformers eager", "deepspeed.moe")
 Step = Callable[[], Tensor]  # returns the cross-entropy, in nats per token
 
@@ -59,7 +59,7 @@ def step_rows(n_rounds: int = 3) -> list[Row]:
     rows = []
     for shape in SHAPES:
         ours = in_own_process(peak_bytes, shape, OURS, malloc=GLIBC_DEFAULTS)
-        for way in ("sorted_loop", *OTHERS):
+        for way in ("plain", *OTHERS):
             is_judged = way in OTHERS
             # In pairs: all models at once, each with its moments and activations, would take 10 GiB.
             seconds = in_own_process(time_beside_ours, shape, way, n_rounds, malloc=CPU_ALLOCATOR)
@@ -89,10 +89,13 @@ def time_beside_ours(shape: str, way: str, n_rounds: int) -> dict[str, list[floa
 def build(shape: str, way: str) -> Step:
     if way.startswith("transformers"):
         return their_step(shape, way.split()[1])
-    decoder = built_decoder(shape, "sorted_loop" if way == "deepspeed.moe" else way)
+    decoder = built_decoder(shape, "compiled_loop" if way == OURS else "sorted_loop").bfloat16()
     if way == "deepspeed.moe":
         put_deepspeed_into(decoder)
-    return our_step(decoder.bfloat16())
+        decoder.bfloat16()
+    if way == OURS:
+        decoder.compile_blocks()
+    return our_step(decoder)
 
 
 def built_decoder(shape: str, backend: str) -> Decoder:

@@ -28,22 +28,27 @@ def by_logits(tensors: dict[str, Tensor], targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def chunked(tensors: dict[str, Tensor], targets: Tensor) -> Tensor:
-    return linear_cross_entropy(tensors["hidden"], tensors["weight"], targets, Unsplit())
+def chunked(tensors: dict[str, Tensor], targets: Tensor, *, compiles: bool = False) -> Tensor:
+    return linear_cross_entropy(tensors["hidden"], tensors["weight"], targets, Unsplit(), compiles=compiles)
+
+
+def compiled(tensors: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return chunked(tensors, targets, compiles=True)
 
 
 @pytest.mark.parametrize("n_at_once", [1, 5, T, 1000])
 def test_loss_and_gradients_are_those_of_logits(n_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", n_at_once * V * 8)
     results = []
-    for loss in (by_logits, chunked):
+    for loss in (by_logits, chunked, compiled):
         tensors, targets = leaves(torch.float64)
         total = loss(tensors, targets)
         (total / 7).backward()
         results.append((total, {name: tensor.grad for name, tensor in tensors.items()}))
-    (want, want_grads), (got, got_grads) = results
-    assert relative_error(got, want) < 1e-14
-    assert_same_grads(got_grads, want_grads, rtol=1e-13)
+    want, want_grads = results[0]
+    for got, got_grads in results[1:]:
+        assert relative_error(got, want) < 1e-14
+        assert_same_grads(got_grads, want_grads, rtol=1e-13)
 
 
 def test_nothing_counted_is_nothing() -> None:
