@@ -4,7 +4,8 @@ One thread. Forward and backward with all gradients, of the layer without its ro
 and with it.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tests.bench.side_by_side import in_ms, over, time_in_turn
 from tests.models import tiny_config
 
 T, D = 4096, 512
+N_ROUTINGS = 16  # more than there are rounds: each pass has one that was not there before, as in training
 # (dtype, E, K, F): the time over dense that is asked.
 ASKED = {
     ("bf16", 8, 2, 1408): 0.90,
@@ -43,7 +45,7 @@ def expert_rows(n_rounds: int = 9) -> list[Row]:
     for (name, n_experts, top_k, d_expert), asked in ASKED.items():
         seconds = time_in_turn(beside_dense(DTYPES[name], n_experts, top_k, d_expert), n_rounds=n_rounds)
         shape = f"{name} E {n_experts} k {top_k} F {d_expert}"
-        for way in ("compiled_loop", "with router", "sorted_loop", "torch_grouped"):
+        for way in (name for name in seconds if name != "dense"):
             rows.append(
                 Row.of(
                     f"time over dense, {shape}, {way}",
@@ -87,16 +89,19 @@ def beside_dense(
         "dense": step(lambda: dense(x, dense_in, dense_out), out, [x, dense_in, dense_out]),
     }
     routing = made_up_routing(T, n_experts, top_k, 0.0)
+    changing = itertools.cycle(made_up_routing(T, n_experts, top_k, 0.0, seed) for seed in range(N_ROUTINGS))
     for backend in ("compiled_loop", "sorted_loop", "torch_grouped"):
-        ways[backend] = mix_step(build_layer(cfg, backend, dtype), routing, x, out)
+        layer = build_layer(cfg, backend, dtype)
+        ways[backend] = mix_step(layer, itertools.repeat(routing), x, out)
+        ways[f"{backend}, other routings"] = mix_step(layer, changing, x, out)
     ways["with router"] = layer_step(build_layer(cfg, "compiled_loop", dtype), cfg, x, out)
     return ways
 
 
-def mix_step(layer: MoELayer, routing: Routing, x: Tensor, out: Tensor) -> Callable[[], None]:
-    """Return forward and backward of all but the router, whose choices are given."""
-    leaves = [x, routing.weights_TK, *layer.experts.parameters()]
-    return step(lambda: layer._mix(x, routing, RoutingMemo()), out, leaves)
+def mix_step(layer: MoELayer, routings: Iterator[Routing], x: Tensor, out: Tensor) -> Callable[[], None]:
+    """Return forward and backward of all but the router, whose choices are given, those of the next pass."""
+    leaves = [x, *layer.experts.parameters()]
+    return step(lambda: layer._mix(x, next(routings), RoutingMemo()), out, leaves)
 
 
 def layer_step(layer: MoELayer, cfg: ModelConfig, x: Tensor, out: Tensor) -> Callable[[], None]:
@@ -118,9 +123,9 @@ def build_layer(cfg: ModelConfig, backend: str, dtype: torch.dtype) -> MoELayer:
     return layer
 
 
-def made_up_routing(n_tokens: int, n_experts: int, top_k: int, skew: float) -> Routing:
+def made_up_routing(n_tokens: int, n_experts: int, top_k: int, skew: float, seed: int = 0) -> Routing:
     """Return choices of which some experts get more the larger skew is."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(n_tokens, n_experts, generator=generator)
     scores[:, 0] += skew
     weights = torch.rand(n_tokens, top_k, generator=generator).requires_grad_()

@@ -4,7 +4,7 @@ One thread. Each expert has ROWS_PER_EXPERT rows, so that more experts are more 
 each.
 """
 
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import torch
 
@@ -61,7 +61,7 @@ def token_rows(
         if has_router:
             ways[n] = layer_step(layer, cfg, x, out)
         else:
-            ways[n] = mix_step(layer, made_up_routing(n_tokens[n], n, TOP_K, 0.0), x, out)
+            ways[n] = mix_step(layer, repeat(made_up_routing(n_tokens[n], n, TOP_K, 0.0)), x, out)
     seconds = time_in_turn({str(n): way for n, way in ways.items()}, n_rounds=n_rounds)
     per_token = {n: [s / n_tokens[n] for s in seconds[str(n)]] for n in n_experts}
     fewest = n_experts[0]
@@ -97,7 +97,7 @@ def peak_bytes(n_tokens: int) -> int:
     layer = build_layer(layer_config(N_MEMORY_EXPERTS, TOP_K, D_EXPERT, n_tokens), "compiled_loop", dtype)
     routing = made_up_routing(n_tokens, N_MEMORY_EXPERTS, TOP_K, 0.0)
     x, out = leaf(n_tokens, D, dtype=dtype), torch.randn(n_tokens, D).to(dtype)
-    run = mix_step(layer, routing, x, out)
+    run = mix_step(layer, repeat(routing), x, out)
     # Compiles, and has oneDNN make its kernels and buffers, which are of the process and not of the rows.
     run()
     for tensor in (x, routing.weights_TK, *layer.parameters()):

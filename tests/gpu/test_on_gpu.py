@@ -117,6 +117,23 @@ def test_decoder_equals_the_cpu(window: int | None) -> None:
     assert relative_error(got.cpu(), want) < 1e-4
 
 
+def test_compiled_blocks_equal_eager_ones() -> None:
+    cfg, results = tiny_config(n_shared_experts=1), []
+    for compiles in (False, True):
+        decoder = build_decoder(cfg, device=CUDA, expert_backend="sorted_loop")
+        decoder.load_state_dict(tiny_decoder(cfg, dtype=torch.float32).state_dict())
+        if compiles:
+            decoder.compile_blocks()
+        tokens, doc_ids, is_counted = packed_inputs(cfg)
+        state = RouterState.initial(cfg, CUDA)
+        hidden, _ = decoder(tokens.to(CUDA), doc_ids, is_counted.to(CUDA), state)
+        decoder.logits(hidden).square().sum().backward()
+        results.append((hidden, {name: p.grad for name, p in decoder.named_parameters()}))
+    (want, want_grads), (got, got_grads) = results
+    assert relative_error(got, want) < 1e-4
+    assert_same_grads(got_grads, want_grads, rtol=1e-3)
+
+
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
     """Join a process group of this process alone, over NCCL."""
@@ -164,7 +181,9 @@ def test_an_expert_layer_waits_for_the_device_once(name: str, one_rank: Groups) 
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("parallel", ["ep=2", "tp=2", "tp=2 sequence_parallel=true ep=2"])
+@pytest.mark.parametrize(
+    "parallel", ["ep=2", "ep=2 ep_trips=2 ep_max_load=0.7", "tp=2 sequence_parallel=true ep=2"]
+)
 def test_two_gpus_log_what_one_does(parallel: str, tmp_path: Path) -> None:
     make_corpus(tmp_path, {"text": make_texts(100)}, valid_frac=0.05, shard_tokens=5000)
     (tmp_path / "run.toml").write_text(RECIPE)
