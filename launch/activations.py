@@ -45,13 +45,13 @@ def activation_bytes(cfg: RunConfig, layout: Layout) -> int:
 def backend_measured(cfg: RunConfig) -> str:
     """Return the experts' backend whose tensors are counted: the run's on a machine like this one.
 
-    Those that go from expert to expert on the host are counted as sorted_loop.
+    Each loop is counted as sorted_loop, and each grouped product as torch_grouped: they keep the same.
     """
     dtype = _dtype(cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = cfg.train.expert_backend
     chosen = choose_backend(cfg.model, device, dtype) if wanted == "auto" else wanted
-    return "torch_grouped" if chosen == "torch_grouped" else "sorted_loop"
+    return "sorted_loop" if chosen in ("reference", "sorted_loop", "compiled_loop") else "torch_grouped"
 
 
 def _dtype(cfg: RunConfig) -> torch.dtype:

@@ -56,7 +56,7 @@ class RouterStats:
     counts_E     [E] int64, rows that chose each expert, before any capacity limit
     entropy_sum  [] nats, sum over tokens of the entropy of the router probabilities
     n_dropped    [] int64, rows cut by the capacity factor
-    n_extra_trips  [] int64, trips of rows beyond the first, because a rank would have had too many at once
+    n_extra_trips  [] int64, trips of rows that are made only because a rank would have had too many at once
     """
 
     balance_sum: Tensor

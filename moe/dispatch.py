@@ -80,16 +80,13 @@ class Route:
 
     order_N        [N] rows sorted by expert to rows sorted by trip, then by expert; None: they are the same
     is_over_limit  some rank gets more rows than it is to hold: only one trip's activations may be kept
+    n_extra        trips that are made for this limit alone
     """
 
     trips: tuple[Trip, ...]
     order_N: Tensor | None = None
     is_over_limit: bool = False
-
-    @property
-    def n_extra(self) -> int:
-        """Trips that only the limit has made."""
-        return len(self.trips) - 1 if self.is_over_limit else 0
+    n_extra: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ class AllToAllDispatcher:
         n_trips = max(n_needed, self.min_trips)
         trips = tuple(self._trip(counts_PPL[:, rank], sent, received, i, n_trips) for i in range(n_trips))
         order_N = _by_trip(sent, n_trips, n_rows).to(counts_E.device) if n_trips > 1 else None
-        return Route(trips, order_N, is_over_limit=n_needed > self.min_trips)
+        return Route(trips, order_N, is_over_limit=n_needed > 1, n_extra=n_trips - self.min_trips)
 
     def _n_trips(self, busiest: int, mean: float) -> int:
         """Return the trips in which the busiest rank stays within the limit, but for a row of each sender."""

@@ -8,6 +8,7 @@ Under tensor parallelism each rank dispatches its own T / tp.size tokens, so tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class MoELayer(nn.Module):
         cuts += [n_dropped] if n_dropped else []
         rows, weights = _split(rows_ND, cuts), _split(weights_N, cuts)
         loads = [_Load(*load) for load in zip(rows, weights, route.trips, strict=False)]
-        first = None if route.is_over_limit else self._dispatch(loads[0])
+        first = None if route.is_over_limit else self._dispatch(*loads[0])
         return _Travelling(route, loads, torch.zeros_like(rows[-1]) if n_dropped else None, first)
 
     @torch.compiler.disable
@@ -120,27 +121,29 @@ class MoELayer(nn.Module):
         """Compute the rows trip by trip; return what comes back, [N, D]."""
         loads, results = travelling.loads, list[Tensor]()
         if travelling.route.is_over_limit:
-            results = [recompute_if(True, self._make_trip, load) for load in loads]
+            # Tensors as they are: of a recomputed block, checkpoint would keep what it does not know for one.
+            results = [
+                recompute_if(True, self._make_trip, load.rows, load.weights, load.trip) for load in loads
+            ]
         else:
             arriving, returning = travelling.first, list[Arrival]()
             for i, load in enumerate(loads):
                 assert arriving is not None
                 rows_RD, weights_R = (part.wait() for part in arriving)
                 # The next rows travel while these are computed.
-                arriving = self._dispatch(loads[i + 1]) if i + 1 < len(loads) else None
+                arriving = self._dispatch(*loads[i + 1]) if i + 1 < len(loads) else None
                 done = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, load.trip.counts_L)
                 returning.append(self.dispatcher.combine(done, load.trip))
             results = [arrival.wait() for arrival in returning]
         parts = [*results, travelling.dropped] if travelling.dropped is not None else results
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _dispatch(self, load: "_Load") -> tuple[Arrival, Arrival]:
-        dispatch = self.dispatcher.dispatch
-        return dispatch(load.rows, load.trip), dispatch(load.weights, load.trip)
+    def _dispatch(self, rows: Tensor, weights: Tensor, trip: Trip) -> tuple[Arrival, Arrival]:
+        return self.dispatcher.dispatch(rows, trip), self.dispatcher.dispatch(weights, trip)
 
-    def _make_trip(self, load: "_Load") -> Tensor:
-        rows_RD, weights_R = (part.wait() for part in self._dispatch(load))
-        return self.dispatcher.combine(self.experts(rows_RD, weights_R, load.trip.counts_L), load.trip).wait()
+    def _make_trip(self, rows: Tensor, weights: Tensor, trip: Trip) -> Tensor:
+        rows_RD, weights_R = (part.wait() for part in self._dispatch(rows, weights, trip))
+        return self.dispatcher.combine(self.experts(rows_RD, weights_R, trip.counts_L), trip).wait()
 
 
 def _split(rows: Tensor, cuts: list[int]) -> Sequence[Tensor]:
@@ -154,8 +157,7 @@ def _count_trips(stats: RouterStats, memo: RoutingMemo) -> RouterStats:
     return replace(stats, n_extra_trips=torch.full_like(stats.n_dropped, memo.route.n_extra))
 
 
-@dataclass(frozen=True)
-class _Load:
+class _Load(NamedTuple):
     """What leaves in one trip: rows [M, D] and their weights [M]."""
 
     rows: Tensor

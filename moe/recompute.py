@@ -1,7 +1,8 @@
 """Activation recomputation (Chen et al. 2016, 1604.06174): keep inputs, compute the rest again in backward.
 
 full       a whole block is computed again, its collectives too
-selective  attention and the feed-forward arithmetic of one rank; nothing is communicated twice
+selective  attention and the feed-forward arithmetic of one rank; nothing is communicated twice but
+           rows beyond parallel.ep_max_load
 """
 
 from collections.abc import Callable

@@ -127,10 +127,10 @@ def _multiply_turned(
 ) -> None:
     """Write left[start:].T @ right[right_start:], of n_rows, to out, or where it is not the first, add it.
 
-    Rows that follow may be read, times 0. They are finite: _multiply has written as many.
+    Rows that follow may be read, times 0: _multiply has written as many. In fp16 theirs could be infinite.
     """
-    n_rounded = _round_up(n_rows, left)
-    if start + n_rounded <= left.size(0) and right_start + n_rounded <= right.size(0):
+    n_rounded, is_finite = _round_up(n_rows, left), left.dtype != torch.float16
+    if is_finite and start + n_rounded <= left.size(0) and right_start + n_rounded <= right.size(0):
         left, right = left[start : start + n_rounded], right[right_start : right_start + n_rounded]
     else:
         left = _padded(left[start : start + n_rows], n_rounded)

@@ -47,7 +47,8 @@ class TrainConfig(BaseModel):
         "triton_grouped",
     ] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
-    compile: bool = False  # blocks and loss by torch.compile: a slower first step, faster ones after it
+    # Blocks by torch.compile, and the loss where parallel.tp=1: a slower first step, faster ones after it.
+    compile: bool = False
 
 
 class ScheduleConfig(BaseModel):
@@ -290,7 +291,8 @@ class RunConfig(BaseModel):
                 "train.expert_backend=sorted_loop"
             )
         seqs = self.train.microbatch_seqs
-        row_numbers = model.seq_len * model.top_k * model.d_model // self.parallel.tp  # of a sequence
+        width = max(model.d_model, 2 * model.d_expert) if name == "triton_grouped" else model.d_model
+        row_numbers = model.seq_len * model.top_k * width // self.parallel.tp  # of a sequence
         if needs.has_32_bit_places and seqs * row_numbers >= MAX_PLACES:
             most = (MAX_PLACES - 1) // row_numbers
             remedy = f"use at most {most}, or" if most else "use"

@@ -18,7 +18,8 @@ from torch import Tensor
 from data.loader import IGNORE_INDEX
 from moe.tensor_parallel import TensorParallel
 
-# Of the logits of a chunk, in fp32. Smaller chunks add more often to the gradient of the whole head.
+# Of the logits of a chunk, in fp32, or where they are fused in their own dtype. Smaller chunks add more often
+# to the gradient of the whole head.
 CHUNK_BYTES = 128 << 20
 
 

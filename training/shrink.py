@@ -36,6 +36,7 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
         "clip_norm": None if cfg.train.clip_norm is None else CLIP_NORM,
         "recompute": "none",
         "expert_backend": backend,
+        "compile": False,  # seconds for each variant, of models that compute for milliseconds
     }
     tree["optim"]["schedule"] |= schedule
     del tree["sample"], tree["guard"]  # which speak of more steps and longer sequences

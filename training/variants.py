@@ -42,7 +42,6 @@ class Variant:
             "ep": self.layout.ep,
             "zero_stage": self.zero_stage,
             "sequence_parallel": self.sequence_parallel,
-            "ep_trips": cfg.parallel.ep_trips if self.layout.ep > 1 else 1,
         }
         train = {
             "microbatch_seqs": cfg.batch_seqs // (self.layout.dp * self.n_microbatches),

@@ -89,9 +89,9 @@ def beside_dense(
         "dense": step(lambda: dense(x, dense_in, dense_out), out, [x, dense_in, dense_out]),
     }
     routing = made_up_routing(T, n_experts, top_k, 0.0)
-    changing = itertools.cycle(made_up_routing(T, n_experts, top_k, 0.0, seed) for seed in range(N_ROUTINGS))
-    for backend in ("compiled_loop", "sorted_loop", "torch_grouped"):
-        layer = build_layer(cfg, backend, dtype)
+    for i, backend in enumerate(("compiled_loop", "sorted_loop", "torch_grouped")):
+        layer, seeds = build_layer(cfg, backend, dtype), range(i * N_ROUTINGS, (i + 1) * N_ROUTINGS)
+        changing = itertools.cycle([made_up_routing(T, n_experts, top_k, 0.0, seed) for seed in seeds])
         ways[backend] = mix_step(layer, itertools.repeat(routing), x, out)
         ways[f"{backend}, other routings"] = mix_step(layer, changing, x, out)
     ways["with router"] = layer_step(build_layer(cfg, "compiled_loop", dtype), cfg, x, out)

@@ -60,6 +60,7 @@ def send_and_return(rank: int, layout: Layout, case: str, way: str, n_dropped: i
         "arrived": [part.detach() for part in arrived],
         "counts": [trip.counts_L for trip in route.trips],
         "is_over_limit": route.is_over_limit,
+        "n_extra": route.n_extra,
         "back": back.detach(),
         "gradient": rows.grad,
         "slope": slope,
@@ -95,7 +96,8 @@ def check_trips(layout: Layout, results: list[dict[str, Any]], way: dict[str, An
     for got in results:
         # A sender's rows need not be a multiple of the trips: one more of each sender.
         assert all(len(part) <= limit + layout.ep for part in got["arrived"])
-        assert got["is_over_limit"] == (n_trips > way.get("min_trips", 1))
+        assert got["is_over_limit"] == (max(loads) > limit)
+        assert got["n_extra"] == n_trips - way.get("min_trips", 1)
     if "max_load" not in way:
         assert n_trips == way.get("min_trips", 1)
     assert n_trips >= way.get("min_trips", 1)

@@ -1,5 +1,6 @@
 """Rows in trips: whatever the routing a rank keeps no more than its limit, and no trip waits for another."""
 
+import gc
 import itertools
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from moe.layer import MoELayer
-from moe.recompute import RoutingMemo
+from moe.recompute import RoutingMemo, recompute_if
 from moe.router import Routing
 from moe.tensor_parallel import Unsplit
 from tests.layouts import groups_of
@@ -67,6 +68,27 @@ def test_a_collapsed_routing_keeps_no_more_than_an_even_one() -> None:
         results = run_ranks(bytes_kept, 4, layout, max_load, True)
         assert {n for _, n in results} == {n_extra}
         assert results[0][0] <= even
+
+
+def rows_alive(rank: int, layout: Layout) -> int:
+    """Return the tensors as large as all routed rows that Python holds after a recomputed forward pass."""
+    torch.manual_seed(0)
+    layer = MoELayer(CFG, groups_of(layout, rank).dispatcher(max_load=1.0), Unsplit(), "sorted_loop", "none")
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, memo = torch.randn(256, CFG.d_model, requires_grad=True), RoutingMemo()
+    out = recompute_if(True, layer._mix, x, collapsed_routing(256), memo)
+    gc.collect()
+    n_bytes = 2 * x.nbytes
+    alive = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and not o.is_meta]
+    n_alive = sum(tensor.untyped_storage().nbytes() == n_bytes for tensor in alive)
+    out.sum().backward()
+    assert memo.route is not None and memo.route.is_over_limit
+    return n_alive
+
+
+def test_a_recomputed_layer_over_its_limit_keeps_no_rows() -> None:
+    assert run_ranks(rows_alive, 4, Layout(4, ep=4)) == [0] * 4
 
 
 def meet_while_rows_travel(rank: int, layout: Layout, place: Path) -> None:

@@ -48,6 +48,17 @@ def run(decoder: Decoder, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tens
     return logits.detach(), {name: p.grad for name, p in decoder.named_parameters()}
 
 
+def test_all_blocks_share_one_graph() -> None:
+    """torch.compile gives up on a function that it has compiled eight times, and there are more blocks."""
+    torch._dynamo.reset()
+    decoder = build(tiny_config(n_layers=12), "none", torch.float32)
+    decoder.compile_blocks()
+    counters.clear()
+    with dynamo_config.patch(error_on_recompile=True, fail_on_recompile_limit_hit=True):
+        run(decoder, seed=0)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS.keys())
 def test_compiled_blocks_equal_eager_ones_with_one_graph_for_any_routing(
