@@ -156,7 +156,7 @@ def test_a_step_that_was_not_applied_leaves_the_router_state() -> None:
     counts = torch.arange(state.bias_ME.numel()).view_as(state.bias_ME)
     zero = torch.zeros(())
     for was_applied in (False, True):
-        result = StepResult(zero, zero, zero, zero, counts, zero, zero, StepOutcome(1.0, was_applied))
+        result = StepResult(zero, zero, zero, zero, counts, zero, zero, zero, StepOutcome(1.0, was_applied))
         after = advance_router_state(state, result, cfg.model.balance)
         assert (after is state) == (not was_applied)
 
