@@ -18,11 +18,12 @@ from data.loader import Batch
 from moe.balance import RouterState
 from moe.config import ModelConfig
 from moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Route, Trip, Underway
-from moe.experts import Experts, choose_backend
+from moe.experts import Experts
 from moe.model import Decoder
 from moe.sorted_loop import ROWS_AT_ONCE
 from moe.tensor_parallel import SplitOverGroup, TensorParallel, Unsplit
 from training.config import RunConfig
+from training.hardware import DTYPES, expert_backend_of
 from training.objective import Objective
 from training.parallel import Layout
 
@@ -47,15 +48,8 @@ def backend_measured(cfg: RunConfig) -> str:
 
     Each loop is counted as sorted_loop, and each grouped product as torch_grouped: they keep the same.
     """
-    dtype = _dtype(cfg)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = cfg.train.expert_backend
-    chosen = choose_backend(cfg.model, device, dtype) if wanted == "auto" else wanted
+    chosen = expert_backend_of(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return "sorted_loop" if chosen in ("reference", "sorted_loop", "compiled_loop") else "torch_grouped"
-
-
-def _dtype(cfg: RunConfig) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision]
 
 
 def _cut(model: ModelConfig, *, n_moe: int, n_dense: int) -> ModelConfig:
@@ -79,7 +73,7 @@ def _measure(cfg: RunConfig, layout: Layout, model: ModelConfig) -> int:
         if isinstance(module, Experts) and backend_measured(cfg) == "sorted_loop":
             module.backend = replace(module.backend, apply=_SortedLoop.apply)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _materialise(decoder, _dtype(cfg))
+        _materialise(decoder, DTYPES[cfg.train.precision])
         tokens = torch.zeros(n_seqs, seq_len, dtype=torch.int64)
         state = RouterState.initial(model)
     # Real, since the lengths of documents are read on the host; outside the mode, what has a fake input is

@@ -144,10 +144,15 @@ def weight_bytes(cfg: RunConfig) -> int:
     return FP32_BYTES if cfg.train.precision == "fp32" else 2
 
 
-def largest_state(cfg: RunConfig, layout: Layout) -> tuple[int, StateBytes]:
-    """Return the rank that holds most, and what it holds."""
+def largest_state(cfg: RunConfig, layout: Layout) -> StateBytes:
+    """Return what the rank holds that holds most."""
     states = (state_bytes(cfg, layout, rank) for rank in range(layout.world_size))
-    return max(enumerate(states), key=lambda one: one[1].total)
+    return max(states, key=lambda state: state.total)
+
+
+def largest_peak(cfg: RunConfig, layout: Layout, activations: int) -> int:
+    """Return the peak of the rank whose is the highest, which need not be the one with most state."""
+    return max(peak_bytes(cfg, layout, rank, activations) for rank in range(layout.world_size))
 
 
 def peak_bytes(cfg: RunConfig, layout: Layout, rank: int, activations: int) -> int:

@@ -4,7 +4,7 @@ from accelerate import init_empty_weights
 
 from data.corpus import Corpus
 from launch.activations import activation_bytes, backend_measured
-from launch.memory import bucket_bytes, largest_state, peak_bytes
+from launch.memory import bucket_bytes, largest_peak, largest_state
 from moe.config import ModelConfig
 from moe.counts import flops_per_token, n_active_params, n_params
 from moe.model import Decoder
@@ -45,9 +45,9 @@ def plan_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
 
 
 def _memory_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
-    rank, state = largest_state(cfg, layout)
+    state = largest_state(cfg, layout)
     activations, bucket = activation_bytes(cfg, layout), bucket_bytes(cfg)
-    peak = _gib(peak_bytes(cfg, layout, rank, activations))
+    peak = _gib(largest_peak(cfg, layout, activations))
     reserved = f"; a GPU keeps all {_gib(bucket)} of DeepSpeed's bucket, of which this counts what is filled"
     return [
         (

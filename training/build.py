@@ -5,11 +5,11 @@ from functools import partial
 
 import torch
 
-from moe.experts import choose_backend
 from moe.init import init_weights
 from moe.model import Decoder, build_decoder
 from training.config import RunConfig
-from training.engine import DTYPES, Engine
+from training.engine import Engine
+from training.hardware import expert_backend_of
 from training.objective import Objective
 from training.optimizer import ParamGroups, build_adamw, param_groups
 from training.parallel import Groups, n_microbatches
@@ -31,13 +31,6 @@ def build_local_decoder(cfg: RunConfig, groups: Groups, dtype: torch.dtype = tor
     first_expert = groups.layout.local_experts(groups.rank, cfg.model.n_experts).start
     init_weights(decoder, seed=cfg.train.seed, first_expert=first_expert)
     return decoder
-
-
-def expert_backend_of(cfg: RunConfig, device: torch.device) -> str:
-    """Return the backend that a run uses on a device."""
-    if cfg.train.expert_backend != "auto":
-        return cfg.train.expert_backend
-    return choose_backend(cfg.model, device, DTYPES[cfg.train.precision])
 
 
 def build_engine(cfg: RunConfig, groups: Groups) -> tuple[Engine, Decoder]:

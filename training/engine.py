@@ -36,8 +36,6 @@ from training.optimizer import ParamGroups
 from training.parallel import Groups, Layout, has_own_expert_groups
 from training.self_check import FirstStepCheck, ReducedFragment, check_norm
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 

@@ -1,10 +1,13 @@
-"""What a device can do at most, and how much memory this process has used."""
+"""What a device can do at most, what is chosen for it, and how much memory this process has used."""
 
 import resource
 import time
 from dataclasses import dataclass
 
 import torch
+
+from moe.experts import choose_backend
+from training.config import RunConfig
 
 # Dense bf16 FLOP/s by the vendor's data sheets. Whole names: the PCIe and NVL boards of a family are slower.
 _GPU_BF16_FLOPS = {
@@ -14,6 +17,16 @@ _GPU_BF16_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def expert_backend_of(cfg: RunConfig, device: torch.device) -> str:
+    """Return the backend that a run uses on a device."""
+    if cfg.train.expert_backend != "auto":
+        return cfg.train.expert_backend
+    return choose_backend(cfg.model, device, DTYPES[cfg.train.precision])
 
 
 @dataclass(frozen=True)

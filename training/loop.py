@@ -11,17 +11,16 @@ from data.loader import Batch
 from data.skips import SkippedWindow, data_step_at, merged, read_skips, write_skips
 from moe.balance import RouterState, load_fractions
 from training.batches import build_loader, prefetch
-from training.build import build_engine, expert_backend_of
+from training.build import build_engine
 from training.checkpoint import Saver
 from training.checkpoint_manifest import Attached, Manifest, SavedAt
 from training.checkpoint_tensors import TensorReader
 from training.clock import Clock, Longest
 from training.config import RunConfig
-from training.engine import DTYPES
 from training.errors import DivergedError, SaveError, TakenOverError
 from training.evaluate import evaluate
 from training.generate import continue_prompts
-from training.hardware import PeakFlops, peak_flops
+from training.hardware import DTYPES, PeakFlops, expert_backend_of, peak_flops
 from training.metrics import MetricsLog, Row
 from training.optimizer import lr_at
 from training.owner import Owner

@@ -15,8 +15,7 @@ from tests.runs import rank_share, run_config, uneven_batch
 from training.batches import split_microbatches
 from training.build import build_engine, build_local_decoder
 from training.config import RunConfig
-from training.engine import DTYPES
-from training.hardware import cpu_has_fp16
+from training.hardware import DTYPES, cpu_has_fp16
 from training.objective import Objective
 from training.parallel import Layout, plan_layout
 

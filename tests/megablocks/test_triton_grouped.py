@@ -10,7 +10,7 @@ from moe.experts import EXPERT_BACKENDS, reference_experts, triton_grouped_exper
 from tests.assertions import assert_same_grads, relative_error
 from tests.megablocks.interpreted import interpret_deepspeed, skip_elsewhere
 from tests.models import decoder_by
-from tests.unit.test_experts import COUNTS, apply, leaves
+from tests.unit.test_experts import COUNTS, apply, leaves, run
 from tests.unit.test_model import VARIANTS, run_fast, run_slow
 
 skip_elsewhere()
@@ -26,14 +26,8 @@ def interpreted() -> None:
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 def test_backend_equals_the_loop(counts: list[int], dtype: torch.dtype) -> None:
-    results = []
-    for backend in (triton_grouped_experts, reference_experts):
-        tensors = leaves(counts, dtype)
-        out = apply(backend, counts, tensors)
-        mix = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)
-        (out * mix).sum().backward()
-        results.append((out, {name: tensor.grad for name, tensor in tensors.items()}))
-    (got, got_grads), (want, want_grads) = results
+    got, got_grads = run(triton_grouped_experts, counts, dtype)
+    want, want_grads = run(reference_experts, counts, dtype)
     assert got.shape == want.shape and got.dtype == want.dtype
     if not sum(counts):
         assert all(grad is not None and not grad.any() for grad in got_grads.values())

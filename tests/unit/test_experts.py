@@ -1,6 +1,8 @@
 """Every expert backend against the reference loop: ragged, empty and unique experts."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from tests.models import tiny_config
 
 # These have tests/megablocks, which `make test-megablocks` runs.
 ON_GPUS_ONLY = {name for name, needs in NEEDS.items() if needs.gpu}
+R = TypeVar("R")
 L, D, F = 5, 16, 24
 COUNTS = {
     "ragged, one empty": [7, 0, 13, 1, 16],
@@ -56,18 +59,23 @@ def apply(backend: ApplyExperts, counts: list[int], tensors: dict[str, torch.Ten
     return backend(rows, weights, torch.tensor(counts), *matrices)
 
 
+def run(
+    backend: ApplyExperts, counts: list[int], dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Return the results, and the gradients of a sum in which each number has a weight of its own."""
+    tensors = leaves(counts, dtype)
+    out = apply(backend, counts, tensors)
+    mix = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(dtype)
+    (out * mix).sum().backward()
+    return out, {name: tensor.grad for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize("name", sorted(EXPERT_BACKENDS.keys() - {"reference"} - ON_GPUS_ONLY))
 def test_backend_equals_the_loop(name: str, counts: list[int], dtype: torch.dtype) -> None:
-    results = []
-    for backend in (EXPERT_BACKENDS[name].apply, reference_experts):
-        tensors = leaves(counts, dtype)
-        out = apply(backend, counts, tensors)
-        mix = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)
-        (out * mix).sum().backward()
-        results.append((out, {k: t.grad for k, t in tensors.items()}))
-    (got, got_grads), (want, want_grads) = results
+    got, got_grads = run(EXPERT_BACKENDS[name].apply, counts, dtype)
+    want, want_grads = run(reference_experts, counts, dtype)
     assert got.shape == want.shape == (sum(counts), D)
     if not sum(counts):
         for grads in (got_grads, want_grads):
@@ -104,22 +112,20 @@ def test_turns_are_of_many_experts_or_of_a_part_of_one(monkeypatch: pytest.Monke
     results = []
     for n_rows in (4096, 5, 10):
         monkeypatch.setattr(sorted_loop, "ROWS_AT_ONCE", n_rows)
-        tensors = leaves(counts, torch.float64)
-        out = apply(sorted_loop_experts, counts, tensors)
-        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-        results.append((out, {name: tensor.grad for name, tensor in tensors.items()}))
+        results.append(run(sorted_loop_experts, counts, torch.float64))
     want, want_grads = results[0]
     for got, got_grads in results[1:]:
         assert relative_error(got, want) < 1e-12
         assert_same_grads(got_grads, want_grads, rtol=1e-12)
 
 
-def sizes_of_products(run: Callable[[], object]) -> set[int]:
-    """Return all sizes that matrices have which are multiplied."""
+def sizes_of_products(call: Callable[[], R]) -> tuple[R, set[int]]:
+    """Return what a function returns, and all sizes that matrices have which it multiplies."""
     with torch.profiler.profile(record_shapes=True) as seen:
-        run()
+        result = call()
     products = [event for event in seen.events() if event.name in ("aten::mm", "aten::addmm_")]
-    return {n for event in products for shape in event.input_shapes[-4:] for n in shape if len(shape) == 2}
+    shapes = (shape for event in products for shape in event.input_shapes if len(shape) == 2)
+    return result, {n for shape in shapes for n in shape}
 
 
 @pytest.mark.parametrize("rows_at_once", [4096, 64, 100])
@@ -129,20 +135,10 @@ def test_products_in_half_precision_have_few_sizes(
 ) -> None:
     monkeypatch.setattr(sorted_loop, "ROWS_AT_ONCE", rows_at_once)
     for counts in ([40, 0, 71, 130, 9], [1, 1, 1, 247, 0], [0, 0, 3, 0, 33], [250, 0, 0, 0, 0]):
-        results = []
-        for backend in (sorted_loop_experts, reference_experts):
-            tensors = leaves(counts, dtype)
-            out = apply(backend, counts, tensors)
-            mix = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)
-            (out * mix).sum().backward()
-            results.append((out, {name: tensor.grad for name, tensor in tensors.items()}))
-        (got, got_grads), (want, want_grads) = results
+        (got, got_grads), sizes = sizes_of_products(partial(run, sorted_loop_experts, counts, dtype))
+        want, want_grads = run(reference_experts, counts, dtype)
         assert relative_error(got, want) <= RTOL[dtype]
         assert_same_grads(got_grads, want_grads, rtol=RTOL[dtype])
-        tensors = leaves(counts, dtype)
-        sizes = sizes_of_products(
-            lambda t=tensors, c=counts: apply(sorted_loop_experts, c, t).sum().backward()
-        )
         assert {D, F, 2 * F} <= sizes and all(n == F or n % sorted_loop.TILE_ROWS == 0 for n in sizes)
 
 
