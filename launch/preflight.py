@@ -38,14 +38,15 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
             "turnout: this CPU has no bf16 arithmetic; train.precision=fp32 will be faster", file=sys.stderr
         )
     compiling = {
-        "train.expert_backend=compiled_loop": cfg.train.expert_backend == "compiled_loop",
-        "train.compile=true": cfg.train.compile,
+        "train.expert_backend=compiled_loop": (cfg.train.expert_backend == "compiled_loop", "sorted_loop"),
+        "train.compile=true": (cfg.train.compile, "train.compile=false"),
     }
-    if (asked := [name for name, is_so in compiling.items() if is_so]) and not n_gpus and not find_compiler():
-        raise ConfigError(
-            f"{asked[0]} needs a C++ compiler, and there is no g++ or clang++ here; "
-            "install one, name it in CXX, or do without"
-        )
+    for setting, (is_set, instead) in compiling.items():
+        if is_set and not n_gpus and not find_compiler():
+            raise ConfigError(
+                f"{setting} needs a C++ compiler, and there is no g++ or clang++ here; "
+                f"install one, name it in CXX, or use {instead}"
+            )
     if cfg.train.expert_backend != "auto":
         check_kernels(cfg.train.expert_backend, n_gpus)
     if "wandb" in cfg.log.trackers and importlib.util.find_spec("wandb") is None:

@@ -9,6 +9,7 @@ import torch
 from data.tokenizer import Tokenizer, load_tokenizer
 from moe.cache import CachedDecoder
 from moe.config import ModelConfig
+from moe.model import Decoder
 from tests.models import random_state, tiny_config, tiny_decoder
 from tests.unit.data_fixtures import write_tokenizer
 from training.config import SampleConfig
@@ -35,15 +36,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(write_tokenizer(Path(tmp_path_factory.mktemp("tokenizer"))))
 
 
+def decoder_of(cfg: ModelConfig, dtype: torch.dtype = torch.float64) -> Decoder:
+    """Build a decoder that does not end a text by itself where these tests go on."""
+    return tiny_decoder(cfg, dtype=dtype, seed=1)
+
+
 def sample(tokenizer: Tokenizer, *, seed: int = 0, **changes: object) -> list[str]:
     """Return what training would sample."""
     cfg = SampleConfig.model_validate({"prompts": ["the train", "a"], "n_tokens": 12, **changes})
-    decoder = tiny_decoder(CFG, dtype=torch.float32)
+    decoder = decoder_of(CFG, torch.float32)
     return continue_prompts(decoder, tokenizer, random_state(CFG), cfg, seed=seed)
 
 
 def cached(cfg: ModelConfig = CFG) -> CachedDecoder:
-    return CachedDecoder(tiny_decoder(cfg, dtype=torch.float64, seed=1), random_state(cfg))
+    return CachedDecoder(decoder_of(cfg), random_state(cfg))
 
 
 def written(pieces: Sequence[TextPiece]) -> list[str]:
@@ -63,7 +69,7 @@ def stream(tokenizer: Tokenizer, prompts: Sequence[str] = PROMPTS, **changes: ob
 
 
 def test_greedy_takes_the_most_likely_token_each_time(tokenizer: Tokenizer) -> None:
-    decoder = tiny_decoder(CFG, dtype=torch.float32)
+    decoder = decoder_of(CFG, torch.float32)
     ids = [tokenizer.bos_id, *tokenizer.encode("the train")]
     start = len(ids)
     for _ in range(12):
@@ -87,7 +93,7 @@ def test_a_long_prompt_keeps_its_tail(tokenizer: Tokenizer) -> None:
     room = CFG.seq_len - 12
     prompt = "switch " * 50 + "the train"
     tail = tokenizer.encode(prompt)[-room:]
-    decoder = tiny_decoder(CFG, dtype=torch.float32)
+    decoder = decoder_of(CFG, torch.float32)
     for _ in range(12):
         tokens = torch.tensor([tail + [0] * (CFG.seq_len - len(tail))])
         with torch.no_grad():
@@ -101,7 +107,7 @@ def test_a_long_prompt_keeps_its_tail(tokenizer: Tokenizer) -> None:
 
 def test_the_cache_writes_what_whole_passes_write(tokenizer: Tokenizer) -> None:
     cfg = SampleConfig(prompts=PROMPTS, n_tokens=8, temperature=0)
-    decoder = tiny_decoder(CFG, dtype=torch.float64)
+    decoder = decoder_of(CFG)
     want = continue_prompts(decoder, tokenizer, random_state(CFG), cfg, seed=0)
     got = stream(tokenizer, sampling=GREEDY)
     assert len(set(want)) == len(PROMPTS)
@@ -192,7 +198,7 @@ def test_a_window_writes_on_beyond_seq_len(tokenizer: Tokenizer) -> None:
 
 def test_ids_that_no_text_has_are_never_drawn(tokenizer: Tokenizer) -> None:
     cfg = tiny_config(vocab_size=640, seq_len=24)
-    decoder = tiny_decoder(cfg, dtype=torch.float64)
+    decoder = decoder_of(cfg)
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
     top = whole_pass_logits(decoder, rows, random_state(cfg)).argmax(-1)
     assert (top >= tokenizer.vocab_size).any(), "none would be drawn, so this proves nothing"

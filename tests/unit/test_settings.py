@@ -223,11 +223,17 @@ def test_paths_cover_the_names_that_scripts_rely_on() -> None:
     assert set(promised.split()) <= set(setting_paths())
 
 
-def test_a_compiled_backend_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = load_config("tiny", ["train.expert_backend=compiled_loop"])
+@pytest.mark.parametrize(
+    ("setting", "instead"),
+    [("train.expert_backend=compiled_loop", "sorted_loop"), ("train.compile=true", "train.compile=false")],
+)
+def test_what_is_compiled_needs_a_compiler(
+    setting: str, instead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = load_config("tiny", [setting])
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    with pytest.raises(ConfigError, match=r"compiled_loop needs a C\+\+ compiler.*use sorted_loop"):
+    with pytest.raises(ConfigError, match=rf"{setting} needs a C\+\+ compiler.*use {instead}$"):
         check_machine(cfg, 1)
     check_machine(load_config("tiny"), 1)
 
