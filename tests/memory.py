@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile
 
 from launch.memory import StateBytes
@@ -16,7 +17,8 @@ Storages = dict[int, int]  # bytes by address, so that views count once
 
 
 def storages(tensors: Iterable[Tensor]) -> Storages:
-    found = [t.untyped_storage() for t in tensors if t.device.type != "meta"]
+    # What torch.compile traced with stays about, with no memory behind it.
+    found = [t.untyped_storage() for t in tensors if t.device.type != "meta" and not is_fake(t)]
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
