@@ -290,18 +290,26 @@ class RunConfig(BaseModel):
                 f"train.expert_backend={name} would multiply fp32 as TF32; use train.precision=bf16, or "
                 "train.expert_backend=sorted_loop"
             )
-        seqs = self.train.microbatch_seqs
-        width = max(model.d_model, 2 * model.d_expert) if name == "triton_grouped" else model.d_model
-        row_numbers = model.seq_len * model.top_k * width // self.parallel.tp  # of a sequence
-        if needs.has_32_bit_places and seqs * row_numbers >= MAX_PLACES:
-            most = (MAX_PLACES - 1) // row_numbers
+        if not self.has_places(name):
+            most = (MAX_PLACES - 1) // self._places_of_sequence(name)
             remedy = f"use at most {most}, or" if most else "use"
+            seqs = self.train.microbatch_seqs
             raise ValueError(
                 f"train.expert_backend={name} takes less than {MAX_PLACES:,} numbers of routed rows at once, "
-                f"and train.microbatch_seqs={seqs} gives {seqs * row_numbers:,}; {remedy} "
+                f"and train.microbatch_seqs={seqs} gives {seqs * self._places_of_sequence(name):,}; {remedy} "
                 "train.expert_backend=torch_grouped"
             )
         return self
+
+    def has_places(self, backend: str) -> bool:
+        """Return whether an expert backend can count the numbers of a micro-batch's routed rows."""
+        n_places = self.train.microbatch_seqs * self._places_of_sequence(backend)
+        return not NEEDS[backend].has_32_bit_places or n_places < MAX_PLACES
+
+    def _places_of_sequence(self, backend: str) -> int:
+        model = self.model
+        width = max(model.d_model, 2 * model.d_expert) if backend == "triton_grouped" else model.d_model
+        return model.seq_len * model.top_k * width // self.parallel.tp
 
     @model_validator(mode="after")
     def _check_samples(self) -> Self:

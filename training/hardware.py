@@ -26,7 +26,8 @@ def expert_backend_of(cfg: RunConfig, device: torch.device) -> str:
     """Return the backend that a run uses on a device."""
     if cfg.train.expert_backend != "auto":
         return cfg.train.expert_backend
-    return choose_backend(cfg.model, device, DTYPES[cfg.train.precision])
+    chosen = choose_backend(cfg.model, device, DTYPES[cfg.train.precision])
+    return chosen if cfg.has_places(chosen) else "sorted_loop"
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,22 @@ from typing import Literal
 from training.config import RunConfig
 from training.parallel import Layout, divisors, misfits, plan_layout
 
+TIGHT = 0.4  # parallel.ep_max_load below which any routing makes further trips
+
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train the same batches. n_microbatches: per rank and step."""
+    """One way to train the same batches.
+
+    n_microbatches: per rank and step. n_trips, max_load: parallel.ep_trips and parallel.ep_max_load.
+    """
 
     layout: Layout
     zero_stage: Literal[1, 2] = 1
     sequence_parallel: bool = False
     n_microbatches: int = 1
+    n_trips: int = 1
+    max_load: float | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -29,6 +36,10 @@ class Variant:
             words.append("sequence-parallel")
         if self.n_microbatches > 1:
             words.append(f"micro-batches={self.n_microbatches}")
+        if self.n_trips > 1:
+            words.append(f"trips={self.n_trips}")
+        if self.max_load is not None:
+            words.append(f"max-load={self.max_load}")
         if self.recompute != "none":
             words.append(f"recompute={self.recompute}")
         if self.precision != "fp32":
@@ -42,6 +53,8 @@ class Variant:
             "ep": self.layout.ep,
             "zero_stage": self.zero_stage,
             "sequence_parallel": self.sequence_parallel,
+            "ep_trips": self.n_trips,
+            "ep_max_load": self.max_load,
         }
         train = {
             "microbatch_seqs": cfg.batch_seqs // (self.layout.dp * self.n_microbatches),
@@ -86,7 +99,8 @@ def richest(layouts: Sequence[Layout]) -> Layout:
 
 def list_variants(cfg: RunConfig, layouts: Sequence[Layout]) -> list[Variant]:
     """Return every layout under both ZeRO stages, sequence parallelism where tensors are split, and on the
-    richest layout accumulation and recomputation; all in fp32, where a difference shows beyond rounding.
+    richest layout accumulation, recomputation and further trips of rows; all in fp32, where a difference
+    shows beyond rounding.
 
     A bf16 config is also run in bf16, where DeepSpeed takes other ways.
     """
@@ -99,6 +113,8 @@ def list_variants(cfg: RunConfig, layouts: Sequence[Layout]) -> list[Variant]:
     cuts.append(replace(rich, n_microbatches=2, zero_stage=2 if stage == 1 else 1))
     cuts += [replace(rich, recompute=recompute) for recompute in ("selective", "full")]
     cuts.append(replace(rich, n_microbatches=2, recompute="full", sequence_parallel=rich.layout.tp > 1))
+    if rich.layout.ep > 1:
+        cuts += [replace(rich, n_trips=2), replace(rich, max_load=TIGHT)]
     half = []
     if cfg.train.precision == "bf16":
         plain = [v for v in base if not v.sequence_parallel]

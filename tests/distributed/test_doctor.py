@@ -31,10 +31,17 @@ def test_every_layout_of_a_rich_config_agrees(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.splitlines()
     assert lines[0].startswith("warning two-balancings: model.balance.coef=0.01: ")
-    assert lines[-1] == "all 16 variants agree with one process"
+    assert lines[-1] == "all 18 variants agree with one process"
     rows = [line for line in lines if line.count("agrees") and "\u2502" in line]
-    assert len(rows) == 16
-    for words in ("tp=1 ep=1 zero=1", "tp=2 ep=2 zero=2", "micro-batches=4", "recompute=full"):
+    assert len(rows) == 18
+    for words in (
+        "tp=1 ep=1 zero=1",
+        "tp=2 ep=2 zero=2",
+        "micro-batches=4",
+        "recompute=full",
+        "trips=2",
+        "max-load=",
+    ):
         assert any(words in row for row in rows), words
 
 
@@ -47,7 +54,7 @@ def test_a_wrong_factor_is_found_and_named(
     said = capfd.readouterr()
     assert code == 1
     errors = said.err.splitlines()
-    assert errors[-1] == "turnout: 8 of 8 variants differ from one process"
+    assert errors[-1] == "turnout: 10 of 10 variants differ from one process"
     first = next(line for line in errors if line.startswith("turnout: dp=2 tp=1 ep=2 zero=1: "))
     assert "balancing gradient: " in first and " is 0.5 times that of one process" in first
     assert first.endswith("on ranks 0, 1)")

@@ -125,6 +125,11 @@ def test_variants_are_distinct_fit_and_cover_what_they_should(name: str) -> None
     assert {v.layout for v in fp32 if v.sequence_parallel} == {x for x in layouts if x.tp > 1}
     assert {v.n_microbatches for v in fp32} == {1, 2, 4}
     assert {v.recompute for v in fp32} == {"none", "selective", "full"}
+    assert {(v.n_trips > 1, v.max_load is not None) for v in fp32} == {
+        (False, False),
+        (True, False),
+        (False, True),
+    }
     in_half = {v.layout for v in variants if v.precision == "bf16"}
     assert in_half == (set(layouts) if cfg.train.precision == "bf16" else set())
 
