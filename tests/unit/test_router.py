@@ -1,10 +1,12 @@
 """The router's choices: who is chosen, with which weight, and what ties, groups, bias and capacity change."""
 
+import math
+
 import torch
 
 from moe.balance import RouterState
 from moe.config import ModelConfig
-from moe.router import Router, Routing, choose_experts, within_capacity
+from moe.router import Router, Routing, best_of_each, choose_experts, within_capacity
 from moe.tensor_parallel import Unsplit
 from tests.models import tiny_config
 
@@ -45,6 +47,19 @@ def test_unnormalised_weights_are_the_probabilities_of_the_chosen() -> None:
 def test_ties_go_to_the_lower_id() -> None:
     scores = torch.tensor([[0.5, 0.7, 0.7, 0.5, 0.7, 0.1]])
     assert choose_experts(scores, 4, n_groups=1, top_groups=1).tolist() == [[1, 2, 4, 0]]
+
+
+def test_the_best_of_each_row_are_those_of_a_stable_sort() -> None:
+    """Without ties, with ties among the best and with the first that is left out, and of odd numbers."""
+    torch.manual_seed(0)
+    few_values = torch.randint(3, (300, 12)).float()
+    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 0.5])[torch.randint(6, (200, 12))]
+    for scores in (torch.rand(300, 12), few_values, odd, torch.ones(4, 12), torch.ones(0, 12)):
+        want = scores.sort(dim=-1, descending=True, stable=True).indices
+        for dtype in (torch.float32, torch.float64):
+            for n in (1, 2, 5, 11, 12):
+                assert torch.equal(best_of_each(scores.to(dtype), n), want[:, :n])
+    torch.library.opcheck(best_of_each, (few_values, 2))
 
 
 def test_groups_limit_the_choice_by_their_two_best() -> None:
