@@ -4,8 +4,9 @@ Shapes
   B sequences   S seq_len   T tokens = B*S   D d_model   H n_heads   G n_kv_heads   A d_head   W
   sliding_window
 
-A batch is a flat row of T tokens; a document never sees another one. Documents of one length share one call
-of scaled_dot_product_attention, so no mask of S x S is ever made, on any device.
+A batch is a flat row of T tokens; a document never sees another one. From sm_80 on, in half precision, one
+call of FlashAttention (Dao 2023, 2307.08691) takes documents of any lengths; elsewhere those of one length
+share a call of scaled_dot_product_attention. No mask of S x S is ever made, on any device.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from moe.config import ModelConfig
 from moe.norm import Norm
@@ -23,31 +25,48 @@ from moe.tensor_parallel import TensorParallel
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of one packed batch, grouped by length.
+    """The N documents of one packed batch, grouped by length, or all together.
 
     groups     (length, number of documents) in the order in which order_T lists their tokens
     order_T    [T] token positions, documents of equal length side by side; None: the batch is in that order
     inverse_T  [T] the inverse of order_T
+    cu_seqlens_N  [N + 1] int32, where each document starts, and T; None: they are to be attended to by length
     """
 
     groups: tuple[tuple[int, int], ...]
     order_T: Tensor | None
     inverse_T: Tensor | None
+    cu_seqlens_N: Tensor | None = None
+
+    @property
+    def max_length(self) -> int:
+        return max(length for length, _ in self.groups)
 
 
-def find_documents(doc_ids_BS: Tensor, device: torch.device) -> Documents:
+def takes_any_lengths(device: torch.device, dtype: torch.dtype, d_head: int) -> bool:
+    """Return whether FlashAttention's kernel for documents of any lengths runs here."""
+    if device.type != "cuda" or dtype.itemsize != 2 or d_head % 8 or d_head > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def find_documents(doc_ids_BS: Tensor, device: torch.device, *, by_length: bool = True) -> Documents:
     """Find the documents of a packed batch.
 
     doc_ids_BS [B, S] int64 on the CPU: changes where a new document starts. A sequence's end ends its
     document. Works on the host, so that the lengths are Python ints and no layer asks the device for them.
+    by_length: whether those of one length go together, as they must where a call takes one length.
     """
     n_seqs, seq_len = doc_ids_BS.shape
     is_start_BS = torch.ones_like(doc_ids_BS, dtype=torch.bool)
     is_start_BS[:, 1:] = doc_ids_BS[:, 1:] != doc_ids_BS[:, :-1]
     starts = is_start_BS.flatten().nonzero().flatten()
-    lengths = torch.diff(starts, append=torch.tensor([n_seqs * seq_len]))
+    end = torch.tensor([n_seqs * seq_len])
+    lengths = torch.diff(starts, append=end)
     distinct, n_documents = lengths.unique(return_counts=True)
     groups = tuple(zip(distinct.tolist(), n_documents.tolist(), strict=True))
+    if not by_length:
+        return Documents(groups, None, None, torch.cat([starts, end]).to(device, torch.int32))
     if len(groups) == 1:
         return Documents(groups, None, None)
     order_T = torch.cat([(starts[lengths == n, None] + torch.arange(n)).flatten() for n, _ in groups])
@@ -86,6 +105,8 @@ def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, wi
     """Return the attention output [T, H, A]: causal, inside each document, at most `window` keys per
     query.
     """
+    if documents.cu_seqlens_N is not None:
+        return _attend_any_lengths(q_THA, k_TGA, v_TGA, documents.cu_seqlens_N, documents.max_length, window)
     if documents.order_T is not None and documents.inverse_T is not None:
         q_THA, k_TGA, v_TGA = (
             permute_rows(x, documents.order_T, documents.inverse_T) for x in (q_THA, k_TGA, v_TGA)
@@ -103,6 +124,25 @@ def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, wi
     out_THA = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     if documents.order_T is not None and documents.inverse_T is not None:
         out_THA = permute_rows(out_THA, documents.inverse_T, documents.order_T)
+    return out_THA
+
+
+def _attend_any_lengths(
+    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, cu_seqlens_N: Tensor, max_length: int, window: int | None
+) -> Tensor:
+    out_THA = varlen_attn(
+        q_THA,
+        k_TGA,
+        v_TGA,
+        cu_seqlens_N,
+        cu_seqlens_N,
+        max_length,
+        max_length,
+        # Keys before the query's own, and after it; -1: all.
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q_THA.size(1) != k_TGA.size(1),
+    )
+    assert isinstance(out_THA, Tensor)
     return out_THA
 
 

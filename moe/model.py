@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.attention import Attention, Documents, find_documents, rope_tables
+from moe.attention import Attention, Documents, find_documents, rope_tables, takes_any_lengths
 from moe.balance import RouterState, RouterStats
 from moe.config import ModelConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
@@ -110,7 +110,8 @@ class Decoder(nn.Module):
             )
         x = self.embed(tokens_BS.flatten())
         is_counted_T = is_counted_BS.flatten()
-        documents = find_documents(doc_ids_BS, x.device)
+        by_length = not takes_any_lengths(x.device, x.dtype, self.cfg.d_head)
+        documents = find_documents(doc_ids_BS, x.device, by_length=by_length)
         rope = rope_tables(self.cfg, n_seqs, x.device, x.dtype)
         stats: list[RouterStats] = []
         for module in self.blocks:

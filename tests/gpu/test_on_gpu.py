@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from launch.local import free_port
+from moe.attention import attend, find_documents, takes_any_lengths
 from moe.backends import NEEDS
 from moe.balance import RouterState
 from moe.dispatch import AllToAllDispatcher, LocalDispatcher
@@ -115,6 +116,27 @@ def test_decoder_equals_the_cpu(window: int | None) -> None:
     state = type(state)(state.bias_ME.to(CUDA), state.load_frac_ME.to(CUDA))
     got, _ = on_gpu(tokens.to(CUDA), doc_ids, is_counted.to(CUDA), state)
     assert relative_error(got.cpu(), want) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_attention_to_documents_of_any_lengths_equals_that_by_length(
+    window: int | None, dtype: torch.dtype
+) -> None:
+    doc_ids = torch.tensor([[0] * 13, [0] * 5 + [1] * 8, [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3]])
+    assert takes_any_lengths(CUDA, dtype, 16)
+    results = []
+    for by_length in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [
+            torch.randn(39, heads, 16, generator=generator).to(CUDA, dtype).requires_grad_()
+            for heads in (4, 2, 2)
+        ]
+        out = attend(*leaves, find_documents(doc_ids, CUDA, by_length=by_length), window)
+        (out * torch.linspace(-1, 1, out.numel(), device=CUDA).view_as(out).to(dtype)).sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) <= RTOL[dtype]
 
 
 def test_compiled_blocks_equal_eager_ones() -> None:

@@ -1,12 +1,17 @@
 """RoPE against transformers' own, and packed or windowed attention against a plain mask."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, apply_rotary_pos_emb
 
-from moe.attention import apply_rope, attend, find_documents, rope_tables
+import moe.attention
+from moe.attention import apply_rope, attend, find_documents, rope_tables, takes_any_lengths
 from tests.models import tiny_config
 
 CPU = torch.device("cpu")
@@ -49,15 +54,56 @@ DOC_IDS = {
 }
 
 
+class Record(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def slow_varlen_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch promises of its kernel: keys of a sequence from `left` before the query to `right` after."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
+    lengths = cu_seq_q.diff()
+    assert max_q == max_k == int(lengths.max()) and enable_gqa == (q.size(1) != k.size(1))
+    place, document = torch.arange(q.size(0)), torch.arange(len(lengths)).repeat_interleave(lengths)
+    distance, (left, right) = place[:, None] - place, window_size
+    visible = (document[:, None] == document) & (distance >= -right)
+    if left >= 0:
+        visible = visible & (distance <= left)
+    parts = [x.transpose(0, 1) for x in (q, k, v)]
+    return F.scaled_dot_product_attention(*parts, attn_mask=visible, enable_gqa=enable_gqa).transpose(0, 1)
+
+
+@pytest.mark.parametrize("by_length", [True, False], ids=["by length", "any lengths"])
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 12])
 @pytest.mark.parametrize("doc_ids", DOC_IDS.values(), ids=DOC_IDS.keys())
-def test_attention_equals_one_with_a_plain_mask(doc_ids: torch.Tensor, window: int | None) -> None:
+def test_attention_equals_one_with_a_plain_mask(
+    doc_ids: torch.Tensor, window: int | None, by_length: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe.attention, "varlen_attn", slow_varlen_attn)  # the kernel is for GPUs only
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(39, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     k, v = (
         torch.randn(39, 2, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
-    got = attend(q, k, v, find_documents(doc_ids, CPU), window)
+    got = attend(q, k, v, find_documents(doc_ids, CPU, by_length=by_length), window)
 
     place = torch.arange(13)
     visible = (place[:, None] >= place) & (doc_ids[:, :, None] == doc_ids[:, None, :])
@@ -72,6 +118,22 @@ def test_attention_equals_one_with_a_plain_mask(doc_ids: torch.Tensor, window: i
     want_grads = torch.autograd.grad((want * mix).sum(), (q, k, v))
     for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(got_grad, want_grad, rtol=1e-11, atol=1e-11)
+
+
+def test_documents_of_any_lengths_are_one_call_of_torchs_kernel() -> None:
+    """Nothing is computed: fake tensors go where a GPU's would."""
+    documents = find_documents(DOC_IDS["uneven documents"], CPU, by_length=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), Record() as record:
+        q, k, v = (torch.empty(39, heads, 8, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+        out = attend(q, k, v, documents, 3)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert [name for name in record.names if "attn" in name or "attention" in name] == [
+        "torch_attn._varlen_attn.default"
+    ]
+
+
+def test_a_cpu_groups_documents() -> None:
+    assert not takes_any_lengths(CPU, torch.bfloat16, 64)
 
 
 def test_documents_are_grouped_by_length() -> None:
