@@ -114,10 +114,11 @@ def _differentiate_fused(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     normaliser_T1 = wide_TV.logsumexp(1, keepdim=True)
     is_counted_T1 = (targets != IGNORE_INDEX).unsqueeze(1)
     target_T1 = targets.unsqueeze(1).where(is_counted_T1, 0)
-    nll_T1 = (normaliser_T1 - wide_TV.gather(1, target_T1)) * is_counted_T1
-    is_target_TV = torch.arange(logits.size(1), device=logits.device) == target_T1
-    grads_TV = ((wide_TV - normaliser_T1).exp() - is_target_TV.to(wide_TV.dtype)) * is_counted_T1
-    return nll_T1.sum(), grads_TV.to(logits.dtype)
+    log_probs_T1 = wide_TV.gather(1, target_T1) - normaliser_T1
+    grads_TV = ((wide_TV - normaliser_T1).exp() * is_counted_T1).to(logits.dtype)
+    # Written over, where a comparison of each word with the target would take a quarter of the time.
+    grads_TV.scatter_(1, target_T1, ((log_probs_T1.exp() - 1) * is_counted_T1).to(logits.dtype))
+    return (-log_probs_T1 * is_counted_T1).sum(), grads_TV
 
 
 @cache
