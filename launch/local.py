@@ -32,6 +32,9 @@ CPU_ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(2**28),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
+# Threads that wait for each other sleep. Spinning, they keep the cores from the one that they wait for when
+# another process has a core, and a step takes ten times as long (LOG.md).
+THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 POLL_S = 0.5
 # After the first failure: the others may find out by themselves, then are told to end, then are killed. The
@@ -270,7 +273,8 @@ def rank_environment(nproc: int, *, has_gpus: bool) -> dict[str, str]:
     settings = {"PYTHONSAFEPATH": "1"}
     if not has_gpus:
         n_threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-        settings |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(n_threads), **CPU_ALLOCATOR}
+        threads = {"OMP_NUM_THREADS": str(n_threads), **THREADS_SLEEP}
+        settings |= {"DS_ACCELERATOR": "cpu", **threads, **CPU_ALLOCATOR}
     return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 

@@ -26,6 +26,7 @@ QUICK = {
 OTHERS = {
     "prepare": "tests.bench.command:prepare_rows",
     "training": "tests.bench.command:training_rows",
+    "busy": "tests.bench.command:busy_rows",
     "layouts": "tests.bench.command:layout_rows",
     "self-check": "tests.bench.self_check:self_check_rows",
     "checkpoints": "tests.bench.checkpoints:checkpoint_rows",

@@ -115,6 +115,26 @@ def training_rows() -> list[Row]:
         )
 
 
+def busy_rows() -> list[Row]:
+    """One rank of a thread for each core, quiet and with another process beside it on one of them."""
+    few = ("train.batch_tokens=512", "train.microbatch_seqs=2", "train.n_steps=30")
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    spinning = {**threads, "GOMP_SPINCOUNT": "300000"}  # libgomp's own
+    rows = []
+    with small_corpus() as corpus:
+        ways = {
+            "threads that spin": partial(train, corpus, 1, *few, **spinning),
+            "threads that sleep": partial(train, corpus, 1, *few, **threads),
+        }
+        rows += compare("tokens/s, quiet", ways)
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            try:
+                rows += compare("tokens/s, another process beside them", ways)
+            finally:
+                other.kill()
+    return rows
+
+
 def layout_rows() -> list[Row]:
     layouts: dict[str, tuple[int, tuple[str, ...]]] = {
         "1 rank": (1, ()),
