@@ -1,0 +1,32 @@
+"""What the launcher puts into the environment of ranks, and what it leaves alone."""
+
+import os
+
+import pytest
+
+from launch.local import CPU_ALLOCATOR, THREADS_SLEEP, rank_environment
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", *CPU_ALLOCATOR, *THREADS_SLEEP):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_ranks_on_cpus_share_the_cores_and_their_threads_sleep() -> None:
+    n_cores = len(os.sched_getaffinity(0))
+    for nproc in (1, n_cores, 2 * n_cores):
+        found = rank_environment(nproc, has_gpus=False)
+        assert found["OMP_NUM_THREADS"] == str(max(1, n_cores // nproc))
+        assert found.items() >= {**CPU_ALLOCATOR, "OMP_WAIT_POLICY": "PASSIVE"}.items()
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE", "MALLOC_TOP_PAD_": "0"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert rank_environment(1, has_gpus=False).items() >= own.items()
+
+
+def test_ranks_on_gpus_have_their_own_ways() -> None:
+    assert rank_environment(2, has_gpus=True).keys() == {"PYTHONSAFEPATH"}
