@@ -8,7 +8,6 @@ Where there is no GPU the ranks are forked from one server that has imported tor
 them in each rank would take a core for minutes in all.
 """
 
-import atexit
 import faulthandler
 import gc
 import io
@@ -22,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -56,6 +55,8 @@ class RankPool:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+        # As this process ends, before multiprocessing asks them to end, which a stopped process never hears.
+        util.Finalize(None, self.close, exitpriority=0)
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         self._signal(signal.SIGCONT)
@@ -111,13 +112,6 @@ def join_alone() -> None:
     if not torch.distributed.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-
-
-@atexit.register
-def close_pools() -> None:
-    for pool in _pools.values():
-        pool.close()
-    _pools.clear()
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:

@@ -56,10 +56,12 @@ def prepare(workers: int) -> Measurement:
     return Measurement(n_bytes / 1e6 / elapsed_s)
 
 
-def train(corpus: Path, nproc: int, *overrides: str, **env: str) -> Measurement:
-    """Train `tiny` for 60 steps; the first 20 warm up and are left out."""
+def train(
+    corpus: Path, nproc: int, *overrides: str, n_steps: int = 60, n_warm_steps: int = 20, **env: str
+) -> Measurement:
+    """Train `tiny`; the steps of warming up are left out."""
     settings = [
-        "train.n_steps=60",
+        f"train.n_steps={n_steps}",
         "optim.schedule.warmup_steps=5",
         "eval.max_documents=1",
         "sample.prompts=[]",
@@ -71,7 +73,7 @@ def train(corpus: Path, nproc: int, *overrides: str, **env: str) -> Measurement:
         # One thread per rank, so that one rank against two compares like with like.
         env = {"OMP_NUM_THREADS": "1", **env}
         turnout("train", "tiny", "--run-dir", str(run_dir), "--nproc", str(nproc), *sets, **env)
-        rows = [row for row in read_rows(run_dir) if "train/loss" in row and row["step"] > 20]
+        rows = [row for row in read_rows(run_dir) if "train/loss" in row and row["step"] > n_warm_steps]
     speed = statistics.median(row["perf/tokens_per_s"] for row in rows)
     return Measurement(speed, rows[-1]["mem/peak_gib"])
 
@@ -117,14 +119,15 @@ def training_rows() -> list[Row]:
 
 def busy_rows() -> list[Row]:
     """One rank of a thread for each core, quiet and with another process beside it on one of them."""
-    few = ("train.batch_tokens=512", "train.microbatch_seqs=2", "train.n_steps=30")
+    few = partial(train, n_steps=16, n_warm_steps=6)
+    small = ("train.batch_tokens=512", "train.microbatch_seqs=2", "log.every_steps=2")
     threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
     spinning = {**threads, "GOMP_SPINCOUNT": "300000"}  # libgomp's own
     rows = []
     with small_corpus() as corpus:
         ways = {
-            "threads that spin": partial(train, corpus, 1, *few, **spinning),
-            "threads that sleep": partial(train, corpus, 1, *few, **threads),
+            "threads that spin": partial(few, corpus, 1, *small, **spinning),
+            "threads that sleep": partial(few, corpus, 1, *small, **threads),
         }
         rows += compare("tokens/s, quiet", ways)
         with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:

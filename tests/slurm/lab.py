@@ -118,7 +118,20 @@ class Lab:
             raise AssertionError(f"{err}; it was {', '.join(dict.fromkeys(seen))}") from err
 
     def wait_until_usable(self) -> None:
-        wait_for(lambda: self.run("sinfo", "-h", "-p", "main", "-o", "%T").split() == ["idle"], "idle nodes")
+        """Wait until all nodes are idle."""
+        try:
+            wait_for(lambda: {row.split()[1] for row in self.nodes()} == {"idle"}, "idle nodes")
+        except AssertionError as err:
+            raise AssertionError(f"{err}: {'; '.join(self.nodes())}") from err
+
+    def nodes(self) -> list[str]:
+        """Return a row of every node: its name, its state and what SLURM gives as the reason for it."""
+        return self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T %E").splitlines()
+
+    def restart(self) -> None:
+        """Start all over, with an empty queue; the place stays."""
+        self.script("down")
+        self.script("up")
 
 
 class JobRun:
@@ -164,7 +177,8 @@ class JobRun:
             wait_for(condition, what)
         except AssertionError as err:
             logs = "".join(f"\n== {p}\n{p.read_text()}" for p in self.run_dir.glob("logs/start-*/*.log"))
-            raise AssertionError(f"{err}\n{self.log}{logs}") from err
+            cluster = "\n".join([*self._lab.nodes(), self._lab.run("squeue", "--all")])
+            raise AssertionError(f"{err}\n{cluster}\n{self.log}{logs}") from err
 
     def wait_until_gone(self) -> str:
         """Wait until no job of this submission is in the queue, and return what they said."""

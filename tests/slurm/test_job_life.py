@@ -14,7 +14,7 @@ import torch
 
 from tests.distributed.recovery import stored_tensors
 from tests.runs import read_rows
-from tests.slurm.lab import JobRun, Lab
+from tests.slurm.lab import N_NODES, JobRun, Lab
 from training.checkpoint_dir import CHECKPOINTS, checkpoint_path
 
 
@@ -104,7 +104,9 @@ def requeue_by_hand(lab: Lab, run: JobRun, n: int) -> None:
 
 
 def preempt(lab: Lab, run: JobRun, n: int) -> None:
-    """All nodes are wanted, so the other job waits until the one that was cut off is back."""
+    """The other job wants all nodes, so the one that was cut off must be back."""
+    (spare,) = {f"n{i}" for i in range(1, N_NODES + 1)} - set(run.starts[n - 1].begin.nodes)
+    lab.wait_until_back(spare)
     wish = ["-p", "high", "-N", "3", "--exclusive", "--output=/dev/null"]
     urgent = lab.run("sbatch", "--parsable", *wish, "--wrap", "sleep 2").strip()
     check_told_and_saved(run, n)
