@@ -24,8 +24,8 @@ from moe.sorted_loop import ROWS_AT_ONCE
 from moe.tensor_parallel import SplitOverGroup, TensorParallel, Unsplit
 from training.config import RunConfig
 from training.hardware import DTYPES, expert_backend_of
+from training.layout import Layout
 from training.objective import Objective
-from training.parallel import Layout
 
 # Expert layers of the decoders that are run: one layer more adds the same from there on.
 FEW, MORE = 1, 2

@@ -109,7 +109,6 @@ def train(
     """
     # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
     from launch.hostfile import read_hosts
-    from launch.train import plan_run, start_run
 
     if nproc is not None and hostfile is not None:
         raise ConfigError(f"--nproc {nproc} has no effect with --hostfile, whose slots are ranks; drop it")
@@ -122,10 +121,14 @@ def train(
             f"--allow-change {allow_change[0]} has no effect without --resume; add it, or drop this"
         )
     if dry_run:
+        from launch.plan import plan_run
+
         plan_run(recipe, overrides, nproc=nproc * (len(hosts.names) if hosts else 1))
         return
     if run_dir is None:
         raise ConfigError("--run-dir is required; name a new directory, for example --run-dir runs/first")
+    from launch.train import start_run
+
     code = start_run(
         recipe,
         overrides,

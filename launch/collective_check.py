@@ -13,8 +13,9 @@ import torch
 from launch.failures import leave_stack_behind, record_failure
 from launch.local import die_with_parent
 from training.errors import EngineError
+from training.layout import Layout, name_ranks
 from training.ledger import Ledger
-from training.parallel import Groups, Layout, join_groups, leave_groups, local_device, name_ranks
+from training.parallel import Groups, join_groups, leave_groups, local_device
 from training.status import Status, write_status
 
 TIMEOUT_S = 60

@@ -28,9 +28,9 @@ from training.batches import build_loader
 from training.compare import CHECKS, HALF_LIMITS, LIMITS
 from training.config import RunConfig
 from training.errors import ConfigError
+from training.layout import Layout, name_ranks
 from training.lint import Finding, lint
 from training.made_up import Order
-from training.parallel import Layout, name_ranks
 from training.shrink import shrink
 from training.variants import list_variants, split_layouts
 

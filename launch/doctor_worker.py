@@ -21,9 +21,10 @@ from launch.failures import record_failure
 from launch.local import die_with_parent
 from launch.run_dir import read_config
 from training.compare import Comparison, compare
+from training.layout import Layout
 from training.ledger import NoLedger
 from training.made_up import MadeUpLoader, Order
-from training.parallel import Groups, Layout, join_groups, leave_groups
+from training.parallel import Groups, join_groups, leave_groups
 from training.parity import find_steady_batches, train_by_engine
 from training.variants import list_variants
 

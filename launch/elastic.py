@@ -5,7 +5,7 @@ tp and ep are the user's; data parallelism takes the rest, and a micro-batch shr
 
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.parallel import divisors, plan_layout
+from training.layout import divisors, plan_layout
 
 
 def fit_to_nodes(cfg: RunConfig, n_nodes: int, ranks_per_node: int) -> tuple[int, RunConfig]:

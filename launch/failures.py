@@ -30,9 +30,9 @@ from training.errors import (
     SaveError,
     TakenOverError,
 )
+from training.layout import Layout, name_ranks
 from training.ledger import LedgerView
 from training.missing import Ending, explain
-from training.parallel import Layout, name_ranks
 
 # Errors whose own words say it all; others get their type and a pointer to the log.
 PLAIN = (

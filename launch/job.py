@@ -46,7 +46,7 @@ from launch.starts import (
 from launch.submission import PASSED, RECIPE_FILE, read_submission
 from launch.train import Start, claim, is_finished, nothing_left, see_through, take_up
 from training.errors import CheckpointError, ConfigError, TakenOverError, UnreadableError
-from training.parallel import Layout, name_ranks, plan_layout
+from training.layout import Layout, name_ranks, plan_layout
 from training.status import read_status
 from training.stop import ask_to_stop
 

@@ -17,8 +17,8 @@ from moe.model import Decoder
 from moe.sharding import is_expert, split_of
 from training.config import RunConfig
 from training.engine_settings import BUCKET_ELEMENTS
+from training.layout import Layout, has_own_expert_groups, n_microbatches
 from training.optimizer import ADAMW_KINDS, ADAMW_SCALARS, param_groups
-from training.parallel import Layout, has_own_expert_groups, n_microbatches
 
 FP32_BYTES = 4
 # DeepSpeed pads each group of parameters to a multiple of this times the ranks that share it.

@@ -20,7 +20,7 @@ from launch.failures import explain_failures, is_final
 from launch.local import Ended
 from launch.start_dir import read_ledgers
 from training.checkpoint_dir import list_checkpoints, step_of
-from training.parallel import Layout
+from training.layout import Layout
 from training.status import read_status
 
 BEGIN_FILE, ENDING_FILE = "begin.json", "ending.json"

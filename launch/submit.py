@@ -24,7 +24,6 @@ from launch.elastic import fit_to_nodes
 from launch.exit_codes import DONE, OTHER
 from launch.margin import measured_margin_s
 from launch.options import check_at_least
-from launch.plan import checkpoint_bytes
 from launch.preflight import check_corpus
 from launch.run_dir import create_run_dir, has_run
 from launch.settings import check_setting_paths, load_config, to_toml
@@ -33,6 +32,7 @@ from launch.start_dir import make_numbered
 from launch.starts import read_starts
 from launch.submission import PASSED, SUBMISSIONS, Submission, snapshot, write_submission
 from launch.train import is_finished, nothing_left, take_up
+from moe.counts import checkpoint_bytes
 from training.config import RunConfig
 from training.errors import ConfigError, printable
 

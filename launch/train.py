@@ -13,7 +13,6 @@ from launch.duration import format_duration
 from launch.exit_codes import DONE
 from launch.hostfile import Hosts, launch_on_hosts
 from launch.local import Ended, launch_ranks, this_machine
-from launch.plan import data_line, plan_lines
 from launch.preflight import check_corpus, check_machine
 from launch.run_dir import create_run_dir, data_identity, has_run, identity_of, read_config, take_up_run_dir
 from launch.settings import check_setting_paths, load_config
@@ -23,8 +22,8 @@ from training.checkpoint_dir import newest_readable
 from training.checkpoint_manifest import Manifest
 from training.config import RunConfig
 from training.errors import CheckpointError, TakenOverError
+from training.layout import Layout, plan_layout
 from training.owner import Owner, take_over
-from training.parallel import Layout, plan_layout
 from training.resume import check_same_data, check_same_run
 
 
@@ -36,17 +35,6 @@ class Start:
     start_dir: Path
     layout: Layout
     owner: Owner
-
-
-def plan_run(recipe: str, overrides: Sequence[str], *, nproc: int) -> None:
-    """Print what the run needs. The model's rows come first, so that they are there even if the corpus is
-    not.
-    """
-    cfg = load_config(recipe, overrides)
-    for quantity, value in plan_lines(cfg, plan_layout(cfg, nproc)):
-        print(f"{quantity:18} {value}")
-    quantity, value = data_line(cfg, check_corpus(cfg))
-    print(f"{quantity:18} {value}")
 
 
 def start_run(

@@ -17,10 +17,11 @@ from launch.exit_codes import OTHER
 from launch.failures import leave_stack_behind, record_failure
 from launch.local import die_with_parent
 from launch.run_dir import attachments, read_config
+from training.layout import plan_layout
 from training.ledger import ENDED, Ledger
 from training.loop import Observer, train
 from training.owner import Owner
-from training.parallel import join_groups, leave_groups, local_device, plan_layout
+from training.parallel import join_groups, leave_groups, local_device
 from training.status import write_status
 
 

@@ -24,9 +24,10 @@ from training.config import CheckpointConfig, RunConfig
 from training.disk import Disk
 from training.engine import Engine
 from training.guard import GuardState
+from training.layout import Layout
 from training.optimizer import build_adamw
 from training.owner import Owner, take_over
-from training.parallel import Groups, Layout
+from training.parallel import Groups
 from training.pieces import Matrix, Piece
 from training.shares import MODULE_PREFIX, Place, Share
 

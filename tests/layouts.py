@@ -15,9 +15,10 @@ from tests.runs import rank_share, uneven_batch
 from training.batches import split_microbatches
 from training.build import build_local_decoder, put_under_engine
 from training.config import RunConfig
+from training.layout import Layout, plan_layout
 from training.objective import Objective
 from training.optimizer import ParamGroups, build_adamw, param_groups
-from training.parallel import Groups, Layout, plan_layout
+from training.parallel import Groups
 from training.step import accumulate, advance_router_state, apply_update
 
 BuildOptimizer = Callable[[ParamGroups], torch.optim.Optimizer]

@@ -12,8 +12,9 @@ from training.checkpoint_dir import checkpoint_path
 from training.checkpoint_manifest import BIAS, LOAD_FRAC, MASTER, Attached, DataIdentity
 from training.checkpoint_tensors import key_of
 from training.config import RunConfig
+from training.layout import Layout
 from training.owner import take_over
-from training.parallel import Groups, Layout
+from training.parallel import Groups
 from training.pieces import Matrix, Piece
 from training.shares import Place, Share
 

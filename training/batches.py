@@ -8,7 +8,7 @@ import torch
 from data.corpus import Corpus
 from data.loader import Batch, Loader, Prefetcher
 from training.config import RunConfig
-from training.parallel import Layout
+from training.layout import Layout
 
 
 def build_loader(cfg: RunConfig, corpus: Corpus) -> Loader:

@@ -10,9 +10,10 @@ from moe.model import Decoder, build_decoder
 from training.config import RunConfig
 from training.engine import Engine
 from training.hardware import expert_backend_of
+from training.layout import n_microbatches
 from training.objective import Objective
 from training.optimizer import ParamGroups, build_adamw, param_groups
-from training.parallel import Groups, n_microbatches
+from training.parallel import Groups
 
 
 def build_local_decoder(cfg: RunConfig, groups: Groups, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -32,8 +32,9 @@ from training.checkpoint_manifest import MASTER
 from training.config import TrainConfig
 from training.engine_settings import deepspeed_config
 from training.errors import CheckpointError
+from training.layout import Layout, has_own_expert_groups
 from training.optimizer import ParamGroups
-from training.parallel import Groups, Layout, has_own_expert_groups
+from training.parallel import Groups
 from training.self_check import FirstStepCheck, ReducedFragment, check_norm
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

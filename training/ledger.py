@@ -15,10 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # training.parallel imports this module
-    from training.parallel import Layout
+from training.layout import Layout
 
 GROUPS = ("ep", "tp", "dp", "edp", "world")
 N_ENTRIES = 16
@@ -127,7 +125,7 @@ class NoLedger:
 class Ledger(NoLedger):
     """One rank's ledger. One thread at a time may use it."""
 
-    def __init__(self, path: Path, layout: "Layout", rank: int) -> None:
+    def __init__(self, path: Path, layout: Layout, rank: int) -> None:
         with path.open("w+b") as file:
             # Written out, not truncated to size: storing to a hole of a full disk would be a bus error.
             file.write(bytes(_FILE_BYTES + N_ENTRIES * _ENTRY_BYTES))

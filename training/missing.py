@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from itertools import permutations
 
+from training.layout import Layout, name_ranks
 from training.ledger import MAX_COUNTS, Entry, LedgerView
-from training.parallel import Layout, name_ranks
 
 MAX_PLACES = 8  # lines about where the others waited
 MAX_ROW_MISMATCHES = 4

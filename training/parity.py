@@ -17,10 +17,11 @@ from training.batches import prefetch
 from training.build import build_local_decoder, put_under_engine
 from training.compare import CHECKS, Evidence, compare_check
 from training.config import RunConfig
+from training.layout import Layout
 from training.made_up import MadeUpLoader, Order
 from training.objective import Objective, ObjectiveSums
 from training.optimizer import ParamGroups, param_groups
-from training.parallel import Groups, Layout
+from training.parallel import Groups
 from training.step import accumulate, advance_router_state, apply_update
 
 # A change of all weights by 1e-5 of their size, a hundred times rounding, must not move a row elsewhere.

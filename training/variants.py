@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from training.config import RunConfig
-from training.parallel import Layout, divisors, misfits, plan_layout
+from training.layout import Layout, divisors, misfits, plan_layout
 
 TIGHT = 0.4  # parallel.ep_max_load below which any routing makes further trips
 

@@ -9,7 +9,8 @@ import torch
 from training.config import GuardConfig, RunConfig
 from training.errors import DivergedError
 from training.guard import Finding, examine
-from training.parallel import Groups, name_ranks
+from training.layout import name_ranks
+from training.parallel import Groups
 from training.progress import Progress
 from training.step import StepResult, StepTotals
 

@@ -22,8 +22,8 @@ from tests.ranks import run_ranks
 from training.build import build_engine
 from training.checkpoint_dir import list_checkpoints, verify_checkpoint
 from training.config import RunConfig
+from training.layout import plan_layout
 from training.owner import take_over
-from training.parallel import plan_layout
 from training.shares import share_of
 
 N_ROUNDS, N_RANKS = 5, 2

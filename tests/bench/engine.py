@@ -20,9 +20,10 @@ from tests.runs import uneven_batch
 from training.batches import split_microbatches
 from training.build import build_local_decoder, put_under_engine
 from training.config import RunConfig
+from training.layout import plan_layout
 from training.objective import Objective
 from training.optimizer import build_adamw, param_groups
-from training.parallel import Groups, plan_layout
+from training.parallel import Groups
 from training.step import train_step
 
 

@@ -17,7 +17,7 @@ from tests.bench.side_by_side import in_ms, time_in_turn
 from tests.bench.step import made_up_batch
 from tests.layouts import groups_of
 from tests.ranks import join_alone
-from training.parallel import plan_layout
+from training.layout import plan_layout
 
 BACKENDS = ("compiled_loop", "sorted_loop")
 PRODUCT_SIZES, N_PRODUCTS = (1024, 2048, 4096), 4

@@ -24,9 +24,9 @@ from tests.bench.side_by_side import over
 from tests.layouts import groups_of
 from tests.ranks import run_ranks
 from training.config import RunConfig
+from training.layout import plan_layout
 from training.loop import Observer, Run
 from training.owner import Owner, take_over
-from training.parallel import plan_layout
 from training.status import write_status
 from training.step import StepResult
 from training.stop import StopFile

@@ -16,7 +16,7 @@ from tests.runs import rank_share, uneven_batch
 from training.batches import split_microbatches
 from training.build import build_engine
 from training.config import RunConfig
-from training.parallel import has_own_expert_groups, plan_layout
+from training.layout import has_own_expert_groups, plan_layout
 from training.self_check import FirstStepCheck, ReducedFragment
 from training.step import train_step
 

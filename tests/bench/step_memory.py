@@ -24,7 +24,8 @@ from training.batches import split_microbatches
 from training.build import build_engine
 from training.config import RunConfig
 from training.engine import Engine
-from training.parallel import Groups, Layout, n_microbatches
+from training.layout import Layout, n_microbatches
+from training.parallel import Groups
 from training.step import train_step
 
 SMALL = {"n_layers": 3, "d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_head": 64, "d_expert": 256}

@@ -32,8 +32,9 @@ from training.checkpoint_manifest import MANIFEST_SUM, rank_file
 from training.checkpoint_tensors import TensorReader
 from training.disk import Disk
 from training.errors import CheckpointError, SaveError, TakenOverError
+from training.layout import Layout
 from training.owner import take_over
-from training.parallel import Groups, Layout
+from training.parallel import Groups
 from training.pieces import Piece
 
 CFG = run_config().model_copy(update={"checkpoint": ALL_KEPT})

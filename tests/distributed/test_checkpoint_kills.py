@@ -23,8 +23,9 @@ from training.checkpoint_dir import CHECKPOINTS, POINTER_FILE, list_checkpoints,
 from training.checkpoint_tensors import TensorReader
 from training.config import CheckpointConfig
 from training.disk import Disk
+from training.layout import Layout
 from training.owner import take_over
-from training.parallel import Groups, Layout
+from training.parallel import Groups
 from training.pieces import Piece
 
 CFG = run_config().model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, keep_last=2)})

@@ -27,8 +27,8 @@ from training.batches import split_microbatches
 from training.checkpoint_dir import list_checkpoints, read_checkpoint, verify_checkpoint
 from training.checkpoint_tensors import TensorReader
 from training.config import RunConfig
+from training.layout import Layout, divisors, plan_layout
 from training.owner import take_over
-from training.parallel import Layout, divisors, plan_layout
 from training.shares import restore, share_of
 from training.step import advance_router_state, train_step
 

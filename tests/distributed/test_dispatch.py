@@ -11,7 +11,7 @@ from torch import Tensor
 from moe.permute import invert, permute_rows
 from tests.layouts import groups_of
 from tests.ranks import run_ranks
-from training.parallel import Layout
+from training.layout import Layout
 
 N_EXPERTS, D = 8, 3
 WAYS: dict[str, dict[str, Any]] = {

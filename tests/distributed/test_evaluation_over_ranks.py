@@ -11,7 +11,7 @@ from tests.models import random_state, tiny_config, tiny_decoder
 from tests.ranks import run_ranks
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.evaluate import Evaluation, evaluate
-from training.parallel import Layout
+from training.layout import Layout
 
 CFG = tiny_config(vocab_size=300)
 

@@ -28,7 +28,7 @@ from tests.ranks import run_ranks
 from tests.runs import rank_share, run_config, uneven_batch
 from training.batches import split_microbatches
 from training.config import RunConfig
-from training.parallel import Layout, divisors, plan_layout
+from training.layout import Layout, divisors, plan_layout
 
 SIZES = {"n_heads": 8, "n_kv_heads": 8, "d_head": 4, "seq_len": 16, "n_experts": 8, "qk_norm": True}
 TRAIN = {"n_steps": 3, "batch_tokens": 128, "microbatch_seqs": 1}

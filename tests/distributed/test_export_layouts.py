@@ -22,8 +22,8 @@ from training.export.gguf_file import Kind, write_gguf
 from training.export.huggingface import write_huggingface
 from training.export.reader import HfWeights
 from training.export.to_checkpoint import write_first_checkpoint
+from training.layout import Layout
 from training.owner import take_over
-from training.parallel import Layout
 from training.shares import restore, share_of
 from training.step import train_step
 from training.weights import CheckpointWeights

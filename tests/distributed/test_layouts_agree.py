@@ -26,8 +26,8 @@ from training.config import RunConfig
 from training.engine import StepOutcome
 from training.errors import DivergedError
 from training.hardware import cpu_has_fp16
+from training.layout import plan_layout
 from training.optimizer import build_adamw
-from training.parallel import plan_layout
 from training.progress import Progress
 from training.step import StepResult, advance_router_state, train_step
 from training.watch import Watch

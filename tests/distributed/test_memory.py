@@ -16,8 +16,8 @@ from training.batches import split_microbatches
 from training.build import build_engine, build_local_decoder
 from training.config import RunConfig
 from training.hardware import DTYPES, cpu_has_fp16
+from training.layout import Layout, plan_layout
 from training.objective import Objective
-from training.parallel import Layout, plan_layout
 
 LAYOUTS = [
     pytest.param(1, {}, id="dp1"),

@@ -19,8 +19,8 @@ from tests.runs import rank_share, run_config, uneven_batch
 from training.batches import split_microbatches
 from training.build import put_under_engine
 from training.config import RunConfig
+from training.layout import plan_layout
 from training.optimizer import build_adamw
-from training.parallel import plan_layout
 from training.step import advance_router_state, train_step
 
 CFG = run_config(

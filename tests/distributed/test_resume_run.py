@@ -42,8 +42,9 @@ from training.checkpoint_dir import (
 )
 from training.disk import Disk
 from training.errors import TakenOverError
+from training.layout import Layout
 from training.owner import take_over
-from training.parallel import Groups, Layout
+from training.parallel import Groups
 
 HELD_STEP, NEWEST = 12, 10  # a data step; the step of the newest checkpoint by then
 

@@ -18,8 +18,9 @@ from training.batches import split_microbatches
 from training.build import put_under_engine
 from training.config import RunConfig
 from training.errors import EngineError
+from training.layout import plan_layout
 from training.optimizer import build_adamw
-from training.parallel import Groups, plan_layout
+from training.parallel import Groups
 from training.step import train_step
 
 CFG = with_parallel(run_config(model={"n_heads": 4, "n_kv_heads": 2, "n_experts": 8}), tp=2, ep=2)

@@ -15,7 +15,7 @@ from moe.tensor_parallel import Unsplit
 from tests.layouts import groups_of
 from tests.models import tiny_config
 from tests.ranks import run_ranks
-from training.parallel import Layout
+from training.layout import Layout
 
 CFG = tiny_config(d_model=16, d_expert=64, n_experts=8, top_k=2, seq_len=64, n_shared_experts=1)
 

@@ -26,8 +26,9 @@ from tests.distributed.test_train_command import RECIPE, check_same_rows, turnou
 from tests.layouts import forget_groups, train_on_ranks, with_split
 from tests.models import packed_inputs, random_state, tiny_config, tiny_decoder
 from tests.unit.data_fixtures import make_corpus, make_texts
+from training.layout import Layout
 from training.ledger import NoLedger
-from training.parallel import Groups, Layout, join_groups, leave_groups
+from training.parallel import Groups, join_groups, leave_groups
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import torch
 from tests.runs import run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.batches import build_loader, prefetch
-from training.parallel import Layout
+from training.layout import Layout
 
 
 @pytest.mark.parametrize(("dp", "microbatch_seqs"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])

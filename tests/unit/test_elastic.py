@@ -5,7 +5,7 @@ import pytest
 from launch.elastic import fit_to_nodes
 from tests.runs import run_config
 from training.errors import ConfigError
-from training.parallel import plan_layout
+from training.layout import plan_layout
 
 
 def test_all_nodes_are_used_where_they_fit() -> None:

@@ -14,7 +14,7 @@ from tests.ranks import join_alone
 from tests.unit.by_hand import nll_by_hand
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.evaluate import Evaluation, evaluate
-from training.parallel import Layout
+from training.layout import Layout
 
 CFG = tiny_config(vocab_size=300, seq_len=9)
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from data.errors import DataError
 from launch.failures import explain_failures, record_failure
 from launch.start_dir import TOLD_TO_END, make_start_dir
 from training.errors import DivergedError
+from training.layout import Layout
 from training.ledger import Ledger
 from training.metrics import MetricsLog
-from training.parallel import Layout
 
 ROOT = Path(__file__).parents[2]
 TWO = Layout(2)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from training.layout import Layout
 from training.ledger import (
     DONE,
     GROUPS,
@@ -23,7 +24,6 @@ from training.ledger import (
     read_ledger,
 )
 from training.missing import Ending, explain, group_of
-from training.parallel import Layout
 
 FOUR = Layout(4, ep=2)
 ROWS = "all-to-all of rows"
@@ -95,7 +95,7 @@ def test_the_ledger_of_a_killed_process_tells_where_it_was(tmp_path: Path) -> No
 import os, signal
 from pathlib import Path
 from training.ledger import Ledger
-from training.parallel import Layout
+from training.layout import Layout
 ledger = Ledger(Path({str(tmp_path / "a.ledger")!r}), Layout(2), 1)
 ledger.at(7, "optimizer step")
 with ledger.collective("all-reduce", "dp"):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.runs import run_config
 from training.errors import ConfigError
-from training.parallel import Layout, divisors, n_microbatches, plan_layout
+from training.layout import Layout, divisors, n_microbatches, plan_layout
 
 LAYOUTS = [
     Layout(world, tp=tp, ep=ep)

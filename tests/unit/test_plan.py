@@ -6,13 +6,12 @@ import pytest
 
 from launch.memory import rank_params, state_bytes
 from launch.plan import (
-    checkpoint_bytes,
     count_built_params,
     n_checkpoints_kept,
     plan_lines,
 )
 from launch.settings import load_config
-from moe.counts import n_active_params, n_params
+from moe.counts import checkpoint_bytes, n_active_params, n_params
 from tests.checkpoints import (
     APPLIED_STEPS,
     KINDS,
@@ -27,8 +26,8 @@ from tests.ranks import run_ranks
 from tests.runs import run_config
 from training.checkpoint_dir import checkpoint_path, list_checkpoints, read_checkpoint
 from training.config import CheckpointConfig, RunConfig
+from training.layout import Layout, plan_layout
 from training.owner import take_over
-from training.parallel import Layout, plan_layout
 from training.shares import share_of
 
 # (recipe, published total, published active), in billions, with as many digits as their papers give.

@@ -18,7 +18,7 @@ from training.checkpoint_dir import checkpoint_path
 from training.checkpoint_manifest import DataIdentity, rank_file
 from training.config import RunConfig
 from training.errors import CheckpointError, ConfigError
-from training.parallel import Layout
+from training.layout import Layout
 from training.resume import check_same_data, check_same_run
 
 FREE = {

@@ -10,7 +10,7 @@ from launch.doctor import print_replaced
 from launch.settings import load_config, recipe_names
 from moe.config import ModelConfig
 from training.config import GuardConfig, RunConfig
-from training.parallel import Layout, plan_layout
+from training.layout import Layout, plan_layout
 from training.shrink import CLIP_NORM, shrink
 from training.variants import Variant, list_variants, richest, split_layouts
 
