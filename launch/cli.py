@@ -16,6 +16,7 @@ from launch import cli_evaluate
 from launch.cli_generate import generate
 from launch.cli_weights import export, import_
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
+from launch.local import waiting_threads
 from launch.slurm import SlurmError
 from training.errors import CheckpointError, ConfigError, ExportError, printable
 
@@ -107,7 +108,7 @@ def train(
 
     Example: turnout train tiny --run-dir runs/first --nproc 2 --set train.n_steps=200 --resume
     """
-    # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
+    # Imported here, as below, because torch takes a second, which --help need not wait for.
     from launch.hostfile import read_hosts
 
     if nproc is not None and hostfile is not None:
@@ -121,7 +122,7 @@ def train(
             f"--allow-change {allow_change[0]} has no effect without --resume; add it, or drop this"
         )
     if dry_run:
-        from launch.plan import plan_run
+        from launch.plan import plan_run  # with the model, for which a training need not wait here
 
         plan_run(recipe, overrides, nproc=nproc * (len(hosts.names) if hosts else 1))
         return
@@ -328,6 +329,8 @@ app.command(cli_evaluate.routes)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; every error a user can cause ends in one line on stderr and its exit code."""
+    for name, value in waiting_threads().items():  # before any command imports torch, whose threads look once
+        os.environ.setdefault(name, value)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale's encoding may not have a text's characters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -18,7 +18,7 @@ from training.layout import Layout, n_microbatches, plan_layout
 
 def plan_run(recipe: str, overrides: Sequence[str], *, nproc: int) -> None:
     """Print what the run needs. The model's rows come first, so that they are there even if the corpus is
-    not.
+    not. Raises ConfigError and DataError.
     """
     cfg = load_config(recipe, overrides)
     for quantity, value in plan_lines(cfg, plan_layout(cfg, nproc)):

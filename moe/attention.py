@@ -2,7 +2,7 @@
 
 Shapes
   B sequences   S seq_len   T tokens = B*S   D d_model   H n_heads   G n_kv_heads   A d_head   W
-  sliding_window
+  sliding_window   N documents
 
 A batch is a flat row of T tokens; a document never sees another one. From sm_80 on, in half precision, one
 call of FlashAttention (Dao 2023, 2307.08691) takes documents of any lengths; elsewhere those of one length
@@ -27,16 +27,17 @@ from moe.tensor_parallel import TensorParallel
 class Documents:
     """The N documents of one packed batch, grouped by length, or all together.
 
-    groups     (length, number of documents) in the order in which order_T lists their tokens
+    groups     (length, number of documents) in the order in which order_T lists their tokens; with
+               cu_seqlens only which lengths there are
     order_T    [T] token positions, documents of equal length side by side; None: the batch is in that order
     inverse_T  [T] the inverse of order_T
-    cu_seqlens_N  [N + 1] int32, where each document starts, and T; None: they are to be attended to by length
+    cu_seqlens  [N + 1] int32, where each document starts, and T; None: they are to be attended to by length
     """
 
     groups: tuple[tuple[int, int], ...]
     order_T: Tensor | None
     inverse_T: Tensor | None
-    cu_seqlens_N: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
     @property
     def max_length(self) -> int:
@@ -45,9 +46,19 @@ class Documents:
 
 def takes_any_lengths(device: torch.device, dtype: torch.dtype, d_head: int) -> bool:
     """Return whether FlashAttention's kernel for documents of any lengths runs here."""
-    if device.type != "cuda" or dtype.itemsize != 2 or d_head % 8 or d_head > 256:
+    if device.type != "cuda":
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_varlen_kernel(torch.cuda.get_device_capability(device), dtype, d_head)
+
+
+def has_varlen_kernel(capability: tuple[int, int], dtype: torch.dtype, d_head: int) -> bool:
+    """Return whether GPUs of a compute capability have the kernel, backwards too.
+
+    With heads beyond 192 its backward pass needs the shared memory of the large chips.
+    """
+    if dtype.itemsize != 2 or d_head % 8 or d_head > 256 or capability < (8, 0):
+        return False
+    return d_head <= 192 or capability in ((8, 0), (9, 0), (10, 0))
 
 
 def find_documents(doc_ids_BS: Tensor, device: torch.device, *, by_length: bool = True) -> Documents:
@@ -105,8 +116,8 @@ def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, wi
     """Return the attention output [T, H, A]: causal, inside each document, at most `window` keys per
     query.
     """
-    if documents.cu_seqlens_N is not None:
-        return _attend_any_lengths(q_THA, k_TGA, v_TGA, documents.cu_seqlens_N, documents.max_length, window)
+    if documents.cu_seqlens is not None:
+        return _attend_any_lengths(q_THA, k_TGA, v_TGA, documents.cu_seqlens, documents.max_length, window)
     if documents.order_T is not None and documents.inverse_T is not None:
         q_THA, k_TGA, v_TGA = (
             permute_rows(x, documents.order_T, documents.inverse_T) for x in (q_THA, k_TGA, v_TGA)
@@ -128,14 +139,14 @@ def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, wi
 
 
 def _attend_any_lengths(
-    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, cu_seqlens_N: Tensor, max_length: int, window: int | None
+    q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, cu_seqlens: Tensor, max_length: int, window: int | None
 ) -> Tensor:
     out_THA = varlen_attn(
         q_THA,
         k_TGA,
         v_TGA,
-        cu_seqlens_N,
-        cu_seqlens_N,
+        cu_seqlens,
+        cu_seqlens,
         max_length,
         max_length,
         # Keys before the query's own, and after it; -1: all.

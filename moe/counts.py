@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes counted from the sizes alone. The tests hold them against the built model."""
+"""Parameters, FLOPs and bytes counted from the sizes alone. The tests hold them against what is built."""
 
 from moe.config import ModelConfig
 

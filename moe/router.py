@@ -153,14 +153,17 @@ def choose_experts(scores_TE: Tensor, top_k: int, *, n_groups: int, top_groups: 
 # An operator, so that no tracer of tensors asks which rows have ties.
 @torch.library.custom_op("turnout::best_of_each", mutates_args=())
 def best_of_each(scores: Tensor, n: int) -> Tensor:
-    """Return the places [T, n] of the n best scores of each row, best first; ties go to the lower place."""
+    """Return the places [T, n] of the n best of scores [T, experts or groups], best first.
+
+    Ties go to the lower place.
+    """
     # A stable sort keeps equal scores in the order of their places; topk promises none among ties.
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :n].contiguous()
 
 
 @best_of_each.register_kernel("cpu")
 def _(scores: Tensor, n: int) -> Tensor:
-    """Sort only the rows that have ties: a sort takes up to ten times as long as topk."""
+    """Sort only the rows that have ties: a sort takes up to 14 times as long as topk (LOG.md)."""
     values, places = scores.topk(min(n + 1, scores.size(1)), dim=-1)  # one more, with which the last may tie
     best = places[:, :n].contiguous()
     is_clear = (values[:, :-1] > values[:, 1:]).all(dim=-1)

@@ -30,9 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launch.local import die_with_parent
+
 TIMEOUT_S = 240
 # What every rank imports: DeepSpeed and torch, and what DeepSpeed looks for when an engine is built.
-PRELOADED = ["training.build", "deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOADED = ["tests.rank_server", "training.build", "deepspeed.runtime.zero.muon.muon_optimizer"]
 RANK_ENV = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
@@ -88,8 +90,9 @@ class RankPool:
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
-            assert process.pid is not None
-            os.kill(process.pid, number)
+            if process.is_alive():  # else its number may be another's by now
+                assert process.pid is not None
+                os.kill(process.pid, number)
 
     def close(self) -> None:
         for process in self._processes:
@@ -122,6 +125,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
     )
+    die_with_parent()  # a stopped rank would never learn that nobody asks it any more
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is never garbage, and looking through it takes half a second
     torch.distributed.init_process_group(

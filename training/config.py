@@ -1,10 +1,11 @@
 """The configuration tree: the only schema of a run.
 
 Values are checked field by field and across fields here; what also needs the number of ranks is checked in
-training/parallel.py, what needs the corpus in launch/preflight.py. Reading files and `--set` is
+training/layout.py, what needs the corpus in launch/preflight.py. Reading files and `--set` is
 launch/settings.py.
 """
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
@@ -290,7 +291,7 @@ class RunConfig(BaseModel):
                 f"train.expert_backend={name} would multiply fp32 as TF32; use train.precision=bf16, or "
                 "train.expert_backend=sorted_loop"
             )
-        if not self.has_places(name):
+        if self._overflows_int32(name):
             most = (MAX_PLACES - 1) // self._places_of_sequence(name)
             remedy = f"use at most {most}, or" if most else "use"
             seqs = self.train.microbatch_seqs
@@ -301,15 +302,25 @@ class RunConfig(BaseModel):
             )
         return self
 
-    def has_places(self, backend: str) -> bool:
-        """Return whether an expert backend can count the numbers of a micro-batch's routed rows."""
+    def fits_int32(self, backend: str) -> bool:
+        """Return whether an expert backend can count the numbers of its weights, and of a micro-batch's rows
+        whatever the routing.
+        """
+        model = self.model
+        n_weights = model.n_experts // self.parallel.ep * model.d_model * 2 * model.d_expert
+        has_few_weights = not NEEDS[backend].has_32_bit_places or n_weights < MAX_PLACES
+        return has_few_weights and not self._overflows_int32(backend)
+
+    def _overflows_int32(self, backend: str) -> bool:
         n_places = self.train.microbatch_seqs * self._places_of_sequence(backend)
-        return not NEEDS[backend].has_32_bit_places or n_places < MAX_PLACES
+        return NEEDS[backend].has_32_bit_places and n_places >= MAX_PLACES
 
     def _places_of_sequence(self, backend: str) -> int:
-        model = self.model
+        """Return the numbers of a sequence's rows on the rank that has most of them."""
+        model, parallel = self.model, self.parallel
         width = max(model.d_model, 2 * model.d_expert) if backend == "triton_grouped" else model.d_model
-        return model.seq_len * model.top_k * width // self.parallel.tp
+        load = parallel.ep if parallel.ep_max_load is None else min(parallel.ep, parallel.ep_max_load)
+        return math.ceil(model.seq_len * model.top_k * width // parallel.tp * load)
 
     @model_validator(mode="after")
     def _check_samples(self) -> Self:

@@ -23,11 +23,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def expert_backend_of(cfg: RunConfig, device: torch.device) -> str:
-    """Return the backend that a run uses on a device."""
+    """Return the backend that a run uses on a device; `auto` chooses one that can count its rows."""
     if cfg.train.expert_backend != "auto":
         return cfg.train.expert_backend
     chosen = choose_backend(cfg.model, device, DTYPES[cfg.train.precision])
-    return chosen if cfg.has_places(chosen) else "sorted_loop"
+    return chosen if cfg.fits_int32(chosen) else "sorted_loop"
 
 
 @dataclass(frozen=True)

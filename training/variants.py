@@ -10,14 +10,15 @@ from typing import Literal
 from training.config import RunConfig
 from training.layout import Layout, divisors, misfits, plan_layout
 
-TIGHT = 0.4  # parallel.ep_max_load below which any routing makes further trips
+TIGHT = 0.4  # parallel.ep_max_load: below 1 any routing makes further trips, here at least two
 
 
 @dataclass(frozen=True)
 class Variant:
     """One way to train the same batches.
 
-    n_microbatches: per rank and step. n_trips, max_load: parallel.ep_trips and parallel.ep_max_load.
+    n_microbatches: per rank and step. n_trips, max_load: parallel.ep_trips and parallel.ep_max_load; None:
+    the config's own.
     """
 
     layout: Layout
@@ -54,7 +55,7 @@ class Variant:
             "zero_stage": self.zero_stage,
             "sequence_parallel": self.sequence_parallel,
             "ep_trips": self.n_trips,
-            "ep_max_load": self.max_load,
+            "ep_max_load": cfg.parallel.ep_max_load if self.max_load is None else self.max_load,
         }
         train = {
             "microbatch_seqs": cfg.batch_seqs // (self.layout.dp * self.n_microbatches),

@@ -123,11 +123,13 @@ def busy_rows() -> list[Row]:
     small = ("train.batch_tokens=512", "train.microbatch_seqs=2", "log.every_steps=2")
     threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
     spinning = {**threads, "GOMP_SPINCOUNT": "300000"}  # libgomp's own
+    sleeping = {**threads, "GOMP_SPINCOUNT": "0"}
     rows = []
     with small_corpus() as corpus:
         ways = {
             "threads that spin": partial(few, corpus, 1, *small, **spinning),
-            "threads that sleep": partial(few, corpus, 1, *small, **threads),
+            "threads that spin shortly": partial(few, corpus, 1, *small, **threads),
+            "threads that sleep": partial(few, corpus, 1, *small, **sleeping),
         }
         rows += compare("tokens/s, quiet", ways)
         with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -122,7 +123,8 @@ class Lab:
         try:
             wait_for(lambda: {row.split()[1] for row in self.nodes()} == {"idle"}, "idle nodes")
         except AssertionError as err:
-            raise AssertionError(f"{err}: {'; '.join(self.nodes())}") from err
+            told = (self.directory / "log" / "slurmctld.log").read_text()[-5000:]
+            raise AssertionError(f"{err}: {'; '.join(self.nodes())}\n{told}") from err
 
     def nodes(self) -> list[str]:
         """Return a row of every node: its name, its state and what SLURM gives as the reason for it."""
@@ -177,7 +179,9 @@ class JobRun:
             wait_for(condition, what)
         except AssertionError as err:
             logs = "".join(f"\n== {p}\n{p.read_text()}" for p in self.run_dir.glob("logs/start-*/*.log"))
-            cluster = "\n".join([*self._lab.nodes(), self._lab.run("squeue", "--all")])
+            cluster = ""  # which may be what is broken
+            with suppress(AssertionError, subprocess.TimeoutExpired):
+                cluster = "\n".join([*self._lab.nodes(), self._lab.run("squeue", "--all")])
             raise AssertionError(f"{err}\n{cluster}\n{self.log}{logs}") from err
 
     def wait_until_gone(self) -> str:

@@ -107,7 +107,7 @@ def preempt(lab: Lab, run: JobRun, n: int) -> None:
     """The other job wants all nodes, so the one that was cut off must be back."""
     (spare,) = {f"n{i}" for i in range(1, N_NODES + 1)} - set(run.starts[n - 1].begin.nodes)
     lab.wait_until_back(spare)
-    wish = ["-p", "high", "-N", "3", "--exclusive", "--output=/dev/null"]
+    wish = ["-p", "high", "-N", str(N_NODES), "--exclusive", "--output=/dev/null"]
     urgent = lab.run("sbatch", "--parsable", *wish, "--wrap", "sleep 2").strip()
     check_told_and_saved(run, n)
     run.wait_for_start(n + 1)

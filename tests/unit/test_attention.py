@@ -11,7 +11,14 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, apply_rotary_pos_emb
 
 import moe.attention
-from moe.attention import apply_rope, attend, find_documents, rope_tables, takes_any_lengths
+from moe.attention import (
+    apply_rope,
+    attend,
+    find_documents,
+    has_varlen_kernel,
+    rope_tables,
+    takes_any_lengths,
+)
 from tests.models import tiny_config
 
 CPU = torch.device("cpu")
@@ -134,6 +141,26 @@ def test_documents_of_any_lengths_are_one_call_of_torchs_kernel() -> None:
 
 def test_a_cpu_groups_documents() -> None:
     assert not takes_any_lengths(CPU, torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "d_head", "has_it"),
+    [
+        ((7, 5), torch.float16, 64, False),
+        ((8, 0), torch.bfloat16, 64, True),
+        ((8, 0), torch.float32, 64, False),
+        ((8, 6), torch.bfloat16, 12, False),
+        ((8, 6), torch.bfloat16, 192, True),
+        ((8, 6), torch.bfloat16, 200, False),
+        ((9, 0), torch.bfloat16, 256, True),
+        ((9, 0), torch.bfloat16, 264, False),
+        ((12, 0), torch.bfloat16, 224, False),
+    ],
+)
+def test_the_kernel_of_any_lengths_is_for_some_heads_and_chips(
+    capability: tuple[int, int], dtype: torch.dtype, d_head: int, has_it: bool
+) -> None:
+    assert has_varlen_kernel(capability, dtype, d_head) is has_it
 
 
 def test_documents_are_grouped_by_length() -> None:

@@ -2,16 +2,12 @@
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
-import torch.distributed as dist
 
 from tests.bench.rows import Row, to_markdown
 from tests.bench.scaling import token_rows
 from tests.bench.side_by_side import GLIBC_DEFAULTS, N_WARM_ROUNDS, in_own_process, over, time_in_turn
-from tests.ranks import run_ranks
 
 
 def test_a_row_holds_the_median_and_the_extremes() -> None:
@@ -70,29 +66,10 @@ def test_a_function_runs_in_a_process_of_its_own_with_its_malloc(monkeypatch: py
     assert _malloc_settings()["MALLOC_TOP_PAD_"] == "1", "the environment here is as it was"
 
 
-def test_a_process_that_had_ranks_ends() -> None:
-    asked = (
-        "from tests.bench.side_by_side import in_own_process\n"
-        "from tests.unit.test_bench import sizes_of_ranks\n"
-        "if __name__ == '__main__':\n"
-        "    print(in_own_process(sizes_of_ranks, malloc={}))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=100)
-    assert run.stdout == "[2, 2]\n", run.stderr
-
-
 def test_a_benchmark_runs() -> None:
     rows = token_rows("fp32", "sorted_loop", (2, 4), has_router=True, n_rounds=3, rows_per_expert=16)
     assert [row.what for row in rows] == ["time of a token, layer, fp32, E 4 over E 2"]
     assert rows[0].low <= rows[0].measured <= rows[0].high and rows[0].is_met is not None
-
-
-def sizes_of_ranks() -> list[int]:
-    return run_ranks(world_size, 2)
-
-
-def world_size(rank: int) -> int:
-    return dist.get_world_size()
 
 
 def _malloc_settings() -> dict[str, str | None]:

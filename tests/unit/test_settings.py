@@ -10,7 +10,6 @@ from launch.preflight import check_kernels, check_machine
 from launch.settings import check_config, load_config, recipe_names, setting_paths, to_toml
 from moe.backends import NEEDS
 from moe.experts import EXPERT_BACKENDS
-from training import hardware
 from training.config import TrainConfig
 from training.errors import ConfigError
 
@@ -183,15 +182,19 @@ def test_more_rows_than_kernels_can_count_are_refused() -> None:
     load_config("tiny", [*shape, *batch, "train.expert_backend=torch_grouped"])
 
 
-def test_a_choice_for_the_machine_heeds_what_its_kernels_can_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "choose_backend", lambda *_: "triton_grouped")
+def test_a_choice_for_the_machine_heeds_what_its_kernels_can_count() -> None:
+    """2**31 numbers of gate and up, by evenly spread rows or by all that a rank may take, or of weights."""
     rows = ["model.seq_len=4096", "model.top_k=8", "model.n_experts=16", "train.batch_tokens=524288"]
-    few, many = (
-        load_config("tiny", [*rows, "model.d_expert=2048", f"train.microbatch_seqs={n}"]) for n in (8, 16)
-    )
-    device = torch.device("cpu")
-    assert hardware.expert_backend_of(few, device) == "triton_grouped"
-    assert hardware.expert_backend_of(many, device) == "sorted_loop"  # 2**31 numbers of gate and up
+
+    def fits(*overrides: str) -> bool:
+        return load_config("tiny", [*rows, "model.d_expert=2048", *overrides]).fits_int32("triton_grouped")
+
+    assert fits("train.microbatch_seqs=8")
+    assert not fits("train.microbatch_seqs=16")
+    assert not fits("train.microbatch_seqs=8", "parallel.ep=2")  # parallel.ep_max_load=2
+    assert fits("train.microbatch_seqs=8", "parallel.ep=2", "parallel.ep_max_load=1.5")
+    wide = ["train.microbatch_seqs=1", "model.d_expert=65536", "model.d_model=1024", "model.seq_len=256"]
+    assert not fits(*wide) and fits(*wide, "parallel.ep=2")
 
 
 def test_half_precision_kernels_are_refused_for_fp32() -> None:

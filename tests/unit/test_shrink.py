@@ -111,12 +111,14 @@ def test_richest_layout_mixes_the_most_kinds() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "qwen3-30b-a3b"])
 def test_variants_are_distinct_fit_and_cover_what_they_should(name: str) -> None:
-    cfg = load_config(name)
+    cfg = load_config(name, ["parallel.ep_max_load=1.1"])
     small, (layouts, _) = shrink(cfg, 4), split_layouts(cfg, 4)
     variants = list_variants(small, layouts)
     assert len(set(map(str, variants))) == len(variants)
     for variant in variants:
         applied = variant.apply(small)
+        assert applied.parallel.ep_trips == variant.n_trips
+        assert applied.parallel.ep_max_load == (variant.max_load or 1.1)
         assert small.batch_seqs == (
             variant.layout.dp * variant.n_microbatches * applied.train.microbatch_seqs
         )

@@ -1,5 +1,8 @@
 """Layout as integers, for every divisor of several world sizes, and the remedies of wrong ones."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +108,9 @@ def test_batches_that_do_not_divide_name_what_does() -> None:
         n_microbatches(cfg, Layout(4))
     with pytest.raises(ConfigError, match=r"use one of \[1, 2\] ranks"):
         n_microbatches(cfg, Layout(3))
+
+
+def test_layouts_need_no_torch() -> None:
+    """Launchers read them, and the model behind torch takes as long to import as all the rest."""
+    code = "import sys, training.layout; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

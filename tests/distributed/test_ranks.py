@@ -1,0 +1,56 @@
+"""The ranks of these tests go when nobody asks them any more."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+CALL = """
+from tests.bench.side_by_side import in_own_process
+from tests.distributed.test_ranks import sizes_of_ranks
+if __name__ == "__main__":
+    print(in_own_process(sizes_of_ranks, malloc={}))
+"""
+KEEP = """
+import time
+from tests.distributed.test_ranks import sizes_of_ranks
+if __name__ == "__main__":
+    print(sizes_of_ranks(), flush=True)
+    time.sleep(300)
+"""
+
+
+def sizes_of_ranks() -> list[int]:
+    return run_ranks(world_size, 2)
+
+
+def world_size(rank: int) -> int:
+    return dist.get_world_size()
+
+
+def test_a_process_that_had_ranks_ends() -> None:
+    run = subprocess.run([sys.executable, "-c", CALL], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (run.returncode, run.stdout) == (0, "[2, 2]\n"), run.stderr
+
+
+def test_ranks_of_a_killed_process_end_though_they_are_stopped() -> None:
+    with subprocess.Popen([sys.executable, "-c", KEEP], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "[2, 2]\n"
+        ranks = psutil.Process(run.pid).children(recursive=True)
+        assert sum(process.status() == psutil.STATUS_STOPPED for process in ranks) == 2
+        run.send_signal(signal.SIGKILL)
+    deadline_s = time.monotonic() + 30
+    while left := [process for process in ranks if is_there(process)]:
+        assert time.monotonic() < deadline_s, left
+        time.sleep(0.1)
+
+
+def is_there(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
