@@ -23,8 +23,11 @@ demo: setup
 	$(BIN)/turnout train tiny --run-dir $(RUN_DIR) --nproc 2
 
 test: setup
-# Two files at once, each with ranks and a SLURM cluster of its own; in their order, which ends with many small ones.
-	$(BIN)/pytest tests --ignore tests/megablocks --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest tests/distributed
+# These take one core, or wait for jobs, so two files go at once, each with a SLURM cluster of its own; in their order,
+# which ends with many small ones. Apart from tests/distributed, whose ranks want both cores.
+	$(BIN)/pytest tests --ignore tests/distributed --ignore tests/megablocks --numprocesses 2 --dist loadfile \
+	  --no-loadscope-reorder
 	$(MAKE) test-megablocks
 
 # Triton kernels, computed on the CPU by Triton's interpreter: megablocks cannot be among what `pip install` resolves,

@@ -34,19 +34,20 @@ def time_in_turn(
     ways: Mapping[str, Callable[[], object]],
     *,
     n_rounds: int,
+    n_warm_rounds: int = N_WARM_ROUNDS,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
     """Return the seconds of each way in each round, of CPU time unless clock is another.
 
-    The first N_WARM_ROUNDS are not counted.
+    n_warm_rounds: of which the seconds are not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(N_WARM_ROUNDS + n_rounds):
+    for _ in range(n_warm_rounds + n_rounds):
         for name, run in ways.items():
             start_s = clock()
             run()
             seconds[name].append(clock() - start_s)
-    return {name: times[N_WARM_ROUNDS:] for name, times in seconds.items()}
+    return {name: times[n_warm_rounds:] for name, times in seconds.items()}
 
 
 def over(these: Sequence[float], those: Sequence[float]) -> list[float]:
