@@ -10,8 +10,9 @@ from launch.memory import bucket_bytes, largest_peak, largest_state
 from launch.preflight import check_corpus
 from launch.settings import load_config
 from moe.config import ModelConfig
-from moe.counts import checkpoint_bytes, flops_per_token, n_active_params, n_params
+from moe.counts import flops_per_token, n_active_params, n_params
 from moe.model import Decoder
+from training.checkpoint_dir import checkpoint_bytes
 from training.config import RunConfig
 from training.layout import Layout, n_microbatches, plan_layout
 

@@ -32,7 +32,7 @@ from launch.start_dir import make_numbered
 from launch.starts import read_starts
 from launch.submission import PASSED, SUBMISSIONS, Submission, snapshot, write_submission
 from launch.train import is_finished, nothing_left, take_up
-from moe.counts import checkpoint_bytes
+from training.checkpoint_dir import checkpoint_bytes
 from training.config import RunConfig
 from training.errors import ConfigError, printable
 

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes counted from the sizes alone. The tests hold them against what is built."""
+"""Parameters and FLOPs counted from the sizes alone. The tests hold them against the built model."""
 
 from moe.config import ModelConfig
 
@@ -62,8 +62,3 @@ def mean_context(cfg: ModelConfig) -> float:
     window = cfg.seq_len if cfg.sliding_window is None else cfg.sliding_window
     warm = window * (window + 1) / 2  # the first `window` queries see 1, 2, ... window keys
     return (warm + (cfg.seq_len - window) * window) / cfg.seq_len
-
-
-def checkpoint_bytes(cfg: ModelConfig) -> int:
-    """Return the bytes of one checkpoint: the fp32 master and AdamW's two moments, whatever the layout."""
-    return 12 * n_params(cfg)

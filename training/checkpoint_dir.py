@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.files import write_atomically
+from moe.config import ModelConfig
+from moe.counts import n_params
 from training.checkpoint_manifest import Manifest, read_manifest
 from training.checkpoint_tensors import TensorReader, check_file
 from training.disk import Disk
@@ -196,3 +198,8 @@ def _unname(directory: Path, disk: Disk) -> Path:
     nameless = directory.with_name(f"{directory.name}.{os.getpid()}.old{_TMP}")
     disk.rename(directory, nameless)
     return nameless
+
+
+def checkpoint_bytes(cfg: ModelConfig) -> int:
+    """Return the bytes of one checkpoint: the fp32 master and AdamW's two moments, whatever the layout."""
+    return 12 * n_params(cfg)

@@ -319,7 +319,9 @@ class RunConfig(BaseModel):
         """Return the numbers of a sequence's rows on the rank that has most of them."""
         model, parallel = self.model, self.parallel
         width = max(model.d_model, 2 * model.d_expert) if backend == "triton_grouped" else model.d_model
-        load = parallel.ep if parallel.ep_max_load is None else min(parallel.ep, parallel.ep_max_load)
+        load: float = parallel.ep  # all rows of all ranks
+        if parallel.ep > 1 and parallel.ep_max_load is not None:
+            load = min(load, parallel.ep_max_load)
         return math.ceil(model.seq_len * model.top_k * width // parallel.tp * load)
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ COMMANDS = [
 # What a training after the first has to show shows in few steps; it is checked whole in a dry run.
 FEWER_STEPS = ["train.n_steps=20", "optim.schedule.warmup_steps=5", "sample.n_tokens=8"]
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ENV.pop("OMP_WAIT_POLICY", None)  # that of these tests: a reader's threads wait as the command says
 
 
 @pytest.fixture(scope="module")

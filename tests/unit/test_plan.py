@@ -11,7 +11,7 @@ from launch.plan import (
     plan_lines,
 )
 from launch.settings import load_config
-from moe.counts import checkpoint_bytes, n_active_params, n_params
+from moe.counts import n_active_params, n_params
 from tests.checkpoints import (
     APPLIED_STEPS,
     KINDS,
@@ -24,7 +24,7 @@ from tests.checkpoints import (
 from tests.layouts import groups_of
 from tests.ranks import run_ranks
 from tests.runs import run_config
-from training.checkpoint_dir import checkpoint_path, list_checkpoints, read_checkpoint
+from training.checkpoint_dir import checkpoint_bytes, checkpoint_path, list_checkpoints, read_checkpoint
 from training.config import CheckpointConfig, RunConfig
 from training.layout import Layout, plan_layout
 from training.owner import take_over

@@ -191,6 +191,7 @@ def test_a_choice_for_the_machine_heeds_what_its_kernels_can_count() -> None:
 
     assert fits("train.microbatch_seqs=8")
     assert not fits("train.microbatch_seqs=16")
+    assert not fits("train.microbatch_seqs=16", "parallel.ep_max_load=0.4")  # which limits what travels
     assert not fits("train.microbatch_seqs=8", "parallel.ep=2")  # parallel.ep_max_load=2
     assert fits("train.microbatch_seqs=8", "parallel.ep=2", "parallel.ep_max_load=1.5")
     wide = ["train.microbatch_seqs=1", "model.d_expert=65536", "model.d_model=1024", "model.seq_len=256"]
