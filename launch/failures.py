@@ -46,8 +46,10 @@ PLAIN = (
     TakenOverError,
 )
 FINAL = {error.__name__ for error in (CheckpointError, ConfigError, DataError, DivergedError, EngineError)}
-# What gloo and NCCL say when another rank is gone, hangs or disagrees. gloo raises bare RuntimeErrors.
-LOST_CONTACT = ("/gloo/", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
+# What gloo and NCCL say when another rank is gone, hangs or disagrees. gloo raises bare RuntimeErrors; after
+# a time-out, others that wait on the same connection get "Application timeout caused pair closure".
+WAITED_IN_VAIN = ("timed out", "Timed out", "Application timeout")
+LOST_CONTACT = ("/gloo/", "NCCL", "Connection closed", "Connection reset", "Socket closed", *WAITED_IN_VAIN)
 
 TIMED_OUT = "parallel.timeout_s had passed; raise it if nothing hung and a rank was only slow"
 
@@ -70,7 +72,7 @@ class Failure:
 def describe_failure(err: BaseException, rank: int) -> Failure:
     """Put an exception and its notes (such as the step) in one line."""
     kind = ERROR
-    is_lost = isinstance(err, RuntimeError) and any(words in str(err) for words in LOST_CONTACT)
+    is_lost = isinstance(err, RuntimeError) and _says_any(str(err), LOST_CONTACT)
     if "EADDRINUSE" in str(err):
         kind = ERROR  # another process took the port of the first rank; starting again takes another
     elif is_lost or isinstance(err, dist.DistError | ConnectionError):
@@ -118,7 +120,7 @@ def explain_failures(start_dir: Path, layout: Layout, stuck: Set[int] = frozense
     is_lost = any(endings[rank] in (Ending.GONE, Ending.STUCK) for rank in views)
     # A rank that raised an error of its own needs no ledger to be found, unless another vanished before it.
     blamed = explain(views, layout, endings) if is_lost or not errors else []
-    if blamed and any("timed out" in f.message.lower() for f in failures):
+    if blamed and any(_says_any(f.message, WAITED_IN_VAIN) for f in failures):
         blamed.append(TIMED_OUT)
     return OTHER, blamed + _by_message(errors) or _by_message(failures)
 
@@ -126,6 +128,10 @@ def explain_failures(start_dir: Path, layout: Layout, stuck: Set[int] = frozense
 def is_final(start_dir: Path) -> bool:
     """Return whether another start would fail in the same way: a user must mend it, or a guard stops."""
     return any(f.kind == CAUSE and f.error in FINAL for f in _read_failures(start_dir))
+
+
+def _says_any(message: str, phrases: tuple[str, ...]) -> bool:
+    return any(words in message for words in phrases)
 
 
 def _read_failures(start_dir: Path) -> list[Failure]:

@@ -60,8 +60,12 @@ def test_a_silent_rank_is_named_and_not_its_echoes(start: Path) -> None:
     )
 
 
-def test_a_rank_that_had_to_be_killed_is_named_and_not_those_that_timed_out(start: Path) -> None:
-    record_failure(RuntimeError("/gloo/b.cc:78] Timed out waiting 4000ms for recv operation"), 0, start)
+@pytest.mark.parametrize(
+    "said",
+    ["/gloo/b.cc:78] Timed out waiting 4000ms for recv operation", "Application timeout caused pair closure"],
+)
+def test_a_rank_that_had_to_be_killed_is_named_and_not_those_that_timed_out(said: str, start: Path) -> None:
+    record_failure(RuntimeError(said), 0, start)
     for rank in range(2):
         Ledger(start / f"rank-{rank:05d}.ledger", TWO, rank).at(7, "forward")
     _, lines = explain_failures(start, TWO, stuck={1})
