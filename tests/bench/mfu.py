@@ -1,6 +1,6 @@
 """How much of what this CPU can multiply a training step uses: `python -m tests.bench mfu`.
 
-The `small` recipe (103 M parameters) in bf16 under the engine, one thread. Its FLOPs are counted from its
+The `small` recipe (99 M parameters) in bf16 under the engine, one thread. Its FLOPs are counted from its
 sizes; what the CPU can do is the best of some square bf16 products in the same round.
 """
 
