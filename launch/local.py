@@ -133,11 +133,12 @@ def watch(
     ranks: those on this node. kill: ends all that is below a launcher, by its process id. Raises
     TakenOverError, with the ranks gone, where a later start has taken over.
     """
+    ended = None
     try:
-        stuck = _wait(launcher, start_dir, ranks, owner, kill)
-        return Ended(launcher.returncode == DONE, stuck)
+        ended = _wait(launcher, start_dir, ranks, owner, kill)
+        return ended
     finally:
-        if launcher.returncode != DONE:
+        if ended is None or not ended.is_done:
             kill(launcher.pid)
             launcher.wait()
             _restore_terminal()
@@ -156,43 +157,60 @@ def _wait(
     ranks: range,
     owner: Owner | None,
     kill: Callable[[int], None],
-) -> set[int]:
-    """Return the ranks that had to be killed."""
+) -> Ended:
     failed_s: float | None = None
     checked_s = time.monotonic()
     while True:
         try:
             launcher.wait(POLL_S)
-            return set()
+            return Ended(launcher.returncode == DONE, set())
         except subprocess.TimeoutExpired:
-            pids, has_failed = _look(start_dir, ranks)
+            seen = _look(start_dir, ranks)
         if launcher.poll() is not None:
-            return set()  # what the ranks have said themselves says more
+            # What the ranks have said themselves says more.
+            return Ended(launcher.returncode == DONE, set())
+        if seen.are_done:
+            # The launcher would find out within a second, and then sleep for another.
+            kill(launcher.pid)
+            launcher.wait()
+            return Ended(True, set())
         if owner is not None and time.monotonic() - checked_s > OWNER_CHECK_S:
             with suppress(OSError):  # the file system will answer again; the ranks look before they commit
                 owner.check()
             checked_s = time.monotonic()
         if failed_s is None:
-            if not has_failed:
+            if not seen.has_failed:
                 continue
             failed_s = time.monotonic()
         waited_s = time.monotonic() - failed_s
         if waited_s > KILL_S:
             kill(launcher.pid)
             launcher.wait()
-            return set(pids)
+            return Ended(False, set(seen.pids))
         if waited_s > TELL_S:
-            for pid in pids.values():
+            for pid in seen.pids.values():
                 _tell_to_end(pid)
 
 
-def _look(start_dir: Path, ranks: range) -> tuple[dict[int, int], bool]:
-    """Return the process ids of those of these ranks that run, and whether any rank has failed."""
+@dataclass(frozen=True)
+class _Seen:
+    """A look at a start. pids: by rank, those of this node's ranks that run. are_done: all of this node's
+    ranks have ended well; has_failed: some rank of any node has not.
+    """
+
+    pids: dict[int, int]
+    are_done: bool
+    has_failed: bool
+
+
+def _look(start_dir: Path, ranks: range) -> _Seen:
     views = {rank: view for rank, view in read_ledgers(start_dir).items() if rank in ranks}
     pids = {rank: view.pid for rank, view in views.items() if _is_running(view.pid)}
     # Read again: the rank may have ended well between the two looks.
     gone = [view for rank, view in read_ledgers(start_dir).items() if rank in views and rank not in pids]
-    return pids, not all(view.has_ended for view in gone) or any(start_dir.glob(FAILURE_FILES))
+    n_done = sum(view.has_ended for view in gone)
+    has_failed = n_done < len(gone) or any(start_dir.glob(FAILURE_FILES))
+    return _Seen(pids, 0 < n_done == len(ranks) and not has_failed, has_failed)
 
 
 def _is_running(pid: int) -> bool:

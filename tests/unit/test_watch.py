@@ -1,6 +1,8 @@
 """What the command does about ranks that are waited for no more; a process that sleeps is in their place."""
 
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +10,21 @@ from pathlib import Path
 import pytest
 
 from launch.failures import record_failure
-from launch.local import kill_session, watch
+from launch.local import Ended, kill_session, watch
 from launch.start_dir import make_start_dir
 from training.errors import TakenOverError
+from training.ledger import ENDED
 from training.owner import Owner, take_over
+
+ROOT = Path(__file__).parents[2]
+A_RANK = """
+import sys
+from pathlib import Path
+from training.layout import Layout
+from training.ledger import Ledger
+start_dir, rank, phase = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+Ledger(start_dir / f"rank-{rank:05d}.ledger", Layout(3), rank).at(7, phase)
+"""
 
 
 @pytest.fixture
@@ -29,7 +42,7 @@ def test_ranks_of_a_start_that_was_overtaken_are_ended(
     take_over(tmp_path)
     with pytest.raises(TakenOverError, match="another start of this run has taken over"):
         watch(launcher, start_dir, range(2), owner, kill_session)
-    assert launcher.returncode is not None
+    assert launcher.returncode  # it was killed
 
 
 def test_a_failure_on_another_node_ends_the_ranks_of_this_one(
@@ -41,3 +54,18 @@ def test_a_failure_on_another_node_ends_the_ranks_of_this_one(
     ended = watch(launcher, start_dir, range(2), None, kill_session)
     assert not ended.is_done and launcher.returncode is not None
     assert time.monotonic() - begun_s < 20
+
+
+@pytest.mark.parametrize(("n_ranks", "n_ended", "is_done"), [(2, 2, True), (2, 1, False), (3, 2, False)])
+def test_a_run_has_ended_when_all_its_ranks_have_and_its_launcher_has_not(
+    n_ranks: int, n_ended: int, is_done: bool, launcher: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """Two ranks have begun, and both are gone."""
+    start_dir = make_start_dir(tmp_path / "logs")
+    for rank in range(2):
+        phase = ENDED if rank < n_ended else "forward"
+        subprocess.run([sys.executable, "-c", A_RANK, start_dir, str(rank), phase], cwd=ROOT, check=True)
+    if not is_done:
+        threading.Timer(3, launcher.terminate).start()
+    assert watch(launcher, start_dir, range(n_ranks), None, kill_session) == Ended(is_done, set())
+    assert launcher.returncode  # it was killed
