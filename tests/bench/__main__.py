@@ -1,7 +1,7 @@
 """`make bench`: speed and memory as ratios to baselines that took turns with them, in one table.
 
-python -m tests.bench [NAME ...] [--out FILE]: without a name the quick ones, those of the expert layer, the
-training step and what a step is made of.
+python -m tests.bench [NAME ...] [--out FILE]: without a name those of the expert layer, the training step and
+what a step is made of, in some 50 minutes.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from tests.bench.rows import Row, to_markdown
 from tests.bench.side_by_side import call, in_own_process
 
 # Each is a function that returns rows.
-QUICK = {
+DEFAULT = {
     "experts": "tests.bench.experts:expert_rows",
     "scaling": "tests.bench.scaling:scaling_rows",
     "loss": "tests.bench.loss:loss_rows",
@@ -34,7 +34,7 @@ OTHERS = {
     "step-memory": "tests.bench.step_memory:step_memory_rows",
     "export-memory": "tests.bench.export_memory:export_memory_rows",
 }
-BENCHMARKS = QUICK | OTHERS
+BENCHMARKS = DEFAULT | OTHERS
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     found: dict[str, list[Row]] = {}
     try:
-        for name in arguments.names or QUICK:
+        for name in arguments.names or DEFAULT:
             start_s = time.monotonic()
             found[name] = in_own_process(call, BENCHMARKS[name], malloc=CPU_ALLOCATOR)
             print(f"{name}: {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True)
