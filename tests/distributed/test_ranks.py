@@ -1,9 +1,9 @@
 """The ranks of these tests go when nobody asks them any more."""
 
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,15 +42,25 @@ def test_a_process_that_had_ranks_ends() -> None:
 
 def test_ranks_of_a_killed_process_end_though_they_are_stopped() -> None:
     with subprocess.Popen([sys.executable, "-c", KEEP], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None and run.stdout.readline() == "[2, 2]\n"
-        ranks = psutil.Process(run.pid).children(recursive=True)
-        assert sum(process.status() == psutil.STATUS_STOPPED for process in ranks) == 2
-        run.send_signal(signal.SIGKILL)
-    deadline_s = time.monotonic() + 30
-    while left := [process for process in ranks if is_there(process)]:
-        assert time.monotonic() < deadline_s, left
-        time.sleep(0.1)
+        try:
+            assert run.stdout is not None and run.stdout.readline() == "[2, 2]\n"
+            children = psutil.Process(run.pid).children(recursive=True)
+            wait_until(lambda: len(stopped(children)) == 2)
+        finally:
+            run.kill()
+    wait_until(lambda: not any(is_there(process) for process in children))
+
+
+def stopped(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.status() == psutil.STATUS_STOPPED]
 
 
 def is_there(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
