@@ -76,7 +76,11 @@ def start_run(
             return launch_on_hosts(start.run_dir, start.start_dir, hosts, owner=start.owner)
         return launch_ranks(start.run_dir, start.start_dir, this_machine(nproc), owner=start.owner)
 
-    end = see_through(start, launch)
+    try:
+        end = see_through(start, launch)
+    except KeyboardInterrupt:
+        write_ending(start.start_dir, ending("failed", run_dir, ["interrupted"]))
+        raise
     write_ending(start.start_dir, end)
     tell(end, run_dir, time.monotonic() - began_s)
     return end.code

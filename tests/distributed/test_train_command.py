@@ -16,6 +16,7 @@ import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.starts import read_starts
 from tests.runs import read_rows
 from tests.unit.data_fixtures import make_corpus, make_texts
 
@@ -233,6 +234,9 @@ def test_no_rank_outlives_the_command(signum: signal.Signals, place: Path) -> No
     assert run.returncode == (-signum if signum == signal.SIGKILL else 1)
     _, alive = psutil.wait_procs(below, timeout=45)
     assert not alive
+    (start,) = read_starts(place / f"signal-{signum.name}")
+    said = None if start.ending is None else start.ending.reasons
+    assert said == (None if signum == signal.SIGKILL else ("interrupted",))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(place: Path) -> None:
