@@ -49,7 +49,7 @@ FINAL = {error.__name__ for error in (CheckpointError, ConfigError, DataError, D
 # What gloo and NCCL say when another rank is gone, hangs or disagrees. gloo raises bare RuntimeErrors; after
 # a time-out, others that wait on the same connection get "Application timeout caused pair closure".
 WAITED_IN_VAIN = ("timed out", "Timed out", "Application timeout")
-LOST_CONTACT = ("/gloo/", "NCCL", "Connection closed", "Connection reset", "Socket closed", *WAITED_IN_VAIN)
+LOST_CONTACT = ("/gloo/", "NCCL", "Connection closed", "Connection reset", *WAITED_IN_VAIN)
 
 TIMED_OUT = "parallel.timeout_s had passed; raise it if nothing hung and a rank was only slow"
 

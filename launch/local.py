@@ -135,12 +135,13 @@ def watch(
     """
     ended = None
     try:
-        ended = _wait(launcher, start_dir, ranks, owner, kill)
+        ended = _wait(launcher, start_dir, ranks, owner)
         return ended
     finally:
-        if ended is None or not ended.is_done:
+        if launcher.returncode != DONE:
             kill(launcher.pid)
             launcher.wait()
+        if ended is None or not ended.is_done:
             _restore_terminal()
 
 
@@ -151,29 +152,20 @@ def _begin_launcher() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
-def _wait(
-    launcher: subprocess.Popen[bytes],
-    start_dir: Path,
-    ranks: range,
-    owner: Owner | None,
-    kill: Callable[[int], None],
-) -> Ended:
+def _wait(launcher: subprocess.Popen[bytes], start_dir: Path, ranks: range, owner: Owner | None) -> Ended:
+    """Wait until the launcher has ended, or is to be: its ranks have ended well, or some do not end."""
     failed_s: float | None = None
     checked_s = time.monotonic()
     while True:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             launcher.wait(POLL_S)
-            return Ended(launcher.returncode == DONE, set())
-        except subprocess.TimeoutExpired:
-            seen = _look(start_dir, ranks)
+        seen = _look(start_dir, ranks)
+        if seen.are_done:
+            # The launcher would find out within a second, and then sleep for another.
+            return Ended(True, set())
         if launcher.poll() is not None:
             # What the ranks have said themselves says more.
             return Ended(launcher.returncode == DONE, set())
-        if seen.are_done:
-            # The launcher would find out within a second, and then sleep for another.
-            kill(launcher.pid)
-            launcher.wait()
-            return Ended(True, set())
         if owner is not None and time.monotonic() - checked_s > OWNER_CHECK_S:
             with suppress(OSError):  # the file system will answer again; the ranks look before they commit
                 owner.check()
@@ -184,8 +176,6 @@ def _wait(
             failed_s = time.monotonic()
         waited_s = time.monotonic() - failed_s
         if waited_s > KILL_S:
-            kill(launcher.pid)
-            launcher.wait()
             return Ended(False, set(seen.pids))
         if waited_s > TELL_S:
             for pid in seen.pids.values():
