@@ -109,7 +109,8 @@ def test_a_requeue_that_excludes_no_node_is_a_requeue(lab: Lab) -> None:
     code = f"from launch.slurm import requeue; print(requeue('{sleeping}', ['nowhere']))"
     said = lab.run(sys.executable, "-c", code)
     assert said.startswith("requeued, but not away from nowhere: "), said
-    assert "PENDING" in lab.run("scontrol", "show", "job", sleeping)
+    # Not PENDING: it may still be ending, or run again.
+    wait_for(lambda: "Restarts=1" in lab.run("scontrol", "show", "job", sleeping), "the job to be requeued")
 
 
 def test_a_crash_loop_stops_with_its_reason(lab: Lab, tmp_path: Path) -> None:
