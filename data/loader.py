@@ -9,14 +9,16 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
-import torch
 
 from data.corpus import Corpus, TokenStream
 from data.errors import DataError
 from data.order import Blend, sample_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE_INDEX = -100
 # A sample's id is its source's number above this bit and its index in the source below.
@@ -29,10 +31,10 @@ T = TypeVar("T")
 class Batch:
     """B sequences of S tokens. Position j of targets is the token that follows position j of tokens."""
 
-    tokens: torch.Tensor  # [B, S] int64
-    targets: torch.Tensor  # [B, S] int64, IGNORE_INDEX where the next token begins another document
-    doc_ids: torch.Tensor  # [B, S] int64, from 0 in each sequence, one more at each document's start
-    sample_ids: torch.Tensor  # [B] int64, source_id << 48 | index of the window in its source
+    tokens: "Tensor"  # [B, S] int64
+    targets: "Tensor"  # [B, S] int64, IGNORE_INDEX where the next token begins another document
+    doc_ids: "Tensor"  # [B, S] int64, from 0 in each sequence, one more at each document's start
+    sample_ids: "Tensor"  # [B] int64, source_id << 48 | index of the window in its source
 
 
 class Loader:
@@ -71,6 +73,24 @@ class Loader:
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
         """Return the batch of one step, or the chosen rows of it."""
+        # Imported here because torch takes a second to import, and checking a corpus does not need it.
+        import torch
+
+        windows, starts, ids = self.windows(step, rows)
+        targets = np.where(starts[:, 1:] == 1, IGNORE_INDEX, windows[:, 1:])
+        return Batch(
+            tokens=torch.from_numpy(windows[:, :-1].copy()),
+            targets=torch.from_numpy(targets),
+            doc_ids=torch.from_numpy(np.cumsum(starts[:, :-1], axis=1)),
+            sample_ids=torch.from_numpy(ids),
+        )
+
+    def windows(self, step: int, rows: slice | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the chosen rows of a step's batch as numpy arrays, int64.
+
+        tokens [B, S + 1], inputs and the last target; starts [B, S + 1], 1 where a document starts after the
+        first token; sample ids [B].
+        """
         source_ids, sample_idx, _ = sample_ids(
             step,
             n_samples_per_source=self.n_samples_per_source,
@@ -85,13 +105,7 @@ class Loader:
         starts = np.zeros((n_rows, self.seq_len + 1), dtype=np.int64)
         for row, (source_id, index) in enumerate(zip(source_ids.tolist(), sample_idx.tolist(), strict=True)):
             self._read_window(self._streams[source_id], index, windows[row], starts[row])
-        targets = np.where(starts[:, 1:] == 1, IGNORE_INDEX, windows[:, 1:])
-        return Batch(
-            tokens=torch.from_numpy(windows[:, :-1].copy()),
-            targets=torch.from_numpy(targets),
-            doc_ids=torch.from_numpy(np.cumsum(starts[:, :-1], axis=1)),
-            sample_ids=torch.from_numpy(source_ids << SOURCE_BIT | sample_idx),
-        )
+        return windows, starts, source_ids << SOURCE_BIT | sample_idx
 
     def _read_window(self, stream: TokenStream, index: int, window: np.ndarray, starts: np.ndarray) -> None:
         """Fill one row: its tokens, and a 1 where a document starts after the first token."""

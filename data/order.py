@@ -14,6 +14,7 @@ import numpy as np
 MAX_PERIOD = 1 << 16
 N_ROUNDS = 6
 MASK_64 = (1 << 64) - 1
+DEADLINE_BITS = 64
 
 
 def permute(index: np.ndarray, n: int, key: int | tuple[int, ...]) -> np.ndarray:
@@ -124,17 +125,19 @@ def _schedule(parts: Sequence[int]) -> list[int]:
 
     With d = 1/(2(n-1)) and share a/P, sample k of a source is due from step t on when a/P*t - k >= d, and
     must have been placed by step (k + 1 - d) * P/a. All is multiplied by 2(n-1) to stay in whole numbers.
+    Deadlines are compared to DEADLINE_BITS behind the point: two that differ do so by more.
     """
     n, period = len(parts), sum(parts)
     if n == 1:
         return [0] * period
     scale = 2 * (n - 1)
-    due: list[list[tuple[Fraction, int, int]]] = [[] for _ in range(period + 1)]
+    due: list[list[tuple[int, int, int]]] = [[] for _ in range(period + 1)]
     for s, part in enumerate(parts):
         for k in range(part):
             release = -(-(scale * k + 1) * period // (scale * part))
-            due[release].append((Fraction((scale * (k + 1) - 1) * period, scale * part), s, k))
-    waiting: list[tuple[Fraction, int, int]] = []
+            deadline = ((scale * (k + 1) - 1) * period << DEADLINE_BITS) // (scale * part)
+            due[release].append((deadline, s, k))
+    waiting: list[tuple[int, int, int]] = []
     order = []
     for step in range(1, period + 1):
         for job in due[step]:

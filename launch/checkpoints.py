@@ -10,8 +10,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from launch.console import LiveBar
 from launch.options import check_at_least
@@ -29,9 +28,12 @@ from training.checkpoint_dir import (
     verify_share,
 )
 from training.checkpoint_manifest import CONFIG_FILE, MANIFEST, MASTER, Manifest, TrainingState
-from training.checkpoint_tensors import TensorReader
 from training.disk import Disk
 from training.errors import CheckpointError, ConfigError, printable
+from training.export.hf_files import is_hf_directory
+
+if TYPE_CHECKING:
+    from training.checkpoint_tensors import TensorReader
 
 COLUMNS = ("step", "size", "saved at", "tokens seen", "written", "state")
 
@@ -113,6 +115,9 @@ def show_contents(directory: Path, *, has_tensors: bool) -> None:
 
     has_tensors: read the weights too, for their statistics.
     """
+    # Imported here, as below, because torch takes a second, for which no other command here need wait.
+    from training.checkpoint_tensors import TensorReader
+
     path, manifest = _named(directory)
     for quantity, value in [("checkpoint", str(path)), *_summary(path, manifest)]:
         print(f"{quantity:16} {value}")
@@ -161,8 +166,10 @@ def _interventions(state: TrainingState) -> Iterator[tuple[str, str]]:
         yield "data left out", f"data steps {window.first} to {window.last}: {printable(window.reason)}"
 
 
-def _statistics(reader: TensorReader, name: str) -> str:
+def _statistics(reader: "TensorReader", name: str) -> str:
     """Return mean, standard deviation, min and max of a parameter's master weights, read in chunks."""
+    import torch
+
     n, total, square_sum = 0, 0.0, 0.0
     low, high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
     for chunk in reader.chunks(name, MASTER):
@@ -233,6 +240,12 @@ def check_run_dir(path: Path) -> None:
     if is_run and not is_checkpoint(path):
         return
     raise ConfigError(f"{path} is not a run directory; {_way_out(path)}")
+
+
+def check_is_model(path: Path) -> None:
+    """Raise ConfigError where a path is no run, no checkpoint and no exported model. Reads no tensor."""
+    if not is_hf_directory(path) and not is_checkpoint(path):
+        check_run_dir(path)
 
 
 def _way_out(path: Path) -> str:

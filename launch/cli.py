@@ -16,7 +16,9 @@ from launch import cli_evaluate
 from launch.cli_generate import generate
 from launch.cli_weights import export, import_
 from launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
+from launch.hostfile import read_hosts
 from launch.local import waiting_threads
+from launch.settings import load_config
 from launch.slurm import SlurmError
 from training.errors import CheckpointError, ConfigError, ExportError, printable
 
@@ -55,7 +57,7 @@ def prepare(
     Example: turnout prepare web=crawl/ code=src.jsonl.zst --weight web=0.7 --weight code=0.3 --out
     corpora/mix
     """
-    # Imported here because datasets and torch take seconds, which --help need not wait for.
+    # Imported here because numpy and the tokenizers take time, and --help need not wait for them.
     from launch.prepare import run_prepare
 
     run_prepare(
@@ -108,9 +110,6 @@ def train(
 
     Example: turnout train tiny --run-dir runs/first --nproc 2 --set train.n_steps=200 --resume
     """
-    # Imported here, as below, because torch takes a second, which --help need not wait for.
-    from launch.hostfile import read_hosts
-
     if nproc is not None and hostfile is not None:
         raise ConfigError(f"--nproc {nproc} has no effect with --hostfile, whose slots are ranks; drop it")
     hosts = None if hostfile is None else read_hosts(hostfile)
@@ -121,18 +120,19 @@ def train(
         raise ConfigError(
             f"--allow-change {allow_change[0]} has no effect without --resume; add it, or drop this"
         )
+    cfg = load_config(recipe, overrides)
+    # Imported here, as below: a refusal need not wait for what a run needs, nor a run for the model.
     if dry_run:
-        from launch.plan import plan_run  # with the model, for which a training need not wait here
+        from launch.plan import plan_run
 
-        plan_run(recipe, overrides, nproc=nproc * (len(hosts.names) if hosts else 1))
+        plan_run(cfg, nproc=nproc * (len(hosts.names) if hosts else 1))
         return
     if run_dir is None:
         raise ConfigError("--run-dir is required; name a new directory, for example --run-dir runs/first")
     from launch.train import start_run
 
     code = start_run(
-        recipe,
-        overrides,
+        cfg,
         run_dir=run_dir,
         nproc=nproc,
         is_resumed=resume,
@@ -184,7 +184,7 @@ def submit(
 
     Example: turnout submit small --run-dir runs/small --nodes 8 --gpus-per-node 8 --time 24:00:00
     """
-    # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
+    cfg = load_config(recipe, overrides)
     from launch.submit import Wanted, submit_run
 
     wanted = Wanted(
@@ -204,7 +204,7 @@ def submit(
         is_preflight=preflight,
         is_dry=dry_run,
     )
-    sys.exit(submit_run(recipe, overrides, wanted))
+    sys.exit(submit_run(cfg, wanted))
 
 
 @app.command
@@ -243,12 +243,12 @@ def doctor(
 
     Example: turnout doctor tiny --nproc 4 --set model.balance.scope=batch --layouts tp=1,ep=4 tp=1,ep=2
     """
-    # Imported here because torch and DeepSpeed take seconds, which --help need not wait for.
-    from launch.doctor import examine
-
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc} must be at least 1; use the number of ranks to lay out")
-    sys.exit(examine(recipe, overrides, nproc=nproc, layouts=layouts))
+    cfg = load_config(recipe, overrides)
+    from launch.doctor import examine
+
+    sys.exit(examine(cfg, nproc=nproc, layouts=layouts))
 
 
 app.command(export)
@@ -266,7 +266,6 @@ def list_(run_dir: Annotated[Path, Parameter(help="What --run-dir named.")], /) 
 
     Example: turnout checkpoint list runs/first
     """
-    # Imported here, as in all these, because torch takes seconds, which --help need not wait for.
     from launch.checkpoints import list_saved
 
     list_saved(run_dir)

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from launch.checkpoints import check_is_model
+
 Model = Annotated[
     Path, Parameter(help="A run (its newest intact checkpoint), a checkpoint, or an exported model.")
 ]
@@ -43,7 +45,8 @@ def evaluate(
 
     Example: turnout evaluate runs/first prose=docs/ code=src.jsonl.gz --out scores.json
     """
-    # Imported here, as in all these, because torch takes seconds, which --help need not wait for.
+    check_is_model(model)
+    # Imported here, as below, because torch takes a second to import; --help and refusals do without.
     from launch.evaluate import run_evaluate
 
     run_evaluate(
@@ -77,6 +80,7 @@ def lm_eval(
 
     Example: turnout lm-eval runs/first --tasks own_words --include-path tasks/ --limit 100
     """
+    check_is_model(model)
     from launch.lm_eval_run import run_lm_eval
 
     run_lm_eval(
@@ -114,6 +118,7 @@ def routes(
 
     Example: turnout routes runs/first "def add(a, b): return a + b" --out routes.svg
     """
+    check_is_model(model)
     from launch.routes import run_routes
 
     run_routes(

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from launch.checkpoints import check_is_model
+
 
 def generate(
     path: Annotated[
@@ -49,7 +51,8 @@ def generate(
 
     Only the continuations go to stdout. Example: turnout generate runs/first "import os" --max-tokens 64
     """
-    # Imported here because torch takes seconds, which --help need not wait for.
+    check_is_model(path)
+    # Imported here because torch takes a second to import. --help and refusals need not wait for it.
     from launch.generate import Placement, options_of, read_prompts, write_texts
     from training.sampling import Sampling
 

@@ -1,11 +1,17 @@
 """The commands that bring weights out of Turnout and into it; launch/cli.py registers them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from launch.checkpoints import check_is_model
+from launch.settings import load_config
 from training.errors import ConfigError
+
+TAKEN_FROM_RECIPE = ("model.seq_len", "model.balance")
+UPCYCLED_FROM_RECIPE = ("model.top_k", "model.router")
 
 
 def export(
@@ -25,7 +31,8 @@ def export(
 
     Needs no GPU. Example: turnout export --checkpoint runs/first --out exports/first --format hf
     """
-    # Imported here because torch and transformers take seconds, which --help need not wait for.
+    check_is_model(checkpoint)
+    # Imported here because torch takes a second to import. --help and refusals need not wait for it.
     from launch.export import run_export
 
     run_export(checkpoint, out, format_, dtype)
@@ -48,8 +55,21 @@ def import_(
 
     Example: turnout import tiny --from exports/first --run-dir runs/more --set train.n_steps=100
     """
-    from launch.import_ import run_import  # as above
-
     if upcycle is not None and upcycle < 2:
         raise ConfigError(f"--upcycle {upcycle} must be at least 2, the number of experts")
-    run_import(from_, recipe, overrides, run_dir=run_dir, n_upcycled=upcycle)
+    check_overrides(overrides, is_upcycled=upcycle is not None)
+    cfg = load_config(recipe, overrides)
+    from launch.import_ import run_import  # as above
+
+    run_import(from_, cfg, run_dir=run_dir, n_upcycled=upcycle)
+
+
+def check_overrides(overrides: Sequence[str], *, is_upcycled: bool) -> None:
+    """Raise ConfigError for a setting of the model, which is the directory's, and would have no effect."""
+    taken = (*TAKEN_FROM_RECIPE, *(UPCYCLED_FROM_RECIPE if is_upcycled else ()))
+    for path in (override.partition("=")[0].strip() for override in overrides):
+        if path.startswith("model.") and not any(path == one or path.startswith(f"{one}.") for one in taken):
+            raise ConfigError(
+                f"--set {path} has no effect: the model is the directory's, and of the recipe's only "
+                f"{', '.join(taken)} are taken; drop it"
+            )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from launch.failures import leave_stack_behind, record_failure
-from launch.local import die_with_parent
+from launch.parent import die_with_parent
 from training.errors import EngineError
 from training.layout import Layout, name_ranks
 from training.ledger import Ledger

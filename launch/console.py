@@ -2,14 +2,16 @@
 
 import sys
 import time
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from data.prepare import PrepareProgress
 from launch.duration import format_duration
 from training.metrics import Row
+
+if TYPE_CHECKING:
+    from data.prepare import PrepareProgress  # with it the readers of all kinds of text
 
 
 class LiveBar:
@@ -98,7 +100,7 @@ class PrepareConsole:
         self._stage, self._start_s, self._said_s = "", time.monotonic(), 0.0
         self._bar: LiveBar | None = None
 
-    def report(self, progress: PrepareProgress) -> None:
+    def report(self, progress: "PrepareProgress") -> None:
         now_s = time.monotonic()
         is_new = progress.stage != self._stage
         if is_new:
@@ -115,7 +117,7 @@ class PrepareConsole:
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, progress: PrepareProgress) -> str:
+    def _line(self, progress: "PrepareProgress") -> str:
         elapsed_s = max(1e-3, time.monotonic() - self._start_s)
         total = f"/{progress.total_bytes / 1e6:.1f}" if progress.total_bytes else ""
         speed = f", {progress.done_bytes / 1e6 / elapsed_s:.1f} MB/s" if elapsed_s > 1 else ""

@@ -22,7 +22,7 @@ from data.corpus import open_corpus
 from launch.exit_codes import DONE, OTHER
 from launch.failures import explain_failures
 from launch.local import launch_ranks, this_machine
-from launch.settings import load_config, to_toml
+from launch.settings import to_toml
 from launch.start_dir import make_start_dir
 from training.batches import build_loader
 from training.compare import CHECKS, HALF_LIMITS, LIMITS
@@ -42,15 +42,13 @@ TABLE_WIDTH = 260  # where the output is no terminal
 
 
 def examine(
-    recipe: str,
-    overrides: Sequence[str],
+    cfg: RunConfig,
     *,
     nproc: int,
     layouts: Sequence[str],
     worker: str = "launch.doctor_worker",
 ) -> int:
     """Print findings and comparison; return the exit code. worker: the module that each rank runs."""
-    cfg = load_config(recipe, overrides)
     console = Console(highlight=False, soft_wrap=True)
     print_findings(lint(cfg), console)
     chosen = choose_layouts(cfg, nproc, layouts, console)

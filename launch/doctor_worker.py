@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launch.console import LiveBar
 from launch.doctor import PLAN, RESULTS
 from launch.failures import record_failure
-from launch.local import die_with_parent
+from launch.parent import die_with_parent
 from launch.run_dir import read_config
 from training.compare import Comparison, compare
 from training.layout import Layout

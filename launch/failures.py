@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-import torch.distributed as dist
-
 from data.errors import DataError
 from launch.exit_codes import OTHER, exit_code
 from launch.start_dir import FAILURE_FILES, TOLD_TO_END, read_ledgers
@@ -71,11 +69,14 @@ class Failure:
 
 def describe_failure(err: BaseException, rank: int) -> Failure:
     """Put an exception and its notes (such as the step) in one line."""
+    # Imported here because those who read what ranks left need no torch.
+    from torch.distributed import DistError
+
     kind = ERROR
     is_lost = isinstance(err, RuntimeError) and _says_any(str(err), LOST_CONTACT)
     if "EADDRINUSE" in str(err):
         kind = ERROR  # another process took the port of the first rank; starting again takes another
-    elif is_lost or isinstance(err, dist.DistError | ConnectionError):
+    elif is_lost or isinstance(err, DistError | ConnectionError):
         kind = ECHO
     elif isinstance(err, PLAIN):
         kind = CAUSE

@@ -12,8 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from launch.devices import count_gpus
 from launch.local import Ended, free_port, interruptible, kill_session, rank_environment, watch
 from training.errors import ConfigError
 from training.owner import Owner
@@ -66,10 +65,8 @@ def launch_on_hosts(run_dir: Path, start_dir: Path, hosts: Hosts, *, owner: Owne
     Raises ConfigError where a path would need quotes, or a program is missing.
     """
     environment = start_dir.resolve() / ENVIRONMENT_FILE
-    lines = [
-        f"{name}={value}\n"
-        for name, value in rank_environment(hosts.slots, has_gpus=torch.cuda.is_available()).items()
-    ]
+    settings = rank_environment(hosts.slots, has_gpus=count_gpus() > 0)
+    lines = [f"{name}={value}\n" for name, value in settings.items()]
     environment.write_text("".join(lines), encoding="utf-8")
     with interruptible(start_dir, owner):
         launcher = subprocess.Popen(

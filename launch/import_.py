@@ -1,7 +1,6 @@
 """`turnout import`: a model of Hugging Face as a run that has not taken its first step."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
@@ -10,7 +9,7 @@ from data.corpus import Corpus
 from data.files import sha256_of
 from launch.preflight import check_corpus
 from launch.run_dir import attachments, create_run_dir
-from launch.settings import check_config, load_config
+from launch.settings import check_config
 from moe.config import ModelConfig
 from training.config import RunConfig
 from training.errors import ConfigError
@@ -21,13 +20,8 @@ from training.export.reader import HfWeights
 from training.export.to_checkpoint import write_first_checkpoint
 from training.weights import CheckpointWeights
 
-TAKEN_FROM_RECIPE = ("model.seq_len", "model.balance")
-UPCYCLED_FROM_RECIPE = ("model.top_k", "model.router")
 
-
-def run_import(
-    source: Path, recipe: str, overrides: Sequence[str], *, run_dir: Path, n_upcycled: int | None
-) -> None:
+def run_import(source: Path, wanted: RunConfig, *, run_dir: Path, n_upcycled: int | None) -> None:
     """Make a run of a Hugging Face directory, to be gone on with by `turnout train --resume`.
 
     The model is the directory's; what it says nothing of is the recipe's: balancing, sequence length, data,
@@ -37,8 +31,6 @@ def run_import(
     run would compute something else than transformers does; then nothing is left.
     """
     check_free(run_dir, "--run-dir")
-    check_overrides(overrides, is_upcycled=n_upcycled is not None)
-    wanted = load_config(recipe, overrides)
     experts = None if n_upcycled is None else upcycled_settings(wanted.model, n_upcycled)
     weights = HfWeights(source, experts=experts, seed=wanted.train.seed)
     cfg = with_model(wanted, imported_model(weights.cfg, wanted.model), str(source))
@@ -59,17 +51,6 @@ def run_import(
 
     publish_export(run_dir, write, check)
     print(f"imported as {run_dir}; turnout train {run_dir}/config.toml --run-dir {run_dir} --resume goes on")
-
-
-def check_overrides(overrides: Sequence[str], *, is_upcycled: bool) -> None:
-    """Raise ConfigError for a setting of the model, which is the directory's, and would have no effect."""
-    taken = (*TAKEN_FROM_RECIPE, *(UPCYCLED_FROM_RECIPE if is_upcycled else ()))
-    for path in (override.partition("=")[0].strip() for override in overrides):
-        if path.startswith("model.") and not any(path == one or path.startswith(f"{one}.") for one in taken):
-            raise ConfigError(
-                f"--set {path} has no effect: the model is the directory's, and of the recipe's only "
-                f"{', '.join(taken)} are taken; drop it"
-            )
 
 
 def upcycled_settings(model: ModelConfig, n_experts: int) -> dict[str, object]:

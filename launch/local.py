@@ -1,7 +1,6 @@
 """Start the ranks of this node through DeepSpeed's per-node launcher, and watch over them."""
 
 import base64
-import ctypes
 import json
 import os
 import secrets
@@ -19,6 +18,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from launch.devices import count_gpus
 from launch.exit_codes import DONE
 from launch.start_dir import FAILURE_FILES, TOLD_TO_END, read_ledgers
 from training.owner import Owner
@@ -43,7 +43,6 @@ POLL_S = 0.5
 TELL_S, KILL_S = 2, 10
 # How often it is seen whether the run directory is still this start's own.
 OWNER_CHECK_S = 2
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,7 @@ class NodePlan:
 
 def this_machine(nproc: int) -> NodePlan:
     """Return the plan of a start on this machine alone."""
-    # Imported here because a node of a job, which has its plan from elsewhere, need not wait for it.
-    from torch.cuda import is_available
-
-    return NodePlan(("localhost",), 0, nproc, "127.0.0.1", free_port(), is_available())
+    return NodePlan(("localhost",), 0, nproc, "127.0.0.1", free_port(), count_gpus() > 0)
 
 
 @dataclass(frozen=True)
@@ -96,13 +92,18 @@ def launch_ranks(
     start has taken over the run, these ranks are killed, and TakenOverError raised.
     """
     with interruptible(start_dir, owner):
-        launcher = subprocess.Popen(
-            launcher_command(run_dir, start_dir, node, module),
-            env={**os.environ, **rank_environment(node.nproc, has_gpus=node.has_gpus)},
-            # A session of its own: a terminal's Ctrl-C reaches the ranks through this process, and only once.
-            start_new_session=True,
-            preexec_fn=_begin_launcher,
-        )
+        # A cluster ends a job by sending SIGTERM to each of its processes. Only the command acts on it. The
+        # launcher and the ranks inherit it blocked, because they would die before they could save.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            launcher = subprocess.Popen(
+                launcher_command(run_dir, start_dir, node, module),
+                env={**os.environ, **rank_environment(node.nproc, has_gpus=node.has_gpus)},
+                # A session of its own: a terminal's Ctrl-C reaches the ranks through this process, and once.
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return watch(launcher, start_dir, node.ranks, owner, kill_session)
 
 
@@ -143,13 +144,6 @@ def watch(
             launcher.wait()
         if ended is None or not ended.is_done:
             _restore_terminal()
-
-
-def _begin_launcher() -> None:
-    die_with_parent()
-    # A cluster tells a job to end by SIGTERM to each of its processes. Only the command acts on it; the
-    # launcher would kill its ranks, and ranks that died by it could not save.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _wait(launcher: subprocess.Popen[bytes], start_dir: Path, ranks: range, owner: Owner | None) -> Ended:
@@ -242,18 +236,14 @@ def kill_session(leader: int) -> None:
         return
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that no rank outlives its run."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def launcher_command(run_dir: Path, start_dir: Path, node: NodePlan, module: str) -> list[str]:
     # The names tell nodes apart and nothing more; each node's launcher reads only its own devices.
     world = json.dumps({name: local_devices(node) for name in node.nodes}).encode()
     return [
         sys.executable,
         "-m",
-        "deepspeed.launcher.launch",
+        "launch.deepspeed_launcher",
+        str(os.getpid()),
         f"--world_info={base64.urlsafe_b64encode(world).decode()}",
         f"--node_rank={node.node_rank}",
         f"--master_addr={node.master_addr}",

@@ -1,14 +1,11 @@
 """What a run will need, counted before any rank starts: `turnout train --dry-run`."""
 
-from collections.abc import Sequence
-
 from accelerate import init_empty_weights
 
 from data.corpus import Corpus
 from launch.activations import activation_bytes, backend_measured
 from launch.memory import bucket_bytes, largest_peak, largest_state
 from launch.preflight import check_corpus
-from launch.settings import load_config
 from moe.config import ModelConfig
 from moe.counts import flops_per_token, n_active_params, n_params
 from moe.model import Decoder
@@ -17,11 +14,10 @@ from training.config import RunConfig
 from training.layout import Layout, n_microbatches, plan_layout
 
 
-def plan_run(recipe: str, overrides: Sequence[str], *, nproc: int) -> None:
+def plan_run(cfg: RunConfig, *, nproc: int) -> None:
     """Print what the run needs. The model's rows come first, so that they are there even if the corpus is
     not. Raises ConfigError and DataError.
     """
-    cfg = load_config(recipe, overrides)
     for quantity, value in plan_lines(cfg, plan_layout(cfg, nproc)):
         print(f"{quantity:18} {value}")
     quantity, value = data_line(cfg, check_corpus(cfg))

@@ -6,15 +6,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-
 from data.corpus import Corpus, open_corpus
 from data.errors import DataError
+from launch.devices import count_gpus
 from moe.backends import NEEDS
 from training.batches import build_loader
 from training.config import RunConfig
 from training.errors import ConfigError
-from training.hardware import cpu_has_bf16, cpu_has_fp16
 
 # How to get what an expert backend imports.
 INSTALL = {
@@ -26,17 +24,13 @@ INSTALL = {
 
 def check_machine(cfg: RunConfig, nproc: int) -> None:
     """Raise ConfigError where this machine cannot run nproc ranks of cfg."""
-    n_gpus = torch.cuda.device_count()
+    n_gpus = count_gpus()
     if n_gpus and nproc > n_gpus:
         raise ConfigError(
             f"--nproc {nproc} is more than the {n_gpus} GPUs of this machine; use at most {n_gpus}"
         )
-    if cfg.train.precision == "fp16" and not n_gpus and not cpu_has_fp16():
-        raise ConfigError("train.precision=fp16: this CPU has no fp16 arithmetic; use fp32 or bf16")
-    if cfg.train.precision == "bf16" and not n_gpus and not cpu_has_bf16():
-        print(
-            "turnout: this CPU has no bf16 arithmetic; train.precision=fp32 will be faster", file=sys.stderr
-        )
+    if cfg.train.precision != "fp32" and not n_gpus:
+        _check_half_precision(cfg.train.precision)
     compiling = {
         "train.expert_backend=compiled_loop": (cfg.train.expert_backend == "compiled_loop", "sorted_loop"),
         "train.compile=true": (cfg.train.compile, "train.compile=false"),
@@ -52,6 +46,18 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
     if "wandb" in cfg.log.trackers and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "log.trackers names wandb, which is not installed; pip install 'turnout[wandb]', or leave it out"
+        )
+
+
+def _check_half_precision(precision: str) -> None:
+    # Imported here because torch, which knows the CPU, takes a second, for which fp32 need not wait.
+    from training.hardware import cpu_has_bf16, cpu_has_fp16
+
+    if precision == "fp16" and not cpu_has_fp16():
+        raise ConfigError("train.precision=fp16: this CPU has no fp16 arithmetic; use fp32 or bf16")
+    if precision == "bf16" and not cpu_has_bf16():
+        print(
+            "turnout: this CPU has no bf16 arithmetic; train.precision=fp32 will be faster", file=sys.stderr
         )
 
 
@@ -88,7 +94,7 @@ def check_corpus(cfg: RunConfig) -> Corpus:
             f"model.vocab_size={cfg.model.vocab_size} is below the {tokenizer.vocab_size} tokens of "
             f"{corpus.tokenizer_path}; use model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}"
         )
-    build_loader(cfg, corpus).batch(0, slice(0, 1))
+    build_loader(cfg, corpus).windows(0, slice(0, 1))
     if not any(stream.n_documents for stream in corpus.split("valid")):
         raise DataError(
             f"{corpus.path}: the validation split is empty, so the run could not be evaluated; "

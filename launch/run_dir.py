@@ -11,9 +11,8 @@ import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.corpus import Corpus
 from data.files import write_atomically
 from data.manifest import read_manifest
 from launch.settings import check_config, to_toml
@@ -24,8 +23,11 @@ from training.checkpoint_manifest import CONFIG_FILE, PROVENANCE_FILE, Attached,
 from training.config import RunConfig
 from training.errors import ConfigError
 
+if TYPE_CHECKING:
+    from data.corpus import Corpus  # numpy, which `turnout status` does without
 
-def create_run_dir(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) -> None:
+
+def create_run_dir(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int) -> None:
     """Make the directory with config.toml, provenance.json and logs/.
 
     Raises ConfigError where it holds anything already: a run is never written over another.
@@ -64,13 +66,13 @@ def has_run(path: Path) -> bool:
     return False
 
 
-def take_up_run_dir(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) -> None:
+def take_up_run_dir(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int) -> None:
     """Make a run's directory ready for another start of it; nothing but its newest config is written over."""
     (path / "logs").mkdir(exist_ok=True)
     _stamp(path, cfg, corpus, nproc=nproc)
 
 
-def _stamp(path: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int) -> None:
+def _stamp(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int) -> None:
     """Write the config, and add this start to the provenance."""
     starts = _starts(path) if (path / PROVENANCE_FILE).exists() else []
     starts.append(provenance(corpus, nproc=nproc, argv=sys.argv))
@@ -103,7 +105,7 @@ def read_config(directory: Path) -> RunConfig:
     return check_config(tree, str(path))
 
 
-def identity_of(corpus: Corpus) -> DataIdentity:
+def identity_of(corpus: "Corpus") -> DataIdentity:
     return DataIdentity(
         corpus_hash=corpus.manifest.corpus_hash, tokenizer_sha256=corpus.manifest.tokenizer_sha256
     )
@@ -123,7 +125,7 @@ def attachments(run_dir: Path, cfg: RunConfig) -> Attached:
     return Attached(data_identity(run_dir), {path.name: path.read_bytes() for path in files})
 
 
-def provenance(corpus: Corpus, *, nproc: int, argv: Sequence[str]) -> dict[str, object]:
+def provenance(corpus: "Corpus", *, nproc: int, argv: Sequence[str]) -> dict[str, object]:
     """Return what is needed to tell two runs apart: code, versions, machine, corpus, command."""
     return {
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -8,7 +8,8 @@ from launch.checkpoints import check_run_dir, is_checkpoint, newest_intact, no_c
 from launch.run_dir import read_config
 from training.checkpoint_dir import list_checkpoints
 from training.errors import CheckpointError
-from training.export.reader import HfWeights, is_hf_directory
+from training.export.hf_files import is_hf_directory
+from training.export.reader import HfWeights
 from training.weights import CheckpointWeights, Weights
 
 

@@ -4,7 +4,6 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from launch.margin import measured_margin_s
 from launch.options import check_at_least
 from launch.preflight import check_corpus
 from launch.run_dir import create_run_dir, has_run
-from launch.settings import check_setting_paths, load_config, to_toml
+from launch.settings import check_setting_paths, to_toml
 from launch.slurm import SlurmError, ask, find_job, jobs_of, sbatch
 from launch.start_dir import make_numbered
 from launch.starts import read_starts
@@ -61,10 +60,10 @@ class Wanted:
     is_dry: bool
 
 
-def submit_run(recipe: str, overrides: Sequence[str], wanted: Wanted) -> int:
+def submit_run(wanted_cfg: RunConfig, wanted: Wanted) -> int:
     """Submit a run, or only show the batch script; return the exit code."""
     check_setting_paths("--allow-change", wanted.allowed_changes)
-    cfg = with_absolute_corpus(load_config(recipe, overrides))
+    cfg = with_absolute_corpus(wanted_cfg)
     ranks_per_node = check_wanted(wanted)
     run_dir = wanted.run_dir.absolute()
     submission = run_dir / SUBMISSIONS / "submit-00001"

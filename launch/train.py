@@ -15,7 +15,7 @@ from launch.hostfile import Hosts, launch_on_hosts
 from launch.local import Ended, launch_ranks, this_machine
 from launch.preflight import check_corpus, check_machine
 from launch.run_dir import create_run_dir, data_identity, has_run, identity_of, read_config, take_up_run_dir
-from launch.settings import check_setting_paths, load_config
+from launch.settings import check_setting_paths
 from launch.start_dir import make_start_dir
 from launch.starts import Ending, begin_here, conclude, ending, newest_step, write_begin, write_ending
 from training.checkpoint_dir import newest_readable
@@ -38,8 +38,7 @@ class Start:
 
 
 def start_run(
-    recipe: str,
-    overrides: Sequence[str],
+    cfg: RunConfig,
     *,
     run_dir: Path,
     nproc: int,
@@ -53,7 +52,6 @@ def start_run(
     there is one.
     """
     check_setting_paths("--allow-change", allowed_changes)
-    cfg = load_config(recipe, overrides)
     n_ranks = nproc * (len(hosts.names) if hosts else 1)
     layout = plan_layout(cfg, n_ranks)
     check_machine(cfg, nproc)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from moe.config import ModelConfig
 from moe.norm import Norm
 from moe.permute import invert, permute_rows
 from moe.recompute import Recompute, recompute_if
 from moe.tensor_parallel import TensorParallel
+from moe.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def apply_rope(x_THA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # Another packing of documents would be another graph to torch.compile.
-@torch.compiler.disable
+@uncompiled
 def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, window: int | None) -> Tensor:
     """Return the attention output [T, H, A]: causal, inside each document, at most `window` keys per
     query.
@@ -141,6 +141,9 @@ def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, wi
 def _attend_any_lengths(
     q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, cu_seqlens: Tensor, max_length: int, window: int | None
 ) -> Tensor:
+    # Imported here because it imports torch.compile's tracer, a second for which a CPU need not wait.
+    from torch.nn.attention.varlen import varlen_attn
+
     out_THA = varlen_attn(
         q_THA,
         k_TGA,

@@ -22,6 +22,7 @@ from moe.permute import invert, permute_rows
 from moe.recompute import Recompute, RoutingMemo, recompute_if
 from moe.router import Router, Routing
 from moe.tensor_parallel import TensorParallel
+from moe.uncompiled import uncompiled
 
 
 class MoELayer(nn.Module):
@@ -93,7 +94,7 @@ class MoELayer(nn.Module):
         return self.experts.backend.sum_rows(rows_ND, sent.order_N, sent.inverse_N, sent.top_k)
 
     # What torch.compile would have to do anew for another routing is left as it is, here and below.
-    @torch.compiler.disable
+    @uncompiled
     def _plan(self, destination_N: Tensor, memo: RoutingMemo, *, is_dropless: bool) -> Tensor:
         """Agree with the other ranks on the route; return the order in which rows leave, [N]."""
         order_N = destination_N.sort(stable=True).indices
@@ -103,7 +104,7 @@ class MoELayer(nn.Module):
             memo.route = self.dispatcher.plan(counts_E, order_N.numel(), is_dropless=is_dropless)
         return order_N if memo.route.order_N is None else order_N[memo.route.order_N]
 
-    @torch.compiler.disable
+    @uncompiled
     def _depart(self, rows_ND: Tensor, weights_N: Tensor, memo: RoutingMemo) -> "_Travelling":
         """Cut the rows into trips, and send the first of them on its way."""
         route = memo.route
@@ -116,7 +117,7 @@ class MoELayer(nn.Module):
         first = None if route.is_over_limit else self._dispatch(*loads[0])
         return _Travelling(route, loads, torch.zeros_like(rows[-1]) if n_dropped else None, first)
 
-    @torch.compiler.disable
+    @uncompiled
     def _compute(self, travelling: "_Travelling") -> Tensor:
         """Compute the rows trip by trip; return what comes back, [N, D]."""
         loads, results = travelling.loads, list[Tensor]()
@@ -151,7 +152,7 @@ def _split(rows: Tensor, cuts: list[int]) -> Sequence[Tensor]:
     return rows.split(cuts) if len(cuts) > 1 else [rows]
 
 
-@torch.compiler.disable
+@uncompiled
 def _count_trips(stats: RouterStats, memo: RoutingMemo) -> RouterStats:
     assert memo.route is not None
     return replace(stats, n_extra_trips=torch.full_like(stats.n_dropped, memo.route.n_extra))

@@ -23,6 +23,7 @@ from moe.layer import MoELayer
 from moe.norm import Norm
 from moe.recompute import Recompute, RoutingMemo, recompute_if
 from moe.tensor_parallel import TensorParallel, Unsplit
+from moe.uncompiled import apply_uncompiled
 
 
 class Block(nn.Module):
@@ -132,6 +133,7 @@ class Decoder(nn.Module):
         Nothing is compiled anew for another routing or packing. Compiling takes seconds, a compiler, and is
         done in the first step.
         """
+        apply_uncompiled()
         self.is_compiled = True
         for block in self.blocks:
             block.compile()

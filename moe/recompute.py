@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe.dispatch import Route
+from moe.uncompiled import uncompiled_itself
 
 Args = TypeVarTuple("Args")
 R = TypeVar("R")
@@ -56,6 +57,6 @@ def recompute_if(is_wanted: bool, run: Callable[[*Args], R], *args: *Args) -> R:
 
 
 # What it runs is compiled, and is the same compiled code when it is computed again.
-@torch.compiler.disable(recursive=False)
+@uncompiled_itself
 def _checkpoint(run: Callable[[*Args], R], *args: *Args) -> R:
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from moe.balance import RouterStats, balance_sum, counts_per_sequence, load_fractions, z_sum
 from moe.config import ModelConfig
+from moe.operators import define_operator
 from moe.recompute import RoutingMemo
 from moe.tensor_parallel import TensorParallel
+from moe.uncompiled import uncompiled
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Router(nn.Module):
         )
 
     # Apart from what torch.compile sees, so that a recomputation is the same graph and keeps as much.
-    @torch.compiler.disable
+    @uncompiled
     def _choose(
         self, scores_TE: Tensor, bias_E: Tensor, is_counted_T: Tensor, memo: RoutingMemo
     ) -> tuple[Tensor, Tensor | None]:
@@ -150,9 +152,7 @@ def choose_experts(scores_TE: Tensor, top_k: int, *, n_groups: int, top_groups: 
     return best_of_each(scores_TE, top_k)
 
 
-# An operator, so that no tracer of tensors asks which rows have ties.
-@torch.library.custom_op("turnout::best_of_each", mutates_args=())
-def best_of_each(scores: Tensor, n: int) -> Tensor:
+def _best_of_each(scores: Tensor, n: int) -> Tensor:
     """Return the places [T, n] of the n best of scores [T, experts or groups], best first.
 
     Ties go to the lower place.
@@ -161,8 +161,7 @@ def best_of_each(scores: Tensor, n: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :n].contiguous()
 
 
-@best_of_each.register_kernel("cpu")
-def _(scores: Tensor, n: int) -> Tensor:
+def _best_of_each_on_cpu(scores: Tensor, n: int) -> Tensor:
     """Sort only the rows that have ties: a sort takes up to 14 times as long as topk (LOG.md)."""
     values, places = scores.topk(min(n + 1, scores.size(1)), dim=-1)  # one more, with which the last may tie
     best = places[:, :n].contiguous()
@@ -173,9 +172,12 @@ def _(scores: Tensor, n: int) -> Tensor:
     return best
 
 
-@best_of_each.register_fake
-def _(scores: Tensor, n: int) -> Tensor:
+def _fake_best_of_each(scores: Tensor, n: int) -> Tensor:
     return scores.new_empty(scores.size(0), n, dtype=torch.int64)
+
+
+# An operator, so that no tracer of tensors asks which rows have ties.
+best_of_each = define_operator("best_of_each", _best_of_each, _fake_best_of_each, on_cpu=_best_of_each_on_cpu)
 
 
 def within_capacity(

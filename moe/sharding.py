@@ -3,9 +3,10 @@ the engine and checkpoints all read it here.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # which readers of checkpoints need not wait for
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,6 @@ def is_expert(name: str) -> bool:
     return split is not None and split.over == "ep"
 
 
-def own_part(whole: Tensor, split: Split | None, size: int, rank: int) -> Tensor:
+def own_part(whole: "Tensor", split: Split | None, size: int, rank: int) -> "Tensor":
     """Return rank's part of a whole tensor."""
     return whole if split is None else whole.chunk(size, split.dim)[rank]

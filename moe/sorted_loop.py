@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.activation import Activation, compiled_swiglu, plain_swiglu
+from moe.operators import define_operator
 
 # Rows whose activations are computed in one call: those of several small experts, or a part of a large one's.
 ROWS_AT_ONCE = 2048
@@ -32,17 +33,16 @@ def sorted_loop_experts(
     rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_up_LDJ: Tensor, down_LDF: Tensor
 ) -> Tensor:
     """Apply each expert to its own rows. Each result is times its row's weight."""
-    return _forward(rows_RD, weights_R, counts_L, gate_up_LDJ, down_LDF, False)[0]
+    return _sorted_loop(rows_RD, weights_R, counts_L, gate_up_LDJ, down_LDF, False)[0]
 
 
 def compiled_loop_experts(
     rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_up_LDJ: Tensor, down_LDF: Tensor
 ) -> Tensor:
     """Do the same with activations that torch.compile fuses: at first that takes seconds, and a compiler."""
-    return _forward(rows_RD, weights_R, counts_L, gate_up_LDJ, down_LDF, True)[0]
+    return _sorted_loop(rows_RD, weights_R, counts_L, gate_up_LDJ, down_LDF, True)[0]
 
 
-@torch.library.custom_op("turnout::sorted_loop", mutates_args=())
 def _forward(
     rows_RD: Tensor,
     weights_R: Tensor,
@@ -65,7 +65,6 @@ def _forward(
     return out_RD, products_RJ
 
 
-@torch.library.custom_op("turnout::sorted_loop_backward", mutates_args=())
 def _backward(
     grad_RD: Tensor,
     rows_RD: Tensor,
@@ -209,15 +208,13 @@ def _turn(parts: list[_Part], rows: Tensor) -> _Turn:
     return _Turn(parts, min(stop, rows.size(0)) - parts[0].start)
 
 
-@_forward.register_fake
-def _(
+def _fake_forward(
     rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_up_LDJ: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
     return torch.empty_like(rows_RD), rows_RD.new_empty(rows_RD.size(0), gate_up_LDJ.size(2))
 
 
-@_backward.register_fake
-def _(grad_RD: Tensor, rows_RD: Tensor, weights_R: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _fake_backward(grad_RD: Tensor, rows_RD: Tensor, weights_R: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *_, gate_up_LDJ, down_LDF, _ = others
     return tuple(torch.empty_like(like) for like in (rows_RD, weights_R, gate_up_LDJ, down_LDF))
 
@@ -232,10 +229,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, grad_RD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_RD is None:  # of the results; opcheck asks for each output's alone
         return (None,) * 6
-    d_rows_RD, d_weights_R, d_gate_up_LDJ, d_down_LDF = _backward(
+    d_rows_RD, d_weights_R, d_gate_up_LDJ, d_down_LDF = _sorted_loop_backward(
         grad_RD.contiguous(), *ctx.saved_tensors, ctx.compiles
     )
     return d_rows_RD, d_weights_R, None, d_gate_up_LDJ, d_down_LDF, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_sorted_loop = define_operator("sorted_loop", _forward, _fake_forward)
+_sorted_loop_backward = define_operator("sorted_loop_backward", _backward, _fake_backward)
+torch.library.register_autograd("turnout::sorted_loop", _differentiate, setup_context=_keep)

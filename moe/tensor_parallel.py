@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.dispatch import Record, no_record
+from moe.uncompiled import uncompiled
 
 
 class TensorParallel(Protocol):
@@ -107,7 +108,7 @@ class _Collective(torch.autograd.Function):
 
 
 # A collective is not for torch.compile: it is recorded by name, and backward has another.
-@torch.compiler.disable
+@uncompiled
 def _communicate(x: Tensor, forward_op: Operation, backward_op: Operation) -> Tensor:
     return _Collective.apply(x, forward_op, backward_op)
 

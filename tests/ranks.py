@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.local import die_with_parent
+from launch.parent import die_with_parent
 
 TIMEOUT_S = 240
 # What every rank imports: DeepSpeed and torch, and what DeepSpeed looks for when an engine is built.

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from data.corpus import Corpus
 from data.loader import Batch, Loader, Prefetcher
 from training.config import RunConfig
 from training.layout import Layout
+
+if TYPE_CHECKING:
+    import torch  # which who only looks at a corpus need not wait for
 
 
 def build_loader(cfg: RunConfig, corpus: Corpus) -> Loader:
@@ -43,7 +45,7 @@ def prefetch(
     return Prefetcher(load, start_step, cfg.train.n_steps)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: "torch.device") -> Batch:
     """Move what the model reads on the device; doc_ids stay on the host, where documents are found."""
     if device.type == "cpu":
         return batch

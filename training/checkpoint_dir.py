@@ -14,8 +14,7 @@ from pathlib import Path
 from data.files import write_atomically
 from moe.config import ModelConfig
 from moe.counts import n_params
-from training.checkpoint_manifest import Manifest, read_manifest
-from training.checkpoint_tensors import TensorReader, check_file
+from training.checkpoint_manifest import Manifest, check_file, read_manifest
 from training.disk import Disk
 from training.errors import CheckpointError
 
@@ -101,6 +100,9 @@ def verify_share(
 
     on_read: is told of bytes as they are read, each once.
     """
+    # Imported here because torch takes a second, for which who only lists checkpoints need not wait.
+    from training.checkpoint_tensors import TensorReader
+
     reader = TensorReader(directory, manifest)
     for name in sorted(manifest.files)[share::n_shares]:
         check_file(directory / name, manifest.files[name], on_read)

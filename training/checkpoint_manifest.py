@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from data.files import sha256_of
 from data.skips import SkippedWindow
 from moe.config import STRICT
 from training.errors import CheckpointError, UnreadableError, printable
@@ -253,6 +254,15 @@ def check_size(path: Path, entry: FileEntry) -> None:
     """Raise CheckpointError where a file is missing, is not a plain file, or has another size."""
     if (found := _size_of(path)) != entry.n_bytes:
         raise CheckpointError(f"{path}: has {found} bytes where the manifest says {entry.n_bytes}")
+
+
+def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | None = None) -> None:
+    """Read a file whole and compare it with its entry. Raises CheckpointError."""
+    check_size(path, entry)
+    with naming_unreadable(path):
+        found = sha256_of(path, on_read)
+    if found != entry.sha256:
+        raise CheckpointError(f"{path}: SHA-256 {found[:16]}.. where the manifest says {entry.sha256[:16]}..")
 
 
 def _read_small(path: Path) -> bytes:

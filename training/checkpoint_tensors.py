@@ -6,7 +6,7 @@ library's.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.files import sha256_of
 from training.checkpoint_manifest import (
     FileEntry,
     Manifest,
     TensorEntry,
-    check_size,
     naming_unreadable,
     rank_file,
 )
@@ -62,15 +60,6 @@ def write_bytes(disk: Disk, path: Path, content: bytes) -> FileEntry:
     """Write a small file, flushed; return its size and SHA-256. Raises OSError."""
     disk.write(path, [content])
     return FileEntry(n_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | None = None) -> None:
-    """Read a file whole and compare it with its entry. Raises CheckpointError."""
-    check_size(path, entry)
-    with naming_unreadable(path):
-        found = sha256_of(path, on_read)
-    if found != entry.sha256:
-        raise CheckpointError(f"{path}: SHA-256 {found[:16]}.. where the manifest says {entry.sha256[:16]}..")
 
 
 class TensorReader:

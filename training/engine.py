@@ -8,6 +8,7 @@ Its settings are in training/engine_settings.py.
 """
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -18,6 +19,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.runtime.compiler
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
@@ -82,6 +84,7 @@ class Engine:
     ) -> None:
         _quieten()
         _skip_shm_build()
+        _import_muon()
         if groups.device.type == "cpu":
             os.environ.setdefault("LOCAL_SIZE", str(groups.layout.world_size))
         deepspeed.init_distributed(verbose=False)  # joins the process group that is already there
@@ -349,6 +352,20 @@ def mark(parameter: nn.Parameter, **marks: bool | str) -> None:
 def _quieten() -> None:
     """Leave DeepSpeed its errors: its banners, timings and advice repeat what the run directory holds."""
     deepspeed_logger.setLevel(logging.ERROR)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon without compiling it.
+
+    Every engine imports it, and importing it compiles it, which adds a second to the start of each rank.
+    """
+    compiler = deepspeed.runtime.compiler
+    compile_ = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_
 
 
 def _skip_shm_build() -> None:

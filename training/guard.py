@@ -7,12 +7,12 @@ checkpoint goes back to its state too, so nothing here needs a reset.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from torch import Tensor
-
-from moe.balance import load_fractions
 from training.config import GuardConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor  # which readers of checkpoints need not wait for
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Finding:
 
 
 def examine(
-    state: GuardState, cfg: GuardConfig, *, loss: float, grad_norm: float, counts_ME: Tensor | None
+    state: GuardState, cfg: GuardConfig, *, loss: float, grad_norm: float, counts_ME: "Tensor | None"
 ) -> tuple[GuardState, Finding | None]:
     """Return the state after a step and the worst that is wrong with the step, if anything is.
 
@@ -135,21 +135,22 @@ def _examine_spike(state: GuardState, cfg: GuardConfig, loss: float) -> tuple[Gu
 
 
 def _examine_collapse(
-    state: GuardState, cfg: GuardConfig, counts_ME: Tensor
+    state: GuardState, cfg: GuardConfig, counts_ME: "Tensor"
 ) -> tuple[GuardState, Finding | None]:
     patience_steps = cfg.collapse_patience_steps
     assert patience_steps is not None, "GuardConfig fills it in"
-    counts_ME = counts_ME.cpu()
-    loads_M, expert_ids_M = (x.tolist() for x in load_fractions(counts_ME).max(dim=-1))
-    dead_M = [n_dead / counts_ME.size(-1) for n_dead in (counts_ME == 0).sum(-1).tolist()]
+    counts_by_layer = counts_ME.tolist()
+    loads_M = [max(counts) / max(1, sum(counts)) for counts in counts_by_layer]
+    dead_M = [counts.count(0) / len(counts) for counts in counts_by_layer]
     overloaded_steps = _steps_above(loads_M, cfg.max_load_frac, state.overloaded_steps)
     dead_steps = _steps_above(dead_M, cfg.max_dead_frac, state.dead_steps)
     state = replace(state, overloaded_steps=overloaded_steps, dead_steps=dead_steps)
     layer = _worst_layer(loads_M, overloaded_steps, patience_steps)
     if layer is not None:
+        counts = counts_by_layer[layer]
         text = (
-            f"layer {layer} sends {loads_M[layer]:.3g} of its rows to expert {expert_ids_M[layer]}, above "
-            f"guard.max_load_frac={cfg.max_load_frac:g} for {overloaded_steps[layer]} steps"
+            f"layer {layer} sends {loads_M[layer]:.3g} of its rows to expert {counts.index(max(counts))}, "
+            f"above guard.max_load_frac={cfg.max_load_frac:g} for {overloaded_steps[layer]} steps"
         )
         return state, Finding("collapse", loads_M[layer], cfg.max_load_frac, text)
     layer = _worst_layer(dead_M, dead_steps, patience_steps)

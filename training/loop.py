@@ -268,7 +268,8 @@ class Run:
     def _save(self) -> None:
         self.groups.ledger.at(self.progress.step, "checkpoint")
         share = share_of(self._engine, self.progress.router_state, self.groups)
-        self._saver.save(share, self.progress.to_state(self._engine))
+        scalars, scaler = self._engine.optimizer_scalars(), self._engine.loss_scaler_state()
+        self._saver.save(share, self.progress.to_state(optimizer=scalars, loss_scaler=scaler))
 
     def _open_metrics(self) -> None:
         if self._metrics is not None:

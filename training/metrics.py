@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from typing import TYPE_CHECKING, Any
 
 from data.files import write_atomically
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 Row = dict[str, float | int]
 
@@ -28,7 +29,7 @@ class MetricsLog:
         if path.exists():
             write_atomically(path, _rows_until(path, after_step))
         self._file = path.open("a", encoding="utf-8")
-        self._trackers = [_start_tracker(name, run_dir, config, after_step) for name in trackers]
+        self._trackers = {name: _start_tracker(name, run_dir, config, after_step) for name in trackers}
 
     def write(self, row: Row) -> None:
         """Append one row; row["step"] counts optimizer steps done."""
@@ -37,17 +38,16 @@ class MetricsLog:
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         values = {key: value for key, value in row.items() if key != "step"}
-        for tracker in self._trackers:
+        for tracker in self._trackers.values():
             tracker.log(values, step=int(row["step"]))
 
     def write_text(self, name: str, text: str, step: int) -> None:
         """Hand a text to TensorBoard where it is on; other trackers get numbers only."""
-        for tracker in self._trackers:
-            if isinstance(tracker, TensorBoardTracker):
-                tracker.writer.add_text(name, text, step)
+        if (tracker := self._trackers.get("tensorboard")) is not None:
+            tracker.writer.add_text(name, text, step)
 
     def close(self) -> None:
-        for tracker in self._trackers:
+        for tracker in self._trackers.values():
             tracker.finish()
         self._file.close()
 
@@ -58,7 +58,10 @@ def _rows_until(path: Path, step: int) -> bytes:
     return b"".join(line for line in whole if json.loads(line)["step"] <= step)
 
 
-def _start_tracker(name: str, run_dir: Path, config: Mapping[str, Any], after_step: int) -> GeneralTracker:
+def _start_tracker(name: str, run_dir: Path, config: Mapping[str, Any], after_step: int) -> "GeneralTracker":
+    # Imported here because it brings torch with it, for which who only names a row need not wait.
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
     if name == "tensorboard":
         # Without it the points of an earlier start would stay beside those of this one.
         tracker = TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=after_step + 1)

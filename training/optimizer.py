@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from training.config import OptimConfig, ScheduleConfig
+from training.torch_internals import keep_compiler_out, plain_step
 
 ParamGroups = list[dict[str, Any]]
 
@@ -32,8 +33,15 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
 ADAMW_KINDS, ADAMW_SCALARS = ("exp_avg", "exp_avg_sq"), ("step",)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, whose step does not import torch's compiler."""
+
+    step = plain_step(torch.optim.AdamW)
+
+
 def build_adamw(groups: ParamGroups, cfg: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    keep_compiler_out()
+    return AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
 def lr_at(step: int, *, lr: float, schedule: ScheduleConfig, n_steps: int) -> float:

@@ -13,10 +13,12 @@ columns. A piece is a range of such a block, flattened: what one rank's ZeRO par
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from moe.sharding import Split
+
+if TYPE_CHECKING:
+    from torch import Tensor  # which readers of manifests need not wait for
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Overlap:
     def numel(self) -> int:
         return self.n_rows * self.n_cols
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
+    def copy(self, source: "Tensor", target: "Tensor") -> None:
         """Copy the shared elements. source [read stop - start], target [target piece's numel]; both flat."""
         block = source.view(self.n_rows, self.source_width).narrow(1, self.source_col, self.n_cols)
         stop = self.target_start + self.n_rows * self.target_width

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from data.skips import SkippedWindow, merged
 from moe.balance import RouterState
 from training.checkpoint_manifest import TrainingState
-from training.engine import Engine
 from training.guard import GuardState
 
 
@@ -42,16 +41,16 @@ class Progress:
             skipped=skipped,
         )
 
-    def to_state(self, engine: Engine) -> TrainingState:
-        """Return what a checkpoint keeps of this, with the engine's own numbers."""
+    def to_state(self, *, optimizer: dict[str, float], loss_scaler: dict[str, float]) -> TrainingState:
+        """Return what a checkpoint keeps of this, beside the engine's scalars."""
         return TrainingState(
             step=self.step,
             tokens_seen=self.tokens_seen,
             n_skipped=self.n_skipped,
             n_skipped_in_a_row=self.n_skipped_in_a_row,
             n_interventions=self.n_interventions,
-            optimizer=engine.optimizer_scalars(),
-            loss_scaler=engine.loss_scaler_state(),
+            optimizer=optimizer,
+            loss_scaler=loss_scaler,
             guard=asdict(self.guard),
             skipped=self.skipped,
         )

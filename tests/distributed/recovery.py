@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from data.corpus import open_corpus
-from launch.local import die_with_parent
+from launch.parent import die_with_parent
 from launch.settings import load_config
 from tests.distributed.sabotaged_rank import SABOTAGE, Fault
 from tests.distributed.test_train_command import RECIPE

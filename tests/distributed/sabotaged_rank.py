@@ -14,7 +14,7 @@ from typing import Literal
 import training.build
 import training.checkpoint
 from data.loader import Batch
-from launch.worker import main
+from launch.rank import main
 from moe.balance import RouterState
 from training.disk import Disk
 from training.objective import Objective, ObjectiveSums

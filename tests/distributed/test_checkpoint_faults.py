@@ -156,7 +156,7 @@ def poll_while_one_rank_fails(rank: int, run_dir: Path, token: str) -> None:
             time.sleep(0.02)
     except MemoryError as err:
         (run_dir / "told").write_text(str(err))
-        os._exit(1)  # as launch/worker.py does
+        os._exit(1)  # as launch/rank.py does
 
 
 def test_a_rank_whose_save_fails_as_none_should_ends_and_not_only_at_the_next_save(run_dir: Path) -> None:

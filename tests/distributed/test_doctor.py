@@ -9,6 +9,7 @@ import pytest
 
 from launch.cli import main
 from launch.doctor import examine
+from launch.settings import load_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,8 @@ def test_a_wrong_factor_is_found_and_named(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    code = examine("tiny", [], nproc=2, layouts=["tp=1,ep=2"], worker="tests.distributed.sabotaged_doctor")
+    cfg = load_config("tiny", [])
+    code = examine(cfg, nproc=2, layouts=["tp=1,ep=2"], worker="tests.distributed.sabotaged_doctor")
     said = capfd.readouterr()
     assert code == 1
     errors = said.err.splitlines()

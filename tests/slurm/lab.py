@@ -225,7 +225,7 @@ class JobRun:
             for p in psutil.process_iter(["cmdline"])
             if p.info["cmdline"]
             and "launch.worker" in p.info["cmdline"]
-            and "deepspeed.launcher.launch" not in p.info["cmdline"]
+            and "launch.deepspeed_launcher" not in p.info["cmdline"]
             and p.info["cmdline"][-1] == str(self.run_dir / "logs" / start)
         ]
 

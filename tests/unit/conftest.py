@@ -7,8 +7,19 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import save_alone
+from tests.ranks import join_alone
 from tests.unit.hostile_fixtures import limits
 from training.checkpoint_dir import verify_checkpoint
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """This process as the only rank: its process group, and what DeepSpeed's launcher sets for a rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        join_alone()
+        yield
 
 
 @pytest.fixture(scope="session")

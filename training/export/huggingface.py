@@ -20,8 +20,8 @@ from torch import Tensor
 from data.tokenizer import load_tokenizer
 from training.disk import Buffer, Disk
 from training.export.architectures import to_hf_config
+from training.export.hf_files import CONFIG, INDEX
 from training.export.naming import Architecture, Slot, half_of, slots
-from training.export.reader import CONFIG, INDEX
 from training.export.tokenizer_files import write_tokenizer
 from training.tensor_stream import Stored, cut_by_bytes, safetensors_chunks
 from training.weights import Weights

@@ -19,17 +19,12 @@ from moe.init import initial_values
 from moe.sharding import is_expert
 from training.errors import CheckpointError, ConfigError, printable
 from training.export.architectures import from_hf_config
+from training.export.hf_files import CONFIG, INDEX, SINGLE
 from training.export.naming import DENSE, Slot, half_of, slots
 from training.weights import MAPPED_BYTES, parameter_shapes
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_JSON_BYTES = 256 << 20
 FLOATS = ("F32", "BF16", "F16")
-
-
-def is_hf_directory(path: Path) -> bool:
-    """Return whether a directory looks like Hugging Face's: a config and safetensors beside it."""
-    return (path / CONFIG).is_file() and ((path / INDEX).is_file() or (path / SINGLE).is_file())
 
 
 class HfWeights:
