@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import training.checkpoint_tensors
+import training.checkpoint_manifest
 from data.files import sha256_of
 from tests.checkpoints import ALL_KEPT, save_alone, saver_of, small_numbers, small_share, state_at
 from tests.ranks import RankFailed, RankPool
@@ -72,7 +72,7 @@ def test_a_checkpoint_that_cannot_be_read_keeps_its_name(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return sha256_of(path, on_read)
 
-    monkeypatch.setattr(training.checkpoint_tensors, "sha256_of", fail)
+    monkeypatch.setattr(training.checkpoint_manifest, "sha256_of", fail)
     saver, told = alone(run_dir), list[str]()
     found = saver.find_intact(told.append)
     assert found is not None and found[0] == checkpoint_path(run_dir, 1)
