@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PLAIN := $(CURDIR)/build/plain
+PLAIN := build/plain
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo test test-megablocks test-transformers4 test-llamacpp megablocks lint bench clean
+.PHONY: setup demo quick test test-all mutants test-megablocks test-transformers4 test-llamacpp megablocks lint bench clean
 
 setup: $(VENV)/installed
 
@@ -22,13 +22,20 @@ demo: setup
 	$(BIN)/turnout prepare --embedded --vocab-size 4096 --out corpora/stdlib
 	$(BIN)/turnout train tiny --run-dir $(RUN_DIR) --nproc 2
 
+# The tiers of tests. Each runs all of its parts and prints one summary: tests/tiers.py.
+quick: setup
+	$(BIN)/python -m tests.tiers quick
+
 test: setup
-	$(BIN)/pytest tests/distributed
-# These take one core, or wait for jobs, so two files go at once, each with a SLURM cluster of its own; in their order,
-# which ends with many small ones. Apart from tests/distributed, whose ranks want both cores.
-	$(BIN)/pytest tests --ignore tests/distributed --ignore tests/megablocks --numprocesses 2 --dist loadfile \
-	  --no-loadscope-reorder
-	$(MAKE) test-megablocks
+	$(BIN)/python -m tests.tiers test
+
+# What `make test` leaves out.
+test-all: setup
+	$(BIN)/python -m tests.tiers rest
+
+# Breaks the code in one place after the other; the tests must fail each time.
+mutants: setup
+	$(BIN)/python -m tests.mutants
 
 # Triton kernels, computed on the CPU by Triton's interpreter: megablocks cannot be among what `pip install` resolves,
 # because it asks for an old torch.
@@ -47,7 +54,7 @@ $(VENV)-transformers4/installed: CLIENT := 'transformers==4.57.6' 'huggingface_h
 # megablocks asks for an old torch, so nothing may come with it; and pip would give what it built to any later torch.
 MEGABLOCKS := --no-deps --no-build-isolation --no-cache-dir --constraint constraints.txt megablocks stanford-stk
 $(VENV)-megablocks/installed: CLIENT := $(MEGABLOCKS) triton==3.8.0
-$(VENV)-megablocks/installed: CLIENT_ENV := PYTHONPATH='$(PLAIN)'
+$(VENV)-megablocks/installed: CLIENT_ENV := PYTHONPATH="$$PWD/$(PLAIN)"
 $(VENV)-megablocks/installed: | $(PLAIN)/sitecustomize.py
 # Compiles llama.cpp: minutes, and it needs a C++ compiler.
 $(VENV)-llamacpp/installed: CLIENT := 'llama-cpp-python==0.3.36'
@@ -70,7 +77,7 @@ $(PLAIN)/sitecustomize.py:
 # For the expert backend of that name, on a machine with a GPU.
 megablocks: setup $(PLAIN)/sitecustomize.py
 	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77'
-	PYTHONPATH='$(PLAIN)' $(BIN)/pip install --quiet --disable-pip-version-check $(MEGABLOCKS)
+	PYTHONPATH="$$PWD/$(PLAIN)" $(BIN)/pip install --quiet --disable-pip-version-check $(MEGABLOCKS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import socket
 import sys
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,7 @@ def provenance(corpus: "Corpus", *, nproc: int, argv: Sequence[str]) -> dict[str
         "command": list(argv),
         "nproc": nproc,
         "host": socket.gethostname(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_model(),
         "n_cpus": os.cpu_count(),
         "python": platform.python_version(),
         "packages": package_versions(),
@@ -140,3 +141,13 @@ def provenance(corpus: "Corpus", *, nproc: int, argv: Sequence[str]) -> dict[str
         "corpus_hash": corpus.manifest.corpus_hash,
         "tokenizer_sha256": corpus.manifest.tokenizer_sha256,
     }
+
+
+def _cpu_model() -> str:
+    """Return the processor's name as Linux gives it, or its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.machine()

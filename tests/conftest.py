@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
-# Each of two workers has as many threads as there are cores. They look once, as torch is imported: not above.
+from launch.devices import count_gpus
+
+# Each of two workers has as many threads as there are cores. torch reads this once, when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not count_gpus():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as for ranks; DeepSpeed would look for others, with gcc
 
 
 @pytest.fixture(scope="session")

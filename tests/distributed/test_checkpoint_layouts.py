@@ -1,7 +1,8 @@
 """A checkpoint saved at any layout is the same to any other: bit for bit, and in the steps that follow.
 
 Every layout of 1, 2, 4 and 8 ranks, with ZeRO 1 and 2, saves a state in which every expert's weights and
-moments are its own, number by number, and every layout reads the checkpoints of all others.
+moments are its own, number by number, and every layout reads the checkpoints of all others. `make test` does
+so with a few layouts, `make test-all` with all.
 """
 
 from functools import lru_cache
@@ -49,6 +50,12 @@ CFG = run_config(
     train={"n_steps": 5, "batch_tokens": 128, "microbatch_seqs": 1},
 )
 LAYOUTS = [Layout(n, tp=tp, ep=ep) for n in (1, 2, 4, 8) for tp in divisors(n) for ep in divisors(n)]
+FEW = [
+    *(Layout(1), Layout(2, ep=2), Layout(4, tp=2, ep=2), Layout(4, tp=4), Layout(4, tp=2, ep=4)),
+    *(Layout(8, tp=2, ep=4), Layout(8, tp=4, ep=8)),
+]
+SETS = {"few": FEW, "all": LAYOUTS}
+SETS_TRIED = [pytest.param("few"), pytest.param("all", marks=pytest.mark.long)]
 STEP = 3
 N_STEPS_AFTER = 5
 
@@ -118,32 +125,33 @@ def train_on(
     return losses
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The same state, saved at every layout; each in the run directory of its name."""
-    place = tmp_path_factory.mktemp("saved")
+Saved = tuple[list[Layout], Path, dict[str, str]]
+
+
+@pytest.fixture(scope="module", params=SETS_TRIED)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The same state, saved at every layout of a set; each in the run directory of its name."""
+    layouts, place = SETS[request.param], tmp_path_factory.mktemp("saved")
     tokens = {}
-    for layout in LAYOUTS:
+    for layout in layouts:
         for zero_stage in (1, 2):
             (place / (name := name_of(layout, zero_stage))).mkdir()
             tokens[name] = take_over(place / name)
-    for layout in LAYOUTS:
+    for layout in layouts:
         run_ranks(save_and_read, layout.world_size, layout, place, tokens, saves=True)
-    return place, tokens
+    return layouts, place, tokens
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: name_of(x, 0).removesuffix("-zero0"))
-def test_every_layout_reads_what_every_other_saved(
-    layout: Layout, saved: tuple[Path, dict[str, str]]
-) -> None:
-    place, tokens = saved
-    for wrong in run_ranks(save_and_read, layout.world_size, layout, place, tokens, saves=False):
-        assert len(wrong) == 2 * len(LAYOUTS)
-        assert not any(wrong.values()), wrong
+def test_every_layout_reads_what_every_other_saved(saved: Saved) -> None:
+    layouts, place, tokens = saved
+    for layout in layouts:
+        for wrong in run_ranks(save_and_read, layout.world_size, layout, place, tokens, saves=False):
+            assert len(wrong) == 2 * len(layouts)
+            assert not any(wrong.values()), (name_of(layout, 0), wrong)
 
 
-def test_each_byte_is_written_once_and_verifies(saved: tuple[Path, dict[str, str]]) -> None:
-    place, _ = saved
+def test_each_byte_is_written_once_and_verifies(saved: Saved) -> None:
+    _, place, _ = saved
     n_parameters = sum(x.numel() for (kind, _), x in unique_state(CFG).items() if kind == "master")
     for run_dir in place.iterdir():
         (path,) = list_checkpoints(run_dir)
@@ -152,29 +160,30 @@ def test_each_byte_is_written_once_and_verifies(saved: tuple[Path, dict[str, str
         assert sum(held) == n_parameters
 
 
-def test_the_next_steps_are_the_same_wherever_the_run_goes_on(saved: tuple[Path, dict[str, str]]) -> None:
-    """Each layout goes on from another's checkpoint: the k-th from the one that is k + 7 further on."""
-    place, tokens = saved
-    plans = [(layout, 1 + i % 2) for i, layout in enumerate(LAYOUTS)]
+def test_the_next_steps_are_the_same_wherever_the_run_goes_on(saved: Saved) -> None:
+    """Each layout resumes from another's checkpoint, of one some places further in the list."""
+    layouts, place, tokens = saved
+    shift = min(7, len(layouts) // 2)
+    plans = [(layout, 1 + i % 2) for i, layout in enumerate(layouts)]
     (want,) = run_ranks(train_on, 1, *plans[0])
     assert len(set(want)) == N_STEPS_AFTER
     for i, (layout, zero_stage) in enumerate(plans):
-        source = name_of(*plans[(i + 7) % len(plans)])
+        source = name_of(*plans[(i + shift) % len(plans)])
         got = run_ranks(train_on, layout.world_size, layout, zero_stage, place / source, tokens[source])
         for losses in got:
             assert losses == pytest.approx(want, rel=1e-5), name_of(layout, zero_stage)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_parameter(saved: tuple[Path, dict[str, str]]) -> None:
-    place, _ = saved
+def test_a_checkpoint_of_another_model_is_refused_by_parameter(saved: Saved) -> None:
+    _, place, _ = saved
     (path,) = list_checkpoints(place / name_of(LAYOUTS[0], 1))
     model: ModelConfig = CFG.model.model_copy(update={"d_expert": 16})
     (said,) = run_ranks(refusal, 1, CFG.model_copy(update={"model": model}), path)
     assert "parameter blocks.1.moe.experts.down is (8, 16, 8) where this model's is (8, 16, 16)" in said
 
 
-def test_a_state_that_is_not_adamws_is_refused(saved: tuple[Path, dict[str, str]]) -> None:
-    place, _ = saved
+def test_a_state_that_is_not_adamws_is_refused(saved: Saved) -> None:
+    _, place, _ = saved
     (path,) = list_checkpoints(place / name_of(LAYOUTS[0], 1))
     (said,) = run_ranks(refusal, 1, CFG, path, kinds=("master", "exp_avg"))
     assert "holds ['exp_avg', 'step'] where AdamW keeps ['exp_avg', 'exp_avg_sq', 'step']" in said

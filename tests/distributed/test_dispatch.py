@@ -19,6 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "three trips": {"min_trips": 3},
     "as many as a small limit asks": {"max_load": 0.6},
     "two trips, and more for a limit": {"max_load": 0.9, "min_trips": 2},
+    "a limit of less than a row": {"max_load": 0.01},
 }
 LAYOUTS = [Layout(1), Layout(2, ep=2), Layout(4, ep=4), Layout(4, tp=2, ep=2)]
 
@@ -102,3 +103,19 @@ def check_trips(layout: Layout, results: list[dict[str, Any]], way: dict[str, An
         assert n_trips == way.get("min_trips", 1)
     assert n_trips >= way.get("min_trips", 1)
     assert n_trips == 1 or max(loads) > limit * (n_trips - 1) or n_trips == way.get("min_trips")
+    assert n_trips <= max(*loads, way.get("min_trips", 1)), "a trip without a row on any rank"
+
+
+def share_a_gradient(rank: int, layout: Layout) -> tuple[list[float], list[float]]:
+    """Enter a split layer beside a use of another tensor, whose gradient is the very same tensor."""
+    tp = groups_of(layout, rank).tensor_parallel()
+    x, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    beside = 1.0 * other  # made before, so that its gradient is used after that of x has been summed
+    ((tp.enter(x) + beside) * (rank + 1)).sum().backward()
+    assert x.grad is not None and other.grad is not None
+    return x.grad.tolist(), other.grad.tolist()
+
+
+def test_a_gradient_that_is_summed_over_ranks_is_not_summed_for_its_other_users() -> None:
+    sums = [3.0] * 3
+    assert run_ranks(share_a_gradient, 2, Layout(2, tp=2)) == [(sums, [1.0] * 3), (sums, [2.0] * 3)]

@@ -21,6 +21,7 @@ def doctor(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.long
 def test_every_layout_of_a_rich_config_agrees(tmp_path: Path) -> None:
     make_corpus(tmp_path, {"text": make_texts(300)}, valid_frac=0.05, shard_tokens=5000)
     settings = ["data.corpus=corpus", "model.vocab_size=300", "model.seq_len=32", "train.microbatch_seqs=4"]

@@ -64,7 +64,18 @@ LAYOUTS = [
     Layout(world, tp=tp, ep=ep) for world in (1, 2, 4, 8) for tp in divisors(world) for ep in divisors(world)
 ]
 IDS = [f"world{x.world_size}-tp{x.tp}-ep{x.ep}" for x in LAYOUTS]
+# Of eight ranks, on which most time is spent, `make test` tries these; `make test-all` tries the others too.
+OF_EIGHT = {(1, 8), (2, 4), (4, 8), (8, 2)}
 
+
+def marks_of(layout: Layout) -> list[pytest.MarkDecorator]:
+    is_first = layout.world_size < 8 or (layout.tp, layout.ep) in OF_EIGHT
+    return [] if is_first else [pytest.mark.long]
+
+
+EVERY_LAYOUT = [
+    pytest.param(layout, id=name, marks=marks_of(layout)) for layout, name in zip(LAYOUTS, IDS, strict=True)
+]
 
 # How expert rows travel: each layout and each model meets all of them.
 TRIPS: list[dict[str, Any]] = [
@@ -170,7 +181,7 @@ def test_runs_cover() -> None:
     assert {run[1:] for run in runs if run.layout.tp > 1} == split
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_every_gradient_is_that_of_one_process_in_fp64(layout: Layout) -> None:
     for i, run in enumerate(run for run in gradient_runs() if run.layout == layout):
         cfg = CONFIGS[run.model]
@@ -202,7 +213,8 @@ def engine_runs() -> list[Any]:
             model = list(CONFIGS)[(i + 2 * j + i // 4) % len(CONFIGS)]
             variant = (i + j + i // 3) % len(VARIANTS)
             name = f"{IDS[i]}, {model}, variant {variant}"
-            runs.append(pytest.param(layout, model, VARIANTS[variant], j == 1, id=name))
+            values = (layout, model, VARIANTS[variant], j == 1)
+            runs.append(pytest.param(*values, id=name, marks=marks_of(layout)))
     return runs
 
 
@@ -236,8 +248,10 @@ def test_three_steps_through_the_engine_are_those_of_one_process(
 
 @pytest.mark.parametrize(
     ("layout", "recompute"),
-    [(Layout(2, ep=2), "full"), (Layout(2, tp=2, ep=2), "selective")],
-    ids=["ep2", "tp2-ep2"],
+    [
+        pytest.param(Layout(2, ep=2), "full", id="ep2", marks=pytest.mark.long),
+        pytest.param(Layout(2, tp=2, ep=2), "selective", id="tp2-ep2"),
+    ],
 )
 def test_three_steps_of_compiled_blocks_are_those_of_one_process(layout: Layout, recompute: str) -> None:
     model = "sigmoid top-2, shared, dense first, batch scope, bias"

@@ -111,7 +111,12 @@ def check_told(lines: list[str], fate: str, victim: int, entry: Entry, nproc: in
 
 
 @pytest.mark.parametrize(
-    ("phase", "victim", "nproc"), [("forward", 1, 4), ("backward", 0, 2), ("optimizer step", 1, 2)]
+    ("phase", "victim", "nproc"),
+    [
+        ("forward", 1, 4),
+        pytest.param("backward", 0, 2, marks=pytest.mark.long),
+        pytest.param("optimizer step", 1, 2, marks=pytest.mark.long),
+    ],
 )
 def test_a_killed_rank_is_named_with_step_and_phase(phase: str, victim: int, nproc: int, place: Path) -> None:
     run = Run(place, phase.replace(" ", "-"), nproc)

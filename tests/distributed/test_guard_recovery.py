@@ -114,6 +114,7 @@ def begun(place: Path, faults: dict[str, Fault]) -> dict[str, Started]:
     }
 
 
+@pytest.mark.long
 def test_skip_leaves_every_weight_as_it_was_and_counts(
     begun: dict[str, Started], faults: dict[str, Fault]
 ) -> None:
@@ -131,6 +132,7 @@ def test_skip_leaves_every_weight_as_it_was_and_counts(
     assert n_fired(faults["skipped nan"]) == n_fired(faults["skipped spike"]) == 1
 
 
+@pytest.mark.long
 def test_rollback_leaves_the_data_out_for_ever_and_not_more_often_than_allowed(
     begun: dict[str, Started], faults: dict[str, Fault]
 ) -> None:
@@ -176,6 +178,7 @@ def check_ledger(run_dir: Path, *wanted: tuple[int, str]) -> None:
         assert re.fullmatch(reason, window.reason), window.reason
 
 
+@pytest.mark.long
 def test_a_collapse_that_lasts_is_rolled_back_so_often_and_then_stops_the_run(
     begun: dict[str, Started],
 ) -> None:

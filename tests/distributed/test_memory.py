@@ -1,6 +1,7 @@
 """What `--dry-run` says that a rank holds, against what ranks of the real engine hold, to the byte."""
 
 import time
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -11,16 +12,20 @@ import torch.distributed as dist
 from launch.activations import activation_bytes
 from launch.memory import StateBytes, state_bytes
 from tests.bench.step_memory import SMALL, measure
+from tests.checkpoints import APPLIED_STEPS, KINDS, saver_of, state_at, unique_router_state
 from tests.layouts import groups_of, starting_state
 from tests.memory import all_tensors, held_by, peak_allocated_bytes, storages
 from tests.ranks import run_ranks
 from tests.runs import rank_share, run_config, uneven_batch
 from training.batches import split_microbatches
 from training.build import build_engine, build_local_decoder
+from training.checkpoint_dir import checkpoint_bytes, checkpoint_path, read_checkpoint
 from training.config import RunConfig
 from training.hardware import DTYPES, cpu_has_fp16
 from training.layout import Layout, plan_layout
 from training.objective import Objective
+from training.owner import take_over
+from training.shares import share_of
 
 LAYOUTS = [
     pytest.param(1, {}, id="dp1"),
@@ -57,7 +62,7 @@ def held_in_second_step(rank: int, cfg: RunConfig, world_size: int) -> tuple[Sta
     return max(held, key=lambda h: h.gradients), len(held)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS)
 def test_ranks_hold_what_was_planned_to_the_byte(
     world_size: int, parallel: dict[str, Any], precision: str
@@ -100,7 +105,7 @@ def passes_of_a_microbatch(rank: int, cfg: RunConfig, world_size: int) -> int:
         return min(peak_allocated_bytes(lambda: objective(share, state).total.backward()) for _ in range(5))
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.long), "full"])
 @pytest.mark.parametrize(
     ("world_size", "parallel", "precision", "backend"),
     [
@@ -129,6 +134,29 @@ def test_passes_take_the_activations_that_were_planned(
     assert measured == pytest.approx([said] * world_size, rel=0.02)
 
 
+@pytest.mark.long
 def test_a_step_takes_the_memory_that_was_planned() -> None:
     for name, measured, said in measure(SMALL):
         assert said == pytest.approx(measured, rel=0.1), name
+
+
+def save_whole(rank: int, cfg: RunConfig, run_dir: Path, token: str) -> None:
+    """Save step 3 of a model that has taken a step."""
+    groups = groups_of(plan_layout(cfg, 2), rank)
+    engine, _ = build_engine(cfg, groups)
+    engine.make_optimizer_state(KINDS, {"step": APPLIED_STEPS})
+    saver = saver_of(run_dir, groups, cfg, token=token)
+    saver.save(share_of(engine, unique_router_state(cfg), groups), state_at(3))
+    saver.close()
+    engine.close()
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 2), (2, 1)])
+def test_a_checkpoint_has_the_bytes_that_were_planned(tp: int, ep: int, tmp_path: Path) -> None:
+    # Large enough that names and hashes are no part of it.
+    sizes = {"d_model": 64, "d_expert": 96, "vocab_size": 512, "n_shared_experts": 1, "n_dense_layers": 1}
+    cfg = run_config(model={**sizes, "d_ff": 48, "n_kv_heads": 2}, parallel={"tp": tp, "ep": ep})
+    assert checkpoint_bytes(cfg.model) > 2**21
+    run_ranks(save_whole, 2, cfg, tmp_path, take_over(tmp_path))
+    manifest = read_checkpoint(checkpoint_path(tmp_path, 3))
+    assert manifest.n_bytes == pytest.approx(checkpoint_bytes(cfg.model), rel=0.02)

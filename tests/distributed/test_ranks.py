@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.long  # of the tests themselves
 CALL = """
 from tests.bench.side_by_side import in_own_process
 from tests.distributed.test_ranks import sizes_of_ranks

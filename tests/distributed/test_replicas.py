@@ -1,6 +1,7 @@
 """What several ranks hold alike stays alike, bit for bit; half precision stays near fp32 at every layout."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -63,8 +64,14 @@ def train_and_show(rank: int, cfg: RunConfig, world_size: int) -> dict[str, torc
     return {**held, "bias": state.bias_ME, "load": state.load_frac_ME}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def first_of(n: int, values: list[Any]) -> list[Any]:
+    """Return parameters of which `make test` tries the first n, and `make test-all` the others too."""
+    marks = [[]] * n + [[pytest.mark.long]] * (len(values) - n)
+    return [pytest.param(value, id=str(value), marks=mark) for value, mark in zip(values, marks, strict=True)]
+
+
+@pytest.mark.parametrize("precision", first_of(1, ["bf16", "fp32"]))
+@pytest.mark.parametrize("parallel", first_of(2, LAYOUTS))
 def test_fifty_adamw_steps_leave_replicas_bitwise_equal(parallel: dict[str, int], precision: str) -> None:
     cfg = with_split(with_parallel(CFG, **parallel), 2 * parallel["tp"], precision=precision)
     held = run_ranks(train_and_show, 4, cfg, 4)
@@ -77,7 +84,7 @@ def test_fifty_adamw_steps_leave_replicas_bitwise_equal(parallel: dict[str, int]
                 assert torch.equal(held[rank][name], held[ranks[0]][name]), f"{name} on rank {rank}"
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+@pytest.mark.parametrize("parallel", first_of(1, LAYOUTS))
 def test_bf16_follows_fp32_at_every_layout(parallel: dict[str, int]) -> None:
     cfg = with_split(CFG, 8, n_steps=10)
     (full,) = run_ranks(train_on_ranks, 1, cfg, 1, "adamw", 3e-3)

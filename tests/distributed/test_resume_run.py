@@ -278,6 +278,7 @@ def no_large_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_the_way_out(
     straight: Ended, killed: Path
 ) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import torch
 
 import training.engine
 from tests.layouts import (
@@ -18,9 +19,10 @@ from training.batches import split_microbatches
 from training.build import put_under_engine
 from training.config import RunConfig
 from training.errors import EngineError
-from training.layout import plan_layout
+from training.layout import Layout, plan_layout
 from training.optimizer import build_adamw
 from training.parallel import Groups
+from training.self_check import FirstStepCheck, ReducedFragment
 from training.step import train_step
 
 CFG = with_parallel(run_config(model={"n_heads": 4, "n_kv_heads": 2, "n_experts": 8}), tp=2, ep=2)
@@ -82,3 +84,37 @@ def test_a_wrong_reduction_is_named_on_every_rank(
     messages = run_ranks(first_step, 4, with_parallel(CFG, zero_stage=zero_stage), break_it)
     assert len(set(messages)) == 1, messages
     assert told in messages[0] and bool(messages[0]) == bool(told)
+
+
+@pytest.mark.parametrize("parallel", [{"ep": 2}, {"tp": 2}, {"tp": 2, "ep": 4}, {"tp": 4, "ep": 2}], ids=str)
+def test_a_right_reduction_is_accepted_at_every_layout(parallel: dict[str, int]) -> None:
+    """Most of the gradient is the routers', which is whole on each tensor-parallel rank."""
+    sizes = {"n_heads": 4, "n_kv_heads": 4, "n_experts": 8, "balance": {"coef": 50.0, "z_coef": 5.0}}
+    cfg = run_config(model=sizes, train={"batch_tokens": 96, "microbatch_seqs": 2}, parallel=parallel)
+    assert run_ranks(first_step, 4, cfg, nothing) == [""] * 4
+
+
+def check_a_wrong_share(rank: int, n_ranks: int, culprit: int) -> str:
+    """Check the reduced gradient of a layer, of which each rank updates an equal part, one a wrong one."""
+    groups = groups_of(Layout(n_ranks), rank)
+    layer = torch.nn.Linear(40, 6, bias=False)
+    torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+    check = FirstStepCheck(layer, groups, has_expert_groups=False)
+    x = torch.randn(7, 40, generator=torch.Generator().manual_seed(rank))
+    (n_ranks * layer(x).square().sum()).backward()
+    assert layer.weight.grad is not None
+    reduced = groups.sum_over_ranks(layer.weight.grad.flatten().clone()) / n_ranks
+    part = reduced.chunk(n_ranks)[rank] * (1.1 if rank == culprit else 1.0)
+    try:
+        check.check_gradients([ReducedFragment("weight", rank * part.numel(), part)])
+    except EngineError as err:
+        return str(err)
+    return ""
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 3])
+def test_a_fault_of_one_rank_is_named_on_all(culprit: int) -> None:
+    assert run_ranks(check_a_wrong_share, 4, 4, -1) == [""] * 4
+    (message,) = set(run_ranks(check_a_wrong_share, 4, 4, culprit))
+    assert "gradient of weight differs from the sum over ranks by" in message
+    assert f"(on rank {culprit})" in message

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -189,7 +190,15 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(place: Path) -> None:
     assert rows["steps"] == "12" and "epochs" in rows["data"]
 
 
-def start_long_run(place: Path, run_dir: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+def take_signals(*, ignored: signal.Signals | None = None) -> None:
+    """Undo what this process inherited: a shell ignores SIGINT in background jobs, and nohup SIGHUP."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN if signum == ignored else signal.SIG_DFL)
+
+
+def start_long_run(
+    place: Path, run_dir: str, *, ignored: signal.Signals | None = None
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """Start a run that would take hours, wait for its first row, and return it with all processes below
     it.
     """
@@ -201,8 +210,7 @@ def start_long_run(place: Path, run_dir: str) -> tuple[subprocess.Popen[str], li
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts background jobs, such as this test in CI, with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=partial(take_signals, ignored=ignored),
     )
     deadline_s = time.monotonic() + 90
     while not (place / run_dir / "metrics.jsonl").exists() or not read_rows(place / run_dir):
@@ -225,7 +233,14 @@ def test_an_error_in_one_rank_ends_the_run_and_blames_no_other(place: Path) -> N
     assert "KeyboardInterrupt" in (place / "error" / "logs" / "rank-00001.log").read_text()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGHUP, id="SIGHUP", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, id="SIGINT"),
+        pytest.param(signal.SIGKILL, id="SIGKILL"),
+    ],
+)
 def test_no_rank_outlives_the_command(signum: signal.Signals, place: Path) -> None:
     run, below = start_long_run(place, f"signal-{signum.name}")
     assert len(below) >= 3, "the launcher and two ranks"
@@ -237,6 +252,20 @@ def test_no_rank_outlives_the_command(signum: signal.Signals, place: Path) -> No
     (start,) = read_starts(place / f"signal-{signum.name}")
     said = None if start.ending is None else start.ending.reasons
     assert said == (None if signum == signal.SIGKILL else ("interrupted",))
+
+
+def test_under_nohup_a_run_goes_on(place: Path) -> None:
+    run, below = start_long_run(place, "nohup", ignored=signal.SIGHUP)
+    run.send_signal(signal.SIGHUP)
+    n_rows, deadline_s = len(read_rows(place / "nohup")), time.monotonic() + 60
+    while len(read_rows(place / "nohup")) < n_rows + 3:
+        assert run.poll() is None and time.monotonic() < deadline_s, "the run ended"
+        time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=60)
+    assert run.returncode == 1
+    _, alive = psutil.wait_procs(below, timeout=45)
+    assert not alive
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(place: Path) -> None:

@@ -7,6 +7,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 from launch.starts import Ending
 from tests.slurm.lab import JobRun, Lab, wait_for
 
@@ -67,6 +69,7 @@ def test_a_preflight_passes_on_good_nodes_and_names_bad_ones(lab: Lab) -> None:
     assert not (lab.place / "site" / "config.toml").exists(), "no run was begun"
 
 
+@pytest.mark.long
 def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, tmp_path: Path) -> None:
     run = lab.submit("packages")
     run.wait_for_progress(1)

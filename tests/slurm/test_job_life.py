@@ -8,8 +8,10 @@ import math
 import re
 import signal
 import time
+from collections.abc import Callable
 
 import psutil
+import pytest
 import torch
 
 from tests.distributed.recovery import stored_tensors
@@ -68,17 +70,28 @@ def test_a_run_is_warned_saves_is_requeued_and_finishes(lab: Lab) -> None:
     check_as_if_nothing_happened(lab, run, last, *settings, nproc=4)
 
 
-def test_a_run_goes_on_after_every_fault(lab: Lab) -> None:
-    run = lab.submit("faults")
-    for n, fault in enumerate(
-        (power_off_a_node, cut_off_a_node, kill_a_rank, stop_a_rank, requeue_by_hand, preempt), 1
-    ):
+def test_a_run_goes_on_after_faults_of_its_ranks_and_a_requeue(lab: Lab) -> None:
+    meet(lab, "rank-faults", kill_a_rank, stop_a_rank, requeue_by_hand)
+
+
+@pytest.mark.long  # SLURM takes a minute to miss a node
+def test_a_run_goes_on_after_faults_of_nodes_and_a_preemption(lab: Lab) -> None:
+    meet(lab, "node-faults", power_off_a_node, cut_off_a_node, preempt)
+
+
+Fault = Callable[[Lab, JobRun, int], None]
+
+
+def meet(lab: Lab, name: str, *faults: Fault) -> None:
+    """Let one run meet these faults, one after the other; it must end as if nothing had happened."""
+    run = lab.submit(name)
+    for n, fault in enumerate(faults, 1):
         run.wait_for_progress(n)
         fault(lab, run, n)
-    run.wait_for_progress(7)
+    run.wait_for_progress(len(faults) + 1)
     run.cancel()
     last = run.finish()
-    check_logs_kept(run, 8)
+    check_logs_kept(run, len(faults) + 2)
     check_as_if_nothing_happened(lab, run, last, nproc=2)
 
 
@@ -164,6 +177,7 @@ def test_a_cancelled_run_saves_stays_ended_and_can_be_submitted_again(lab: Lab) 
     assert "done" in lab.turnout("status", "cancelled", "--verify")
 
 
+@pytest.mark.long
 def test_a_chain_goes_on_where_nothing_may_be_requeued(lab: Lab) -> None:
     run = lab.submit("chain", "--chain", "3", "--set", "train.n_steps=300")
     run.wait_for_progress(1)

@@ -1,8 +1,11 @@
-"""Fixtures of more than one test file."""
+"""Fixtures of more than one test file, and the rule that no test here starts a process."""
 
+import multiprocessing.process
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,33 @@ from tests.checkpoints import save_alone
 from tests.ranks import join_alone
 from tests.unit.hostile_fixtures import limits
 from training.checkpoint_dir import verify_checkpoint
+
+# What Python reports when a process is about to start; multiprocessing's own ways are not among them.
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}
+_forbids_processes = False
+
+
+def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    if _forbids_processes and event in STARTS:
+        raise RuntimeError(
+            f"{event} {arguments[:2]}: a test that starts a process belongs in tests/processes"
+        )
+
+
+sys.addaudithook(_refuse_processes)  # it cannot be taken away again
+
+
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    global _forbids_processes
+
+    def refuse(process: multiprocessing.process.BaseProcess) -> None:
+        _refuse_processes("subprocess.Popen", (process.name,))
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    _forbids_processes = True
+    yield
+    _forbids_processes = False
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """RoPE against transformers' own, and packed or windowed attention against a plain mask."""
 
+import math
 from typing import Any
 
 import pytest
@@ -40,6 +41,18 @@ def test_rope_equals_that_of_transformers() -> None:
     for x, want in ((q, want_q), (k, want_k)):
         got = apply_rope(x[0].transpose(0, 1), *tables).transpose(0, 1)[None]
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_angles_of_late_positions_are_exact_in_any_dtype(dtype: torch.dtype) -> None:
+    """In bf16 positions 4095 and 4096 would be one, and the angle off by up to 8 radians."""
+    cfg = tiny_config(seq_len=4097, d_head=6, rope_theta=1e4)
+    cos, sin = rope_tables(cfg, 1, CPU, dtype)
+    for position in (1, 257, 4095, 4096):
+        for i in range(3):
+            angle = position * 1e4 ** (-2 * i / 6)
+            got = (float(cos[position, 0, i]), float(sin[position, 0, i]))
+            assert got == pytest.approx((math.cos(angle), math.sin(angle)), abs=1e-3)
 
 
 def test_rope_depends_on_distance_alone() -> None:

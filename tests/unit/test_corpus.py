@@ -124,6 +124,16 @@ def test_a_changed_corpus_is_refused_by_file_name(
         open_corpus(copy, verify=verify)
 
 
+def test_shards_of_another_corpus_are_refused(prepared: Path, tmp_path: Path) -> None:
+    """The same tokenizer and shard names, and files that fit together: only the manifest's counts differ."""
+    copy, other = tmp_path / "copy", make_corpus(tmp_path / "other", {"a": make_texts(20, seed=5)}).path
+    shutil.copytree(prepared, copy)
+    for path in (other / "train").glob("a-00000.*"):
+        shutil.copy(path, copy / "train")
+    with pytest.raises(DataError, match=r"train: the shards of source 'a' have \d+ tokens where .* mixed"):
+        open_corpus(copy, verify="checksum")
+
+
 def test_no_corpus_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: no such corpus directory"):
         open_corpus(tmp_path / "nowhere", verify="size")

@@ -7,6 +7,8 @@ import torch
 
 from data.corpus import Corpus
 from data.windows import evaluation_documents
+from moe.balance import RouterState
+from moe.config import ModelConfig
 from moe.model import Decoder
 from tests.layouts import groups_of
 from tests.models import random_state, tiny_config, tiny_decoder
@@ -35,9 +37,14 @@ def decoder() -> Decoder:
     return tiny_decoder(CFG, dtype=torch.float32, gain=8.0)
 
 
+def state_of(cfg: ModelConfig) -> RouterState:
+    """Return a router state whose bias changes which experts are chosen."""
+    return random_state(cfg, bias=0.3)
+
+
 def run(decoder: Decoder, corpus: Corpus, *, max_documents: int | None = None) -> Evaluation:
     groups = groups_of(Layout(1), 0)
-    state = random_state(decoder.cfg)
+    state = state_of(decoder.cfg)
     return evaluate(decoder, corpus, state, groups, microbatch_seqs=4, max_documents=max_documents)
 
 
@@ -45,7 +52,7 @@ def test_sums_equal_scoring_by_hand(decoder: Decoder, corpus: Corpus) -> None:
     documents = list(evaluation_documents(corpus))
     assert any(len(d.ids) > 2 * CFG.seq_len for d in documents), "some document needs several windows"
     bos_id = corpus.load_tokenizer().bos_id
-    want = sum(nll_by_hand(decoder, random_state(CFG), d.ids.tolist(), bos_id) for d in documents)
+    want = sum(nll_by_hand(decoder, state_of(CFG), d.ids.tolist(), bos_id) for d in documents)
     got = run(decoder, corpus)
     assert got.nll == pytest.approx(want, rel=1e-6)
     assert got.n_tokens == sum(len(d.ids) for d in documents)
@@ -60,7 +67,7 @@ def test_capacity_is_of_all_tokens_and_not_of_those_scored(corpus: Corpus) -> No
     cfg = tiny_config(vocab_size=300, seq_len=9, router={"capacity_factor": 0.6})
     decoder = tiny_decoder(cfg, dtype=torch.float32, gain=8.0)
     documents, bos_id = list(evaluation_documents(corpus)), corpus.load_tokenizer().bos_id
-    want = sum(nll_by_hand(decoder, random_state(cfg), d.ids.tolist(), bos_id) for d in documents)
+    want = sum(nll_by_hand(decoder, state_of(cfg), d.ids.tolist(), bos_id) for d in documents)
     assert run(decoder, corpus).nll == pytest.approx(want, rel=1e-6)
 
 

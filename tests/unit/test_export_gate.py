@@ -1,10 +1,6 @@
 """A broken export is caught by the gate, whatever broke it, and leaves nothing behind."""
 
-import fcntl
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +12,20 @@ import torch
 from torch import Tensor
 
 from launch.cli import main
-from tests.exports import DecoderWeights, save_weights, variant_weights
-from tests.models import tiny_config
+from launch.export import corpus_of
+from launch.settings import to_toml
+from moe.router import Router
+from tests.exports import DecoderWeights, run_config_of, save_weights, variant_weights
+from tests.models import tiny_config, tiny_decoder
 from tests.unit.data_fixtures import make_corpus, make_texts
+from training.checkpoint_manifest import Attached, DataIdentity
 from training.errors import ConfigError, ExportError
 from training.export import gguf_file, huggingface
 from training.export.client_gguf import check_read_back
 from training.export.gate import (
     MIN_COMPARED,
     Expected,
+    _is_close,
     check_logits,
     choose_rows,
     expected_logits,
@@ -34,7 +35,10 @@ from training.export.gate import (
     shortage,
 )
 from training.export.naming import Slot, slots
-from training.export.publish import LOCK, publish_export
+from training.export.publish import publish_export
+from training.export.read_back import check_huggingface
+from training.export.to_checkpoint import write_first_checkpoint
+from training.weights import CheckpointWeights
 
 
 def with_slots(change: Callable[[Slot], Slot | None]) -> dict[tuple[Any, str], Any]:
@@ -330,6 +334,47 @@ def tied_share(weights: DecoderWeights, rows: Sequence[Tensor]) -> float:
     return float(is_clear.float().mean())
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("tied", "raised", "is_close"),
+    [
+        pytest.param(None, None, False, id="none"),
+        pytest.param((0, 1), None, False, id="two that are chosen"),
+        pytest.param((1, 2), None, True, id="the last chosen and the first left out"),
+        pytest.param((2, 3), None, False, id="two that are left out"),
+        pytest.param((1, 2), 1, False, id="a tie that the bias undoes"),
+        pytest.param(None, 2, True, id="a tie that the bias makes"),
+    ],
+)
+def test_a_tie_is_of_the_last_chosen_expert_and_the_first_left_out(
+    tied: tuple[int, int] | None, raised: int | None, is_close: bool, score: str
+) -> None:
+    """raised: of which expert the bias is not 0; it brings the third expert to the second, or parts them."""
+    decoder = tiny_decoder(tiny_config(router={"score": score}), dtype=torch.float32)
+    router = next(module for module in decoder.modules() if isinstance(module, Router))
+    assert (router.cfg.n_experts, router.cfg.top_k) == (6, 2)
+    logits_E = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0, -2.0])
+    if tied is not None:
+        logits_E[tied[1]] = logits_E[tied[0]]
+    scores_E = logits_E.softmax(0) if score == "softmax" else logits_E.sigmoid()
+    bias_E = torch.zeros(6)
+    if raised is not None:
+        bias_E[raised] = scores_E[1] - scores_E[2] if tied is None else 0.01
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(6, 16))
+        assert _is_close(router, torch.cat([logits_E, torch.zeros(10)])[None], bias_E).tolist() == [is_close]
+
+
+def test_a_bias_of_other_numbers_is_found(tokenizer: Path, tmp_path: Path) -> None:
+    """By one bit, which no logit shows."""
+    true, false = variant_weights("glm4-all", tokenizer), variant_weights("glm4-all", tokenizer)
+    false.bias_ME[1, 2] = false.bias_ME[1, 2].nextafter(torch.tensor(torch.inf))
+    huggingface.write_huggingface(false, "glm4_moe", tmp_path, dtype=torch.float32)
+    assert "bit for bit" in check_huggingface(tmp_path, false)
+    with pytest.raises(ExportError, match="the routers' bias was written with other numbers"):
+        check_huggingface(tmp_path, true)
+
+
 def test_held_out_text_is_used_where_there_is_enough(tmp_path: Path, tokenizer: Path) -> None:
     cfg = variant_weights("mixtral-gqa", tokenizer).cfg
     rich = make_corpus(tmp_path / "rich", {"a": make_texts(200)}, valid_frac=0.3)
@@ -340,6 +385,21 @@ def test_held_out_text_is_used_where_there_is_enough(tmp_path: Path, tokenizer: 
     assert torch.cat(held_out.rows).tolist() == stream.read(0, 25 * 41).tolist()
     poor = make_corpus(tmp_path / "poor", {"a": make_texts(20)}, valid_frac=0.1)
     assert held_out_tokens(cfg, poor) is None
+
+
+def test_the_held_out_text_is_of_the_corpus_that_was_trained_on(tokenizer: Path, tmp_path: Path) -> None:
+    """And of no other that now lies where it lay, whose held-out text the run may have trained on."""
+    corpus = make_corpus(tmp_path / "mine", {"a": make_texts(20)}, valid_frac=0.1)
+    weights = variant_weights("mixtral-gqa", tokenizer)
+    config = to_toml(run_config_of(weights.cfg, data={"corpus": str(corpus.path)})).encode()
+    files = {"config.toml": config, "tokenizer.model": tokenizer.read_bytes()}
+    found = {}
+    for corpus_hash in (corpus.manifest.corpus_hash, "f" * 64):
+        attached = Attached(DataIdentity(corpus_hash=corpus_hash, tokenizer_sha256="t"), files)
+        path = write_first_checkpoint(weights, tmp_path / corpus_hash, attached)
+        found[corpus_hash] = corpus_of(CheckpointWeights(path, weights.cfg)) is not None
+    assert found == {corpus.manifest.corpus_hash: True, "f" * 64: False}
+    assert corpus_of(weights) is None
 
 
 def test_what_is_there_stays(tmp_path: Path) -> None:
@@ -362,35 +422,3 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
 
 def interrupt() -> None:
     raise KeyboardInterrupt
-
-
-KILLED = """
-import os, pathlib, sys
-from training.export.publish import LOCK, publish_export
-
-def write(directory: pathlib.Path) -> None:
-    (directory / "half").touch()
-    os.kill(os.getpid(), 9)
-
-publish_export(pathlib.Path(sys.argv[1]), write, print)
-"""
-
-
-def test_what_a_killed_export_left_is_swept(tmp_path: Path) -> None:
-    """And nothing else that has such a name: a directory of the user's, or one that is still written."""
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    left = {path.name.rpartition(".tmp")[2] for path in tmp_path.iterdir()}
-    assert left == {"", LOCK}
-    for name in ("out.mine.tmp", "elsewhere", "out.busy.tmp"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    (tmp_path / "out.link.tmp").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / f"out.link.tmp{LOCK}").touch()
-    with (tmp_path / f"out.busy.tmp{LOCK}").open("x") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        publish_export(tmp_path / "out", lambda path: (path / "whole").touch(), lambda _: None)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
-    kept = {"elsewhere", "out", "out.busy.tmp", f"out.busy.tmp{LOCK}", "out.link.tmp", "out.mine.tmp"}
-    assert {path.name for path in tmp_path.iterdir()} == kept
-    assert all(list((tmp_path / name).iterdir()) for name in ("elsewhere", "out.busy.tmp", "out.mine.tmp"))

@@ -10,7 +10,7 @@ import torch
 
 from launch.export import run_export
 from tests.exports import VARIANTS, save_weights, variant_config, variant_weights
-from tests.unit.data_fixtures import make_texts, write_hf_tokenizer
+from tests.unit.data_fixtures import make_texts, write_hf_tokenizer, write_tokenizer
 from training.errors import CheckpointError, ConfigError, ExportError
 from training.export.client_gguf import check_read_back, has_llama_cpp
 from training.export.gate import Rounded
@@ -95,6 +95,35 @@ def test_tokens_are_those_of_sentencepiece(tokenizer: Path, tmp_path: Path) -> N
     assert kinds.contents()[:4] == [2, 3, 3, 6]
 
 
+def test_pieces_keep_their_scores_and_those_beyond_them_come_last(tmp_path: Path) -> None:
+    """llama.cpp joins the neighbours whose union has the highest score."""
+    weights = variant_weights("mixtral-gqa", write_tokenizer(tmp_path, vocab_size=295))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(weights.tokenizer_path))
+    reader = gguf.GGUFReader(write_gguf(weights, "mixtral", tmp_path, kind=Kind.F32))
+    tokens, scores, kinds = (
+        reader.get_field(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
+    )
+    assert tokens is not None and scores is not None and kinds is not None
+    assert scores.contents()[:295] == [model.get_score(i) for i in range(295)]
+    assert len(set(scores.contents()[:295])) > 20, "the order of merges is seen"
+    assert len(scores.contents()) == 300 and max(scores.contents()[295:]) < min(scores.contents()[:295])
+    assert tokens.contents()[294:297] == [model.id_to_piece(294), "[UNUSED295]", "[UNUSED296]"]
+    assert set(kinds.contents()[295:]) == {5}
+
+
+@pytest.mark.parametrize("has_prefix", [False, True], ids=["ours", "as Llama's"])
+def test_a_space_is_put_in_front_where_the_tokenizer_does(has_prefix: bool, tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_texts(60)), model_prefix=str(tmp_path / "other"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=has_prefix, minloglevel=2,
+    )  # fmt: skip
+    weights = variant_weights("mixtral-gqa", tmp_path / "other.model")
+    reader = gguf.GGUFReader(write_gguf(weights, "mixtral", tmp_path, kind=Kind.F32))
+    field = reader.get_field("tokenizer.ggml.add_space_prefix")
+    assert field is not None and field.contents() is has_prefix
+
+
 @pytest.mark.parametrize("broken", ["experts swapped", "rows not reordered", "layers swapped"])
 def test_read_back_finds_what_is_broken(broken: str, tokenizer: Path, tmp_path: Path) -> None:
     true = variant_weights("mixtral-gqa", tokenizer)
@@ -111,6 +140,18 @@ def test_read_back_finds_what_is_broken(broken: str, tokenizer: Path, tmp_path: 
     path = write_gguf(false, "mixtral", tmp_path, kind=Kind.BF16)
     with pytest.raises(ExportError, match="is not the tensor that was exported: largest difference"):
         check_read_back(path, Rounded(true, partial(to_stored, Kind.BF16)), "mixtral", Kind.BF16)
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.1.moe.experts.down", "blocks.2.attn.o.weight", "blocks.0.attn_norm.weight"]
+)
+def test_read_back_finds_one_bit(name: str, tokenizer: Path, tmp_path: Path) -> None:
+    true, false = variant_weights("mixtral-gqa", tokenizer), variant_weights("mixtral-gqa", tokenizer)
+    flat = false.parameters[name].view(-1)
+    flat[5] = flat[5].nextafter(torch.tensor(torch.inf))
+    path = write_gguf(false, "mixtral", tmp_path, kind=Kind.F32)
+    with pytest.raises(ExportError, match="is not the tensor that was exported: largest difference"):
+        check_read_back(path, true, "mixtral", Kind.F32)
 
 
 @pytest.mark.parametrize(

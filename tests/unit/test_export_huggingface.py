@@ -72,6 +72,31 @@ def test_each_parameter_has_its_slot(name: str) -> None:
     assert found_cfg.model_copy(update=undone) == without_balance(cfg)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_two_versions_spell_differently_is_written_both_ways(name: str) -> None:
+    """Of transformers 4, 5, and either's way to name the number of experts."""
+    cfg, (architecture, *_) = variant_config(name), VARIANTS[name]
+    tree = to_hf_config(architecture, cfg, dtype="bfloat16", bos_id=1, eos_id=2)
+    rope = tree["rope_parameters"]
+    assert tree["rope_theta"] == rope["rope_theta"] == cfg.rope_theta
+    assert tree["torch_dtype"] == tree["dtype"] == "bfloat16"
+    assert tree["num_experts"] == tree["num_local_experts"] == cfg.n_experts
+    if architecture == "glm4_moe":
+        assert tree["partial_rotary_factor"] == rope["partial_rotary_factor"] == 1.0
+        assert tree["n_routed_experts"] == cfg.n_experts
+
+
+def test_what_an_older_config_leaves_out_is_filled_in() -> None:
+    """Version 4 knows no rope_parameters; many models say neither the heads' width nor the number of keys."""
+    cfg = variant_config("mixtral-mha-tied").model_copy(update={"rope_theta": 5e5, "tie_embeddings": False})
+    tree = to_hf_config("mixtral", cfg, dtype="float32", bos_id=1, eos_id=2)
+    left_out = {"rope_parameters", "num_key_value_heads", "initializer_range", "tie_word_embeddings"}
+    found = from_hf_config({key: tree[key] for key in tree.keys() - left_out}, "here")[1]
+    assert found == without_balance(cfg) and found.n_kv_heads == found.n_heads
+    found = from_hf_config({key: tree[key] for key in tree.keys() - {"head_dim"}}, "here")[1]
+    assert found.d_head == cfg.d_model // cfg.n_heads != cfg.d_head
+
+
 def test_shards_hold_each_tensor_once(tokenizer: Path, tmp_path: Path) -> None:
     weights = variant_weights("glm4-all", tokenizer)
     (out := tmp_path / "out").mkdir()

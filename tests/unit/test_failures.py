@@ -1,9 +1,6 @@
 """What a failed run says: causes before echoes, one line for each, and the right exit code."""
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ from torch.distributed import DistNetworkError
 
 from data.errors import DataError
 from launch.failures import explain_failures, record_failure
-from launch.start_dir import TOLD_TO_END, make_start_dir
+from launch.start_dir import make_start_dir
 from training.errors import DivergedError
 from training.layout import Layout
 from training.ledger import Ledger
@@ -102,26 +99,6 @@ def test_a_crash_is_told_with_its_name(start: Path) -> None:
     record_failure(RuntimeError("/gloo/b.cc:553] Connection closed by peer"), 0, start)
     words = "rank 1: crashed: Segmentation fault; rank-00001.stack shows where"
     assert explain_failures(start, TWO) == (1, [words])
-
-
-@pytest.mark.parametrize("library", ["CDLL", "PyDLL"], ids=["in C++", "in C++ that holds the interpreter"])
-def test_a_rank_told_to_end_leaves_its_stack_and_ends_wherever_it_is(library: str, start: Path) -> None:
-    code = f"""
-import ctypes
-from launch.failures import leave_stack_behind
-leave_stack_behind(file := open({str(start / "stack")!r}, "w"))
-def stuck():
-    print("there", flush=True)
-    ctypes.{library}(None).sleep(100)
-stuck()
-"""
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"there\n"
-        time.sleep(0.2)
-        process.send_signal(TOLD_TO_END)
-        assert process.wait(20) == -TOLD_TO_END
-    assert "in stuck" in (start / "stack").read_text()
 
 
 def test_each_start_tells_its_own_end(tmp_path: Path) -> None:

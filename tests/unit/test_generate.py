@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.tokenizer import Tokenizer, load_tokenizer
+from moe.balance import RouterState
 from moe.cache import CachedDecoder
 from moe.config import ModelConfig
 from moe.model import Decoder
@@ -24,7 +25,7 @@ from training.generate import (
     stream_texts,
     whole_pass_logits,
 )
-from training.sampling import Sampling
+from training.sampling import Sampling, sample_tokens
 
 CFG = tiny_config(vocab_size=300, seq_len=24)
 PROMPTS = ("the train", "a", "", "each switch so that")
@@ -41,15 +42,20 @@ def decoder_of(cfg: ModelConfig, dtype: torch.dtype = torch.float64) -> Decoder:
     return tiny_decoder(cfg, dtype=dtype, seed=1)
 
 
+def state_of(cfg: ModelConfig) -> RouterState:
+    """Return a router state whose bias changes which experts are chosen."""
+    return random_state(cfg, bias=0.3)
+
+
 def sample(tokenizer: Tokenizer, *, seed: int = 0, **changes: object) -> list[str]:
     """Return what training would sample."""
     cfg = SampleConfig.model_validate({"prompts": ["the train", "a"], "n_tokens": 12, **changes})
     decoder = decoder_of(CFG, torch.float32)
-    return continue_prompts(decoder, tokenizer, random_state(CFG), cfg, seed=seed)
+    return continue_prompts(decoder, tokenizer, state_of(CFG), cfg, seed=seed)
 
 
 def cached(cfg: ModelConfig = CFG) -> CachedDecoder:
-    return CachedDecoder(decoder_of(cfg), random_state(cfg))
+    return CachedDecoder(decoder_of(cfg), state_of(cfg))
 
 
 def written(pieces: Sequence[TextPiece]) -> list[str]:
@@ -76,7 +82,7 @@ def test_greedy_takes_the_most_likely_token_each_time(tokenizer: Tokenizer) -> N
         tokens = torch.tensor([ids + [0] * (CFG.seq_len - len(ids))])
         counted = torch.ones_like(tokens, dtype=torch.bool)
         with torch.no_grad():
-            hidden, _ = decoder(tokens, torch.zeros_like(tokens), counted, random_state(CFG))
+            hidden, _ = decoder(tokens, torch.zeros_like(tokens), counted, state_of(CFG))
         ids.append(int(decoder.logits(hidden[0, len(ids) - 1]).argmax()))
         if ids[-1] == tokenizer.eos_id:
             ids.pop()
@@ -98,23 +104,73 @@ def test_a_long_prompt_keeps_its_tail(tokenizer: Tokenizer) -> None:
         tokens = torch.tensor([tail + [0] * (CFG.seq_len - len(tail))])
         with torch.no_grad():
             hidden, _ = decoder(
-                tokens, torch.zeros_like(tokens), torch.ones_like(tokens).bool(), random_state(CFG)
+                tokens, torch.zeros_like(tokens), torch.ones_like(tokens).bool(), state_of(CFG)
             )
         tail.append(int(decoder.logits(hidden[0, len(tail) - 1]).argmax()))
         assert tail[-1] != tokenizer.eos_id, "choose another prompt"
     assert sample(tokenizer, prompts=[prompt], temperature=0) == [tokenizer.decode(tail[room:])]
 
 
+def test_a_sample_ends_at_its_end_of_text_token_and_the_others_go_on(tokenizer: Tokenizer) -> None:
+    cfg = SampleConfig(prompts=("the train", "a"), n_tokens=8, temperature=3.0)
+    how = Sampling(temperature=3.0, top_p=cfg.top_p)
+    decoder, generator = decoder_of(CFG), torch.Generator().manual_seed(2)
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in cfg.prompts]
+    ids: list[list[int]] = [[], []]
+    for _ in range(cfg.n_tokens):
+        rows = [prompt + drawn for prompt, drawn in zip(prompts, ids, strict=True)]
+        logits = whole_pass_logits(decoder, rows, state_of(CFG))[:, : tokenizer.vocab_size]
+        for drawn, token in zip(ids, sample_tokens(logits, how, [generator]).tolist(), strict=True):
+            drawn.append(token)
+    # A token that the first text reaches in the middle, and the second never does.
+    end = next(i for i in range(2, 6) if ids[0][i] not in (*ids[0][:i], *ids[1]))
+    tokenizer.eos_id, kept = ids[0][end], tokenizer.eos_id
+    try:
+        texts = continue_prompts(decoder, tokenizer, state_of(CFG), cfg, seed=2)
+    finally:
+        tokenizer.eos_id = kept
+    assert texts == [tokenizer.decode(ids[0][:end]), tokenizer.decode(ids[1])]
+
+
+def test_sampling_leaves_no_trace(tokenizer: Tokenizer) -> None:
+    decoder, cfg = decoder_of(CFG).train(), SampleConfig(prompts=PROMPTS, n_tokens=3)
+    torch.manual_seed(5)
+    random_before = torch.get_rng_state()
+    weights_before = {name: p.clone() for name, p in decoder.named_parameters()}
+    continue_prompts(decoder, tokenizer, state_of(CFG), cfg, seed=0)
+    assert decoder.training
+    assert torch.equal(torch.get_rng_state(), random_before)
+    assert all(torch.equal(p, weights_before[name]) for name, p in decoder.named_parameters())
+
+
+@torch.no_grad()
+def test_padding_takes_no_place_in_an_expert() -> None:
+    """An expert of limited capacity takes the best rows of a sequence: padding must not be among them."""
+    cfg = tiny_config(vocab_size=300, seq_len=24, router={"capacity_factor": 1.0})
+    decoder, state, rows = decoder_of(cfg), state_of(cfg), [[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15, 16, 17]]
+
+    def alone(row: list[int], n_counted: int) -> torch.Tensor:
+        tokens = torch.tensor([row + [0] * (cfg.seq_len - len(row))])
+        is_counted = torch.arange(cfg.seq_len)[None] < n_counted
+        hidden, _ = decoder(tokens, torch.zeros_like(tokens), is_counted, state)
+        return decoder.logits(hidden[0, len(row) - 1]).float()
+
+    want = torch.stack([alone(row, len(row)) for row in rows])
+    torch.testing.assert_close(whole_pass_logits(decoder, rows, state), want)
+    with_padding = torch.stack([alone(row, cfg.seq_len) for row in rows])
+    assert not torch.allclose(with_padding, want), "padding took no place, so this proves nothing"
+
+
 def test_the_cache_writes_what_whole_passes_write(tokenizer: Tokenizer) -> None:
     cfg = SampleConfig(prompts=PROMPTS, n_tokens=8, temperature=0)
     decoder = decoder_of(CFG)
-    want = continue_prompts(decoder, tokenizer, random_state(CFG), cfg, seed=0)
+    want = continue_prompts(decoder, tokenizer, state_of(CFG), cfg, seed=0)
     got = stream(tokenizer, sampling=GREEDY)
     assert len(set(want)) == len(PROMPTS)
     # The stream leaves out the bytes of a character that the last token did not finish.
     assert written(got) == [text.rstrip("\ufffd") for text in want]
     one = SampleConfig(prompts=("the train",), n_tokens=8, temperature=3.0, top_p=0.99)
-    drawn = continue_prompts(decoder, tokenizer, random_state(CFG), one, seed=5)
+    drawn = continue_prompts(decoder, tokenizer, state_of(CFG), one, seed=5)
     assert written(stream(tokenizer, ["the train"], seed=5)) == [text.rstrip("\ufffd") for text in drawn]
 
 
@@ -200,12 +256,12 @@ def test_ids_that_no_text_has_are_never_drawn(tokenizer: Tokenizer) -> None:
     cfg = tiny_config(vocab_size=640, seq_len=24)
     decoder = decoder_of(cfg)
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-    top = whole_pass_logits(decoder, rows, random_state(cfg)).argmax(-1)
+    top = whole_pass_logits(decoder, rows, state_of(cfg)).argmax(-1)
     assert (top >= tokenizer.vocab_size).any(), "none would be drawn, so this proves nothing"
     options = Options(max_tokens=8, sampling=GREEDY)
     assert written(list(stream_texts(cached(cfg), tokenizer, PROMPTS, options)))
     sampled = SampleConfig(prompts=PROMPTS, n_tokens=8, temperature=0)
-    assert continue_prompts(decoder, tokenizer, random_state(cfg), sampled, seed=0)
+    assert continue_prompts(decoder, tokenizer, state_of(cfg), sampled, seed=0)
 
 
 def test_a_prompt_without_room_and_a_broken_model_are_refused(tokenizer: Tokenizer) -> None:

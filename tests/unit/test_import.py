@@ -1,5 +1,7 @@
 """Import is export backwards, bit for bit; and experts made of a dense model compute what it computes."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from data.corpus import Corpus
 from launch.cli import main
+from launch.import_ import imported_model
 from launch.run_dir import has_run, read_config
 from launch.settings import to_toml
 from moe.config import ModelConfig
 from tests.exports import VARIANTS, differing, run_config_of, variant_weights
+from tests.models import tiny_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from training.checkpoint_dir import checkpoint_path, verify_checkpoint
+from training.export import reader
 from training.export.huggingface import write_huggingface
+from training.export.naming import Architecture, Slot, slots
 from training.weights import CheckpointWeights, load_decoder
 
 
@@ -39,7 +45,9 @@ def run(*words: object) -> int | str | None:
     return end.value.code
 
 
-@pytest.mark.parametrize("name", ["mixtral-mha-tied", "qwen3-dense-not-normalised", "glm4-all"])
+@pytest.mark.parametrize(
+    "name", ["mixtral-mha-tied", "mixtral-window", "qwen3-dense-not-normalised", "glm4-all"]
+)
 def test_import_of_an_export_is_the_checkpoint(
     name: str, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +71,42 @@ def test_import_of_an_export_is_the_checkpoint(
     assert differing(CheckpointWeights(path, cfg.model), weights) == []
     loads = load_file(path / "router.safetensors")["load_frac"]
     assert torch.equal(loads, torch.full_like(loads, 1 / cfg.model.n_experts))
+
+
+def test_an_import_that_computes_another_model_is_refused(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of which two experts have changed places on the way."""
+    weights = variant_weights("mixtral-gqa", corpus.tokenizer_path)
+    (source := tmp_path / "hf").mkdir()
+    write_huggingface(weights, "mixtral", source, dtype=torch.float32)
+    recipe_file = recipe(tmp_path, weights.cfg, corpus)
+
+    def swapped(architecture: Architecture, cfg: ModelConfig) -> Iterator[Slot]:
+        for slot in slots(architecture, cfg):
+            is_swapped = slot.ours == "blocks.1.moe.experts.down" and slot.index in (2, 3)
+            yield replace(slot, index=5 - (slot.index or 0)) if is_swapped else slot
+
+    monkeypatch.setattr(reader, "slots", swapped)
+    before = set(tmp_path.iterdir())
+    assert run("import", recipe_file, "--from", source, "--run-dir", tmp_path / "new") == 1
+    assert "computes another model: largest logit difference" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("window", "seq_len", "kept"),
+    [(7, 41, 7), (7, 8, 7), (7, 7, None), (7, 5, None), (None, 8, None)],
+    ids=["shorter", "shorter by one", "as long", "longer", "none"],
+)
+def test_a_window_is_kept_where_it_hides_something(
+    window: int | None, seq_len: int, kept: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tiny_config(seq_len=41, sliding_window=window, n_experts=7)
+    wanted = tiny_config(seq_len=seq_len, balance={"coef": 0.5}, d_model=24)
+    got = imported_model(found, wanted)
+    assert got == tiny_config(seq_len=seq_len, balance={"coef": 0.5}, sliding_window=kept, n_experts=7)
+    assert ("left out" in capsys.readouterr().out) == (kept != window)
 
 
 def dense_model(kind: str, **changes: Any) -> PreTrainedModel:
@@ -115,6 +159,25 @@ def test_upcycled_model_begins_as_the_dense_one(
     first = weights.read("blocks.1.moe.experts.down", 0)
     assert torch.equal(first, dense.state_dict()["model.layers.1.mlp.down_proj.weight"])
     assert all(torch.equal(weights.read("blocks.1.moe.experts.down", i), first) for i in range(5))
+
+
+def test_upcycled_routers_are_drawn_by_the_seed_each_its_own(corpus: Corpus, tmp_path: Path) -> None:
+    dense_model("llama").save_pretrained(source := tmp_path / "dense")
+    (source / "tokenizer.model").write_bytes(corpus.tokenizer_path.read_bytes())
+    recipe_file = recipe(tmp_path, variant_weights("mixtral-gqa", corpus.tokenizer_path).cfg, corpus)
+
+    def routers(name: str, seed: int) -> list[torch.Tensor]:
+        command = ["import", recipe_file, "--from", source, "--upcycle", 5, "--run-dir", tmp_path / name]
+        assert run(*command, "--set", f"train.seed={seed}") == 0
+        path = checkpoint_path(tmp_path / name, 0)
+        weights = CheckpointWeights(path, read_config(path).model)
+        return [weights.read(f"blocks.{layer}.moe.router.weight") for layer in range(2)]
+
+    first, again, other = routers("first", 1), routers("again", 1), routers("other", 2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for one, another in ((first[0], first[1]), (first[0], other[0]), (first[1], other[1])):
+        # Independent numbers of standard deviation 0.2, the model's initializer_range.
+        assert float((one - another).std()) == pytest.approx(0.2 * 2**0.5, rel=0.3)
 
 
 def test_what_cannot_be_imported_ends_in_one_line(

@@ -1,9 +1,6 @@
 """Ledgers: what is written is read back at any moment, and the ledgers of all ranks name the one to blame."""
 
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,24 +85,6 @@ def test_an_entry_caught_half_written_is_left_out(tmp_path: Path) -> None:
     path.write_bytes(data[:100])
     with pytest.raises(ValueError, match="a.ledger is not a ledger"):
         read_ledger(path)
-
-
-def test_the_ledger_of_a_killed_process_tells_where_it_was(tmp_path: Path) -> None:
-    code = f"""
-import os, signal
-from pathlib import Path
-from training.ledger import Ledger
-from training.layout import Layout
-ledger = Ledger(Path({str(tmp_path / "a.ledger")!r}), Layout(2), 1)
-ledger.at(7, "optimizer step")
-with ledger.collective("all-reduce", "dp"):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=120)
-    assert ended.returncode == -signal.SIGKILL
-    entry = read_ledger(tmp_path / "a.ledger").current
-    assert entry is not None and entry.is_waiting
-    assert (entry.step, entry.phase, entry.operation) == (7, "optimizer step", "all-reduce")
 
 
 def test_no_ledger_takes_the_same_calls() -> None:

@@ -1,5 +1,7 @@
 """The loss without logits against the loss of logits: the same sum and gradients, in less memory."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,23 +34,23 @@ def chunked(tensors: dict[str, Tensor], targets: Tensor, *, compiles: bool = Fal
     return linear_cross_entropy(tensors["hidden"], tensors["weight"], targets, Unsplit(), compiles=compiles)
 
 
-def compiled(tensors: dict[str, Tensor], targets: Tensor) -> Tensor:
-    return chunked(tensors, targets, compiles=True)
-
-
 @pytest.mark.parametrize("n_at_once", [1, 5, T, 1000])
 def test_loss_and_gradients_are_those_of_logits(n_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_loss(n_at_once, monkeypatch, compiles=False)
+
+
+def check_loss(n_at_once: int, monkeypatch: pytest.MonkeyPatch, *, compiles: bool) -> None:
+    """Compare the loss in chunks of so many tokens, and its gradients, with that of whole logits."""
     monkeypatch.setattr(module, "CHUNK_BYTES", n_at_once * V * 8)
     results = []
-    for loss in (by_logits, chunked, compiled):
+    for loss in (by_logits, partial(chunked, compiles=compiles)):
         tensors, targets = leaves(torch.float64)
         total = loss(tensors, targets)
         (total / 7).backward()
         results.append((total, {name: tensor.grad for name, tensor in tensors.items()}))
-    want, want_grads = results[0]
-    for got, got_grads in results[1:]:
-        assert relative_error(got, want) < 1e-14
-        assert_same_grads(got_grads, want_grads, rtol=1e-13)
+    (want, want_grads), (got, got_grads) = results
+    assert relative_error(got, want) < 1e-14
+    assert_same_grads(got_grads, want_grads, rtol=1e-13)
 
 
 def test_nothing_counted_is_nothing() -> None:
@@ -79,6 +81,29 @@ def test_half_precision_is_summed_in_fp32() -> None:
     want.backward()
     grads = [{name: tensor.grad for name, tensor in tensors.items()} for tensors in (half, exact)]
     assert_same_grads(*grads, rtol=2e-2)
+
+
+def test_gradients_of_the_head_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand equal tokens, a chunk each: a sum in bf16 would stay at 256 of them."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    few, targets = leaves(torch.bfloat16)
+    half = {name: tensor.detach().clone() for name, tensor in few.items()}
+    half["hidden"] = half["hidden"][1:2].repeat(1000, 1)
+    exact = {name: tensor.double().requires_grad_() for name, tensor in half.items()}
+    half = {name: tensor.requires_grad_() for name, tensor in half.items()}
+    for loss, tensors in ((chunked, half), (by_logits, exact)):
+        loss(tensors, targets[1:2].repeat(1000)).backward()
+    grads = [{name: tensor.grad for name, tensor in tensors.items()} for tensors in (half, exact)]
+    assert_same_grads(*grads, rtol=2e-2)
+
+
+def test_half_precision_is_scored_in_fp32_without_gradients_too() -> None:
+    half, targets = leaves(torch.bfloat16, n_words=5000)
+    exact = {name: tensor.detach().double() for name, tensor in half.items()}
+    with torch.no_grad():
+        got = chunked(half, targets)
+    assert got.dtype == torch.float32
+    assert relative_error(got, by_logits(exact, targets)) < 3e-4
 
 
 def test_without_gradients_nothing_is_kept() -> None:

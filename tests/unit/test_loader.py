@@ -44,8 +44,8 @@ def assert_same(a: Batch, b: Batch) -> None:
 
 def test_batches_equal_the_plain_twin(corpus: Corpus) -> None:
     loader = Loader(corpus, seq_len=SEQ_LEN, batch_seqs=BATCH_SEQS, seed=5)
-    n_ignored = 0
-    for step in (0, 1, 40):
+    n_ignored = n_ignored_at_the_end = 0
+    for step in (*range(20), 40):
         batch = loader.batch(step)
         assert batch.tokens.shape == batch.targets.shape == batch.doc_ids.shape == (BATCH_SEQS, SEQ_LEN)
         assert {t.dtype for t in (batch.tokens, batch.targets, batch.doc_ids, batch.sample_ids)} == {
@@ -54,8 +54,20 @@ def test_batches_equal_the_plain_twin(corpus: Corpus) -> None:
         for row, sample_id in enumerate(batch.sample_ids.tolist()):
             found = (batch.tokens[row].tolist(), batch.targets[row].tolist(), batch.doc_ids[row].tolist())
             assert found == plain_row(corpus, sample_id)
-        n_ignored += int((batch.targets == IGNORE_INDEX).sum())
+        is_ignored = batch.targets == IGNORE_INDEX
+        n_ignored += int(is_ignored.sum())
+        n_ignored_at_the_end += int(is_ignored[:, -1].sum())
     assert n_ignored > 10, "no document boundary was met, so this proves nothing"
+    assert n_ignored_at_the_end, "no window's last target begins a document"
+
+
+def test_sources_are_sampled_by_their_weights(corpus: Corpus) -> None:
+    """220 samples at 0.7 to 0.3, although source a holds less than 0.7 of the tokens."""
+    sizes = [stream.n_tokens for stream in corpus.split("train")]
+    assert abs(sizes[0] / sum(sizes) - 0.7) > 0.1
+    loader = Loader(corpus, seq_len=SEQ_LEN, batch_seqs=BATCH_SEQS, seed=5)
+    ids = np.concatenate([loader.windows(step)[2] for step in range(20)])
+    assert np.bincount(ids >> SOURCE_BIT).tolist() == [154, 66]
 
 
 def test_every_target_counts_when_attention_crosses_documents(corpus: Corpus) -> None:
@@ -142,8 +154,9 @@ def test_prefetcher_raises_where_the_step_would_have_come() -> None:
     seen = []
     prefetcher = Prefetcher(load, 0, 10)
     with pytest.raises(DataError, match="shard gone"):
-        seen.extend(step for step, _ in prefetcher)
-    assert seen == [] or seen == [0, 1, 2]
+        for step, _ in prefetcher:
+            seen.append(step)
+    assert seen == [0, 1, 2]
 
 
 def test_prefetcher_close_joins_its_thread() -> None:

@@ -152,6 +152,16 @@ def test_each_epoch_of_each_source_visits_each_sample_once_in_its_own_order() ->
         assert np.bincount(mine_epochs)[:n_full].tolist() == [n_samples] * n_full
 
 
+def test_sources_of_one_size_have_orders_of_their_own() -> None:
+    """Two sources of 50 samples, drawn in turn: a batch of 100 is one epoch of each."""
+    source_ids, samples, _ = sample_ids(
+        0, n_samples_per_source=[50, 50], blend=Blend([1, 1]), batch_seqs=100, seed=3
+    )
+    first, second = (samples[source_ids == source_id] for source_id in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert (first == second).mean() < 0.2, "independent orders agree in one place of 50, on average"
+
+
 def test_a_batch_needs_no_earlier_batch_and_the_seed_matters() -> None:
     forward = [batch_of(step) for step in range(50)]
     backward = [batch_of(step) for step in reversed(range(50))][::-1]

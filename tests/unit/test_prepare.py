@@ -1,3 +1,6 @@
+import hashlib
+import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -6,7 +9,7 @@ from data.corpus import open_corpus
 from data.encode import encode_documents
 from data.errors import DataError
 from data.plan import locked
-from data.prepare import PrepareProgress, is_valid
+from data.prepare import SAMPLE_BYTES, PrepareProgress, _Sample, is_valid
 from data.sources import Source, iterate_documents
 from data.tokenizer import load_tokenizer
 from tests.unit.data_fixtures import make_texts, write_hf_tokenizer, write_jsonl, write_tokenizer
@@ -56,12 +59,6 @@ def test_splits_follow_the_text_so_duplicates_stay_together(tmp_path: Path) -> N
     assert len(expected) > 5 and len(found["valid"]) == len(expected)
 
 
-def test_the_result_does_not_depend_on_the_workers(tmp_path: Path, source: Source) -> None:
-    prepare(tmp_path / "one", source)
-    prepare(tmp_path / "two", source, n_workers=2)
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-
-
 def test_corpus_hash_is_of_the_text_and_not_of_the_shards(tmp_path: Path, source: Source) -> None:
     first = prepare(tmp_path / "a", source)
     assert (
@@ -99,6 +96,75 @@ def test_a_given_tokenizer_is_copied_and_used(tmp_path: Path, source: Source, ki
     assert manifest.tokenizer_file == copy.name
     with pytest.raises(DataError, match="vocab_size=7 was asked"):
         prepare(tmp_path / "other", source, tokenizer=given, vocab_size=7)
+
+
+@pytest.mark.parametrize(("valid_frac", "is_learned"), [(0.5, False), (0.0, True)], ids=["held out", "kept"])
+def test_the_tokenizer_learns_nothing_of_held_out_text(
+    tmp_path: Path, valid_frac: float, is_learned: bool
+) -> None:
+    """Only one document has the word, and at valid_frac 0.5 it is held out."""
+    path = write_jsonl(tmp_path / "rare.jsonl", [f"{i} " + "quokka " * 500 for i in range(20)])
+    rare = next(d.text for d in iterate_documents(Source("rare", path)) if is_valid(d, 0.5))
+    source = Source("web", write_jsonl(tmp_path / "web.jsonl", [*make_texts(60), rare]))
+    prepare(tmp_path / "out", source, valid_frac=valid_frac)
+    n_pieces = len(load_tokenizer(tmp_path / "out" / "tokenizer.model").encode("quokka"))
+    assert (n_pieces <= 2) is is_learned, f"{n_pieces} pieces"
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["as given", "backwards"])
+def test_the_sample_for_the_tokenizer_is_an_even_choice_of_the_text(order: int) -> None:
+    """15 MB in pieces, each offered twice: about 10 MB are kept, those with the smallest hashes."""
+    pieces = [f"{i} " + "x" * 30_000 for i in range(500)]
+    sample = _Sample()
+    for piece in [*pieces, *pieces][::order]:
+        sample.offer(piece)
+    by_hash = sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode()).digest())
+    ends = list(itertools.accumulate(map(len, by_hash)))
+    n_kept = 1 + next(i for i, end in enumerate(ends) if end >= SAMPLE_BYTES)
+    assert 300 < n_kept < 400
+    assert sample.pieces() == by_hash[:n_kept]
+
+
+class Interrupted(Exception):
+    """What a test raises in the middle of the work."""
+
+
+def interrupt_after_the_first_source(progress: PrepareProgress) -> None:
+    if progress.stage == "tokenize":  # of texts this short it is reported at the end of each source
+        raise Interrupted
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> tuple[Path, list[Source]]:
+    """A corpus of two sources of which the first is committed."""
+    texts = {"a": make_texts(60), "b": make_texts(30, seed=1)}
+    sources = [Source(name, write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in texts.items()]
+    with pytest.raises(Interrupted):
+        prepare(tmp_path / "out", *sources, report=interrupt_after_the_first_source)
+    assert len(list((tmp_path / "out" / "train").glob("a-*.json"))) > 1
+    return tmp_path / "out", sources
+
+
+def test_an_interrupted_prepare_continues_to_the_same_bytes(interrupted: tuple[Path, list[Source]]) -> None:
+    out, sources = interrupted
+    committed = {path: path.stat().st_mtime_ns for path in out.glob("*/a-*")}
+    prepare(out, *sources)
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a shard was made again"
+    prepare(out.with_name("whole"), *sources)
+    assert files_of(out) == files_of(out.with_name("whole"))
+
+
+def test_a_prepare_that_continues_refuses_other_text(interrupted: tuple[Path, list[Source]]) -> None:
+    out, (source, other) = interrupted
+    assert source.path is not None
+    # Size and time stay as they were, so only the hash of the text can tell.
+    stat, text = source.path.stat(), source.path.read_text()
+    source.path.write_text(text.replace("lever", "fever", 1))
+    os.utime(source.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(
+        DataError, match=r"documents 0..\d+ are no longer the text that a-00000 was made from"
+    ):
+        prepare(out, source, other)
 
 
 def test_a_finished_corpus_is_left_alone(tmp_path: Path, source: Source) -> None:

@@ -1,8 +1,6 @@
 """What a command and the launcher of ranks put into the environment, and what they leave alone."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -34,19 +32,6 @@ def test_a_policy_of_waiting_is_not_overruled(monkeypatch: pytest.MonkeyPatch) -
     """libgomp would take the number of rounds before the policy."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert "GOMP_SPINCOUNT" not in rank_environment(1, has_gpus=False)
-
-
-def test_a_command_sets_how_threads_wait_before_torch_is_loaded() -> None:
-    asked = (
-        "import atexit, os, sys\n"
-        "from launch.cli import main\n"
-        "atexit.register(lambda: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules))\n"
-        "main(['--version'])\n"
-    )
-    for own, want in (({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
-        command, env = [sys.executable, "-c", asked], {**os.environ, **own}
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-        assert run.stdout.splitlines()[-1] == f"{want} False", run.stderr
 
 
 def test_ranks_on_gpus_have_their_own_ways() -> None:

@@ -45,8 +45,10 @@ def test_gradients_and_statistics_are_bitwise_those_without(recompute: str) -> N
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad), name
 
 
-@pytest.mark.parametrize(("recompute", "least"), [("selective", 0.3), ("full", 0.7)])
+@pytest.mark.parametrize(("recompute", "least"), [("selective", 0.65), ("full", 0.9)])
 def test_less_is_kept_for_backward(recompute: str, least: float) -> None:
+    """Measured: 0.69 and 0.93 less. Without the recomputation of experts, or dense layers, it is 0.56."""
+
     def saved_bytes(decoder: Decoder) -> int:
         total = 0
 

@@ -1,5 +1,6 @@
 """What may differ when a run goes on, and what is refused by name."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -8,13 +9,12 @@ import pytest
 from data.corpus import Corpus
 from launch.run_dir import attachments, create_run_dir, has_run, read_config
 from launch.settings import check_setting_paths, setting_paths
-from launch.train import take_up
+from launch.train import is_finished, take_up
 from tests.checkpoints import build_engine, save_alone
 from tests.layouts import groups_of
-from tests.ranks import run_ranks
 from tests.runs import run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
-from training.checkpoint_dir import checkpoint_path
+from training.checkpoint_dir import checkpoint_path, read_checkpoint
 from training.checkpoint_manifest import DataIdentity, rank_file
 from training.config import RunConfig
 from training.errors import CheckpointError, ConfigError
@@ -162,25 +162,15 @@ def test_other_text_is_refused_unless_allowed(field: str) -> None:
     assert check_same_data(TEXT, found, ["data.corpus"]) == [change]
 
 
-def take_up_scaling(rank: int) -> tuple[dict[str, float], dict[str, float], str]:
-    """Give an fp32 run the loss scale of an fp16 one; return the scaler's state before and after."""
-    engine = build_engine(SAVED, groups_of(Layout(1), rank))
+def test_a_loss_scale_is_left_where_none_is_needed(one_rank: None) -> None:
+    """As where an fp32 run goes on from a checkpoint of fp16."""
+    engine = build_engine(SAVED, groups_of(Layout(1), 0))
     before = dict(vars(engine._engine.optimizer.loss_scaler))
     engine.restore_loss_scaler({"cur_scale": 65536.0, "cur_iter": 3.0})
-    after = dict(vars(engine._engine.optimizer.loss_scaler))
-    try:
+    assert dict(vars(engine._engine.optimizer.loss_scaler)) == before and before["cur_scale"] == 1
+    with pytest.raises(CheckpointError, match=r"holds \['__class__'\], which it does not know"):
         engine.restore_loss_scaler({"__class__": 1.0})
-    except CheckpointError as err:
-        return before, after, str(err)
-    finally:
-        engine.close()
-    return before, after, ""
-
-
-def test_a_loss_scale_is_left_where_none_is_needed() -> None:
-    ((before, after, said),) = run_ranks(take_up_scaling, 1)
-    assert before == after and before["cur_scale"] == 1
-    assert said == "the loss scaler's state holds ['__class__'], which it does not know"
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +255,40 @@ def test_what_counts_is_what_the_checkpoint_was_trained_with(run: Run) -> None:
     with pytest.raises(ConfigError, match=r"optim.lr 0.001 -> 0.01;"):
         run.take_up(lr=0.01)
     assert run.take_up() == 3
+
+
+def test_text_that_was_allowed_once_is_the_runs_own(run: Run, corpora: tuple[Corpus, Corpus]) -> None:
+    """Before a checkpoint holds it, too: what counts is what the newest start has read."""
+    run.take_up("data.corpus", corpus=corpora[1])
+    assert run.take_up(corpus=corpora[1]) == 0
+    run.save(5)
+    assert run.take_up(corpus=corpora[1]) == 5
+    with pytest.raises(ConfigError, match="--allow-change data.corpus$"):
+        run.take_up()
+
+
+def test_each_start_is_added_to_the_provenance(run: Run, corpora: tuple[Corpus, Corpus]) -> None:
+    run.take_up("data.corpus", corpus=corpora[1])
+    run.take_up("data.corpus")
+    starts = json.loads((run.path / "provenance.json").read_bytes())["starts"]
+    want = [corpora[i].manifest.corpus_hash for i in (0, 1, 0)]
+    assert [start["corpus_hash"] for start in starts] == want and want[0] != want[1]
+
+
+def test_a_run_is_finished_by_an_intact_checkpoint_of_its_last_step(run: Run) -> None:
+    cfg = config_on(run.corpus)
+    assert cfg.train.n_steps == 20
+    run.save(19, 20, 21)
+    finished = {}
+    for step in (19, 20, 21):
+        path = checkpoint_path(run.path, step)
+        finished[step] = is_finished(path, read_checkpoint(path), cfg)
+    assert finished == {19: False, 20: True, 21: True}
+    path = checkpoint_path(run.path, 20)
+    content = bytearray((path / rank_file(0)).read_bytes())
+    content[-1] ^= 1
+    (path / rank_file(0)).write_bytes(content)
+    assert not is_finished(path, read_checkpoint(path), cfg), "its sizes are right, its bytes are not"
 
 
 def test_a_start_that_was_killed_before_its_config_is_made_again(tmp_path: Path, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from moe.balance import RouterState
@@ -67,6 +68,24 @@ def test_groups_limit_the_choice_by_their_two_best() -> None:
     scores = torch.tensor([[0.6, 0.6, 0.0, 0.9, 0.1, 0.0]])
     assert choose_experts(scores, 3, n_groups=2, top_groups=1).tolist() == [[0, 1, 2]]
     assert choose_experts(scores, 3, n_groups=2, top_groups=2).tolist() == [[3, 0, 1]]
+
+
+def test_groups_of_one_expert_compete_as_experts() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.3, 0.5]])
+    assert choose_experts(scores, 2, n_groups=4, top_groups=2).tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_entropy_is_of_the_probabilities_of_counted_tokens(score: str) -> None:
+    """Sigmoid scores are divided by their sum first; one expert's entropy term is -p log p, in nats."""
+    cfg = tiny_config(router={"score": score})
+    x, state = tokens(cfg).double(), RouterState.initial(cfg)
+    router, counted = build_router(cfg).double(), torch.arange(x.size(0)) % 3 > 0
+    _, stats = router(x, state.bias_ME[0], state.load_frac_ME[0], counted)
+    logits = (x @ router.weight.T)[counted]
+    odds = logits.exp() if score == "softmax" else 1 / (1 + (-logits).exp())
+    probs = odds / odds.sum(-1, keepdim=True)
+    torch.testing.assert_close(stats.entropy_sum, -(probs * probs.log()).sum(), rtol=1e-12, atol=0)
 
 
 def test_bias_changes_who_is_chosen_and_never_a_weight() -> None:

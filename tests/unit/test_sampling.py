@@ -49,6 +49,15 @@ def test_cuts_see_the_temperature() -> None:
     assert drawn(Sampling(temperature=1.0, top_p=0.82)) == {0, 1, 3}
 
 
+def test_a_cut_is_measured_by_the_row_itself() -> None:
+    """Of the first row one token is far above the others; of the second the cut leaves three of four."""
+    rows = torch.stack([torch.tensor([0.02, 0.03, 0.9, 0.05]).log(), LOGITS]).repeat(2000, 1)
+    ids = sample_tokens(rows, Sampling(temperature=1.0, min_p=0.45), [torch.Generator().manual_seed(0)]).view(
+        -1, 2
+    )
+    assert set(ids[:, 0].tolist()) == {2} and set(ids[:, 1].tolist()) == {0, 1, 3}
+
+
 def test_frequencies_follow_the_probabilities_left() -> None:
     rows = LOGITS.expand(40_000, -1)
     ids = sample_tokens(rows, Sampling(temperature=0.5, top_k=3), [torch.Generator().manual_seed(0)])

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceTrainer
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.data_fixtures import make_texts, write_hf_tokenizer, write_tokenizer
@@ -51,6 +53,29 @@ def test_characters_are_whole_and_nothing_is_lost(tokenizer: Tokenizer) -> None:
     assert not any("\ufffd" in piece for piece in out)
     assert "" in out, "no character took more than one token, so this proves nothing"
     assert sum(piece != "" for piece in out) > len(text) / 8, "text is shown as it comes"
+
+
+def test_a_token_may_end_inside_a_character(tmp_path: Path) -> None:
+    """Of a byte-level tokenizer that joins a space to the first byte of the character after it."""
+    trained = HfTokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1 + len(alphabet) + 1,  # the end of text, all bytes, and one merge
+        special_tokens=["</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    text = " \u20ac \u2192 \u2260 \u2713" * 10
+    trained.train_from_iterator([text], trainer)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    ids = tokenizer.encode(text)
+    assert len(ids) == 3 * 40 > 8 * CONTEXT_TOKENS and tokenizer.decode(ids[:1]) == " \ufffd"
+    out = pieces(tokenizer, ids)
+    assert "".join(out) == text
+    assert not any("\ufffd" in piece for piece in out)
 
 
 def test_bytes_that_are_no_character_are_shown_once_it_is_certain(tokenizer: Tokenizer) -> None:

@@ -1,8 +1,13 @@
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import models, processors
 
 from data.errors import DataError
 from data.tokenizer import BOS_ID, EOS_ID, MIN_VOCAB_SIZE, load_tokenizer, split_text, train_tokenizer
@@ -109,6 +114,76 @@ def test_truncation_saved_in_the_file_is_ignored(tmp_path: Path) -> None:
     values["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     path.write_text(json.dumps(values))
     assert load_tokenizer(path).decode(load_tokenizer(path).encode(HARD_TEXT)) == HARD_TEXT
+
+
+def test_padding_saved_in_the_file_is_ignored(tmp_path: Path) -> None:
+    path = write_hf_tokenizer(tmp_path / "tokenizer.json", special_tokens=["</s>"])
+    saved = tokenizers.Tokenizer.from_file(str(path))
+    saved.enable_padding(pad_id=7, length=20)
+    saved.save(str(path))
+    tokenizer = load_tokenizer(path)
+    for ids, text in zip(tokenizer.encode_batch(["a b", HARD_TEXT]), ["a b", HARD_TEXT], strict=True):
+        assert tokenizer.decode(ids) == text
+
+
+def test_special_tokens_that_the_file_would_add_are_left_to_the_caller(tmp_path: Path) -> None:
+    path = write_hf_tokenizer(tmp_path / "tokenizer.json", special_tokens=["<s>", "</s>"])
+    saved = tokenizers.Tokenizer.from_file(str(path))
+    saved.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    saved.save(str(path))
+    assert saved.encode("a b").ids[0] == 0, "the file does add them"
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode("a b")
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert tokenizer.decode(ids) == "a b"
+
+
+def test_the_vocabulary_reaches_the_highest_id(tmp_path: Path) -> None:
+    """Embeddings are as many as vocab_size, so ids that nothing has still count."""
+    path = write_hf_tokenizer(tmp_path / "tokenizer.json", special_tokens=["</s>"])
+    values = json.loads(path.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 350
+    path.write_text(json.dumps(values))
+    assert len(vocabulary) == 300
+    assert load_tokenizer(path).vocab_size == 351
+
+
+def write_sentencepiece(path: Path, **settings: Any) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_texts(60)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+        **settings,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def test_a_sentencepiece_model_without_bos_begins_documents_with_eos(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_sentencepiece(tmp_path / "t.model", bos_id=-1, eos_id=1))
+    assert tokenizer.bos_id == tokenizer.eos_id == 1
+
+
+def test_a_sentencepiece_model_that_finds_its_end_in_text_is_refused(tmp_path: Path) -> None:
+    path = write_sentencepiece(tmp_path / "t.model", user_defined_symbols=["</s>"])
+    with pytest.raises(DataError, match=r"t.model: the model has no </s> \(eos\) piece"):
+        load_tokenizer(path)
+
+
+def test_a_file_whose_vocabulary_spells_a_special_token_is_refused(tmp_path: Path) -> None:
+    """A word-level model knows "</s>" as a word, too."""
+    words = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.add_special_tokens(["</s>"])
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(DataError, match="the text '</s>' becomes a control id: a document could end itself"):
+        load_tokenizer(tmp_path / "words.json")
 
 
 @pytest.mark.parametrize("name", ["missing.model", "broken.model", "broken.json", "vocab.txt"])

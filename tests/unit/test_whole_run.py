@@ -127,6 +127,18 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert second.texts == want.texts
 
 
+def test_the_loss_scale_of_fp16_goes_on_where_it_stood(corpus: Corpus, tmp_path: Path) -> None:
+    train_in_fp16 = {"precision": "fp16", "n_steps": 4}
+    cfg = config(corpus, train=train_in_fp16, sample={"prompts": ()}, eval={"max_documents": 1})
+    straight, stopped = (start(cfg, tmp_path / name, corpus) for name in ("straight", "stopped"))
+    run(cfg, straight)
+    run(cfg, stopped, stop_after=2)
+    run(cfg, stopped)
+    state = read_checkpoint(checkpoint_path(straight, 4)).state
+    assert state.loss_scaler["cur_iter"] == 4 and state.loss_scaler["cur_scale"] > 1
+    assert read_checkpoint(checkpoint_path(stopped, 4)).state == state
+
+
 def test_a_row_holds_what_the_config_promises(corpus: Corpus, straight: tuple[Path, Watched]) -> None:
     cfg, (run_dir, _) = config(corpus), straight
     rows = read_rows(run_dir)

@@ -58,6 +58,15 @@ def test_evaluation_documents_are_the_held_out_texts(tmp_path: Path) -> None:
     assert all(tokenizer.bos_id not in d.ids and tokenizer.eos_id not in d.ids for d in found)
 
 
+def test_the_first_few_documents_are_of_all_sources(tmp_path: Path) -> None:
+    corpus = make_corpus(
+        tmp_path, {"a": make_texts(5), "b": make_texts(3, seed=2), "c": make_texts(1, seed=3)}
+    )
+    found = [(document.source, document.origin) for document in evaluation_documents(corpus, "train")]
+    in_turn = [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 3), ("a", 4)]
+    assert found == [(source, f"train:{number}") for source, number in in_turn]
+
+
 def test_an_empty_split_is_refused_when_it_is_evaluated(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, {"a": make_texts(5)}, valid_frac=0.0)
     with pytest.raises(DataError, match=r"the valid split is empty \(valid_frac=0.0\)"):

@@ -21,6 +21,7 @@ def test_memory_is_bounded(form: str, checkpoint: Path) -> None:
     assert extra < bound, f"{extra / 2**20:.0f} MiB"
 
 
+@pytest.mark.long
 def test_an_expert_is_a_tensor(tmp_path: Path) -> None:
     """One is in memory at a time: a layer holds nearly twice the bound in each of its three matrices."""
     checkpoint = save_made_up(tmp_path, MANY)

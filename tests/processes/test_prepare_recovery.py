@@ -234,3 +234,9 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and "a tokenising worker of 2 died" in run.stdout, run.stderr
+
+
+def test_the_result_does_not_depend_on_the_workers(tmp_path: Path, source: Source) -> None:
+    prepare(tmp_path / "one", source)
+    prepare(tmp_path / "two", source, n_workers=2)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")

@@ -5,11 +5,15 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 
+from moe.activation import compiled_swiglu
 from moe.config import ModelConfig
 from moe.model import Decoder, build_decoder
 from moe.recompute import Recompute
+from moe.sorted_loop import compiled_loop_experts
 from tests.assertions import assert_same_grads, relative_error
 from tests.models import random_state, tiny_config, tiny_decoder
+from tests.unit.test_experts import COUNTS, RTOL, apply, check_backend, check_gradients, leaves
+from tests.unit.test_linear_cross_entropy import T, check_loss
 
 VARIANTS = {
     "softmax": tiny_config(),
@@ -59,7 +63,7 @@ def test_all_blocks_share_one_graph() -> None:
     assert counters["stats"]["unique_graphs"] > 0
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.long), "full"])
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS.keys())
 def test_compiled_blocks_equal_eager_ones_with_one_graph_for_any_routing(
     cfg: ModelConfig, recompute: Recompute
@@ -77,3 +81,28 @@ def test_compiled_blocks_equal_eager_ones_with_one_graph_for_any_routing(
             want, want_grads = run(eager, seed)
             assert relative_error(got, want) <= 1e-10
             assert_same_grads(got_grads, want_grads, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_the_compiled_loop_equals_the_reference(counts: list[int], dtype: torch.dtype) -> None:
+    check_backend("compiled_loop", counts, dtype)
+
+
+def test_the_compiled_loop_passes_gradcheck() -> None:
+    check_gradients(compiled_loop_experts)
+
+
+def test_any_number_of_rows_is_the_same_compiled_activation() -> None:
+    counters.clear()
+    torch._dynamo.reset()
+    compiled_swiglu.cache_clear()
+    for n_rows in (40, 37, 3, 101):
+        tensors = leaves([n_rows, 0, 2, 0, 0], torch.float32)
+        apply(compiled_loop_experts, [n_rows, 0, 2, 0, 0], tensors).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 2, "one forwards, one backwards"
+
+
+@pytest.mark.parametrize("n_at_once", [1, 5, T, 1000])
+def test_the_compiled_loss_is_that_of_logits(n_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_loss(n_at_once, monkeypatch, compiles=True)

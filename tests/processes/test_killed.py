@@ -1,0 +1,94 @@
+"""What processes leave behind that are killed or told to end."""
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.start_dir import TOLD_TO_END, make_start_dir
+from training.export.publish import LOCK, publish_export
+from training.ledger import read_ledger
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    return make_start_dir(tmp_path / "logs")
+
+
+def test_the_ledger_of_a_killed_process_tells_where_it_was(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from training.ledger import Ledger
+from training.layout import Layout
+ledger = Ledger(Path({str(tmp_path / "a.ledger")!r}), Layout(2), 1)
+ledger.at(7, "optimizer step")
+with ledger.collective("all-reduce", "dp"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    entry = read_ledger(tmp_path / "a.ledger").current
+    assert entry is not None and entry.is_waiting
+    assert (entry.step, entry.phase, entry.operation) == (7, "optimizer step", "all-reduce")
+
+
+@pytest.mark.parametrize("library", ["CDLL", "PyDLL"], ids=["in C++", "in C++ that holds the interpreter"])
+def test_a_rank_told_to_end_leaves_its_stack_and_ends_wherever_it_is(library: str, start: Path) -> None:
+    code = f"""
+import ctypes
+from launch.failures import leave_stack_behind
+leave_stack_behind(file := open({str(start / "stack")!r}, "w"))
+def stuck():
+    print("there", flush=True)
+    ctypes.{library}(None).sleep(100)
+stuck()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        time.sleep(0.2)
+        process.send_signal(TOLD_TO_END)
+        assert process.wait(20) == -TOLD_TO_END
+    assert "in stuck" in (start / "stack").read_text()
+
+
+KILLED = """
+import os, pathlib, sys
+from training.export.publish import LOCK, publish_export
+from training.export.read_back import check_huggingface
+from training.export.to_checkpoint import write_first_checkpoint
+from training.weights import CheckpointWeights
+
+def write(directory: pathlib.Path) -> None:
+    (directory / "half").touch()
+    os.kill(os.getpid(), 9)
+
+publish_export(pathlib.Path(sys.argv[1]), write, print)
+"""
+
+
+def test_what_a_killed_export_left_is_swept(tmp_path: Path) -> None:
+    """And nothing else that has such a name: a directory of the user's, or one that is still written."""
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    left = {path.name.rpartition(".tmp")[2] for path in tmp_path.iterdir()}
+    assert left == {"", LOCK}
+    for name in ("out.mine.tmp", "elsewhere", "out.busy.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / "out.link.tmp").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / f"out.link.tmp{LOCK}").touch()
+    with (tmp_path / f"out.busy.tmp{LOCK}").open("x") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        publish_export(tmp_path / "out", lambda path: (path / "whole").touch(), lambda _: None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+    kept = {"elsewhere", "out", "out.busy.tmp", f"out.busy.tmp{LOCK}", "out.link.tmp", "out.mine.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert all(list((tmp_path / name).iterdir()) for name in ("elsewhere", "out.busy.tmp", "out.mine.tmp"))
