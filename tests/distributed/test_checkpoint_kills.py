@@ -103,7 +103,9 @@ def test_there_are_all_kinds_of_boundaries(boundaries: list[list[Boundary]]) -> 
 
 
 @pytest.mark.parametrize("kills_all", [False, True], ids=["one", "all"])
-@pytest.mark.parametrize("rank", range(N_RANKS), ids=["first", "second"])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(0, id="first", marks=pytest.mark.long), pytest.param(1, id="second")]
+)
 def test_the_next_start_finds_what_is_intact(
     rank: int, kills_all: bool, saved: Path, boundaries: list[list[Boundary]], tmp_path: Path
 ) -> None:

@@ -214,7 +214,9 @@ def engine_runs() -> list[Any]:
             variant = (i + j + i // 3) % len(VARIANTS)
             name = f"{IDS[i]}, {model}, variant {variant}"
             values = (layout, model, VARIANTS[variant], j == 1)
-            runs.append(pytest.param(*values, id=name, marks=marks_of(layout)))
+            # The first tier tries one of the two.
+            marks = [pytest.mark.long] if j != i % 2 else marks_of(layout)
+            runs.append(pytest.param(*values, id=name, marks=marks))
     return runs
 
 

@@ -32,7 +32,7 @@ LAYOUTS = [
     pytest.param(2, {}, id="dp2"),
     pytest.param(2, {"ep": 2}, id="ep2"),
     pytest.param(2, {"tp": 2}, id="tp2"),
-    pytest.param(4, {"tp": 2, "ep": 2}, id="tp2-ep2"),
+    pytest.param(4, {"tp": 2, "ep": 2}, id="tp2-ep2", marks=pytest.mark.long),
 ]
 # Odd sizes, so that shares begin within a parameter and the last one ends in padding.
 ODD = {"d_model": 9, "n_heads": 2, "d_head": 8, "d_expert": 11, "vocab_size": 46, "n_experts": 6}

@@ -85,6 +85,7 @@ def test_two_machines_train_by_a_hostfile(lab: Lab, ssh: dict[str, str]) -> None
     assert [row["step"] for row in read_rows(lab.place / "hosts-run")] == list(range(1, 31))
 
 
+@pytest.mark.long
 def test_a_failure_on_hosts_is_told_and_leaves_no_rank(lab: Lab, ssh: dict[str, str]) -> None:
     """A file is in the place of the checkpoints' directory, so that the first save fails."""
     (lab.place / "hosts").write_text("n1 slots=1\nn2 slots=1\n")

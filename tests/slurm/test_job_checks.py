@@ -116,6 +116,7 @@ def test_a_requeue_that_excludes_no_node_is_a_requeue(lab: Lab) -> None:
     wait_for(lambda: "Restarts=1" in lab.run("scontrol", "show", "job", sleeping), "the job to be requeued")
 
 
+@pytest.mark.long
 def test_a_crash_loop_stops_with_its_reason(lab: Lab, tmp_path: Path) -> None:
     """A fabric variable that names no interface: each start fails in the same way before its first step."""
     site = tmp_path / "site.env"

@@ -70,13 +70,13 @@ def test_a_run_is_warned_saves_is_requeued_and_finishes(lab: Lab) -> None:
     check_as_if_nothing_happened(lab, run, last, *settings, nproc=4)
 
 
-def test_a_run_goes_on_after_faults_of_its_ranks_and_a_requeue(lab: Lab) -> None:
-    meet(lab, "rank-faults", kill_a_rank, stop_a_rank, requeue_by_hand)
+def test_a_run_goes_on_after_a_killed_rank_and_a_requeue(lab: Lab) -> None:
+    meet(lab, "rank-faults", kill_a_rank, requeue_by_hand)
 
 
 @pytest.mark.long  # SLURM takes a minute to miss a node
-def test_a_run_goes_on_after_faults_of_nodes_and_a_preemption(lab: Lab) -> None:
-    meet(lab, "node-faults", power_off_a_node, cut_off_a_node, preempt)
+def test_a_run_goes_on_after_every_other_fault(lab: Lab) -> None:
+    meet(lab, "other-faults", power_off_a_node, cut_off_a_node, stop_a_rank, preempt)
 
 
 Fault = Callable[[Lab, JobRun, int], None]
