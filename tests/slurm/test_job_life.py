@@ -48,6 +48,7 @@ def check_logs_kept(run: JobRun, n_starts: int) -> None:
     assert not list((run.run_dir / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.long  # SLURM looks at limits twice a minute
 def test_a_run_is_warned_saves_is_requeued_and_finishes(lab: Lab) -> None:
     """Two nodes with two ranks each, the experts over all of them, and a limit that comes before the end."""
     settings = ["--set", "parallel.ep=4"]
@@ -70,13 +71,14 @@ def test_a_run_is_warned_saves_is_requeued_and_finishes(lab: Lab) -> None:
     check_as_if_nothing_happened(lab, run, last, *settings, nproc=4)
 
 
-def test_a_run_goes_on_after_a_killed_rank_and_a_requeue(lab: Lab) -> None:
-    meet(lab, "rank-faults", kill_a_rank, requeue_by_hand)
+def test_a_run_goes_on_after_a_killed_rank_and_a_warning(lab: Lab) -> None:
+    meet(lab, "rank-faults", kill_a_rank, warn)
 
 
 @pytest.mark.long  # SLURM takes a minute to miss a node
 def test_a_run_goes_on_after_every_other_fault(lab: Lab) -> None:
-    meet(lab, "other-faults", power_off_a_node, cut_off_a_node, stop_a_rank, preempt)
+    faults = (power_off_a_node, cut_off_a_node, stop_a_rank, preempt, requeue_by_hand)
+    meet(lab, "other-faults", *faults)
 
 
 Fault = Callable[[Lab, JobRun, int], None]
@@ -102,6 +104,15 @@ def kill_a_rank(lab: Lab, run: JobRun, n: int) -> None:
     assert end.reasons[0].startswith("rank 1 ended without a word (killed, or out of memory)"), end
     assert f"rank 1 ran on {run.starts[n - 1].begin.nodes[1]}" in end.reasons
     assert f"step {end.saved_step} was saved since it began" in end.decision
+
+
+def warn(lab: Lab, run: JobRun, n: int) -> None:
+    """Send what SLURM sends before the time limit."""
+    lab.run("scancel", "--batch", "--signal=USR1", run.job_id)
+    end = run.wait_for_ending(n).ending
+    assert end is not None and (end.kind, end.action) == ("saved", "requeue"), end
+    assert "SLURM warns of the time limit: stopping" in run.log
+    assert run.wait_for_start(n + 1).begin.from_step == end.saved_step
 
 
 def stop_a_rank(lab: Lab, run: JobRun, n: int) -> None:

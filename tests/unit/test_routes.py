@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from data.loader import IGNORE_INDEX
 from data.tokenizer import load_tokenizer
@@ -40,6 +40,7 @@ VARIANTS = {
     ),
     "not normalised": tiny_config(top_k=1, router={"normalize": False}),
 }  # fmt: skip
+SVG = "{http://www.w3.org/2000/svg}"  # the name space of its elements
 TEXT = "def the lever(): return 0417 of seven\n"
 
 
@@ -198,13 +199,18 @@ def test_a_text_is_shown_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixtur
                 )
         assert "layer 1" in shown and "layer 2" in shown and "layer 0" not in shown
     tree = ElementTree.parse(saved.place / "routes.svg")
-    tips = [tip.text or "" for tip in tree.iter("{http://www.w3.org/2000/svg}title")]
+    tips = [tip.text or "" for tip in tree.iter(f"{SVG}title")]
     assert len(tips) == len(token_ids) * 2 * 2
     best = f"expert {int(routes.expert_ids_MTK[0, 3, 0])}, weight {float(routes.weights_MTK[0, 3, 0]):.4f}"
     assert any(best in tip and "layer 1" in tip for tip in tips)
     image = Image.open(saved.place / "routes.png")
     assert image.size == (int(tree.getroot().get("width", 0)), int(tree.getroot().get("height", 0)))
-    assert len(image.getcolors(1 << 20) or []) > 3
+    boxes = [(box, box.find(f"{SVG}title")) for box in tree.iter(f"{SVG}rect")]
+    drawn = [box for box, tip in boxes if tip is not None]
+    assert len({box.get("fill") for box in drawn}) > 3
+    for box in drawn:
+        corner = math.ceil(float(box.get("x", 0))) + 1, math.ceil(float(box.get("y", 0))) + 1
+        assert image.getpixel(corner) == ImageColor.getrgb(box.get("fill", ""))
 
 
 def test_a_png_has_its_limit(tmp_path: Path) -> None:
