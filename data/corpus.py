@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
-from data.files import sha256_of
-from data.manifest import CorpusManifest, SourceSummary, read_manifest
-from data.megatron import Shard, ShardInfo, Verify, check_shard, read_shard_info, shard_file
-from data.tokenizer import Tokenizer, load_tokenizer
+from turnout.data.errors import DataError
+from turnout.data.files import sha256_of
+from turnout.data.manifest import CorpusManifest, SourceSummary, read_manifest
+from turnout.data.megatron import Shard, ShardInfo, Verify, check_shard, read_shard_info, shard_file
+from turnout.data.tokenizer import Tokenizer, load_tokenizer
 
 
 class TokenStream:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from data.errors import DataError
+from turnout.data.errors import DataError
 
 STDLIB, DOCS = "stdlib", "docs"
 MIN_BYTES = 5_000_000

@@ -19,8 +19,8 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from data.sources import Document
-from data.tokenizer import Tokenizer, load_tokenizer, split_text
+from turnout.data.sources import Document
+from turnout.data.tokenizer import Tokenizer, load_tokenizer, split_text
 
 # Longer documents are encoded in pieces: memory stays bounded, and one huge file keeps every core busy.
 # A merge across such a cut, once in a million characters, is lost.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import zstandard
 
-from data.errors import DataError
+from turnout.data.errors import DataError
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 CHUNK_BYTES = 1 << 20

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from data.corpus import Corpus, TokenStream
-from data.errors import DataError
-from data.order import Blend, sample_ids
+from turnout.data.corpus import Corpus, TokenStream
+from turnout.data.errors import DataError
+from turnout.data.order import Blend, sample_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

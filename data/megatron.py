@@ -17,8 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from data.errors import DataError
-from data.files import commit, sha256_of, write_atomically
+from turnout.data.errors import DataError
+from turnout.data.files import commit, sha256_of, write_atomically
 
 MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1

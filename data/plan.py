@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError
-from data.files import sha256_of, write_atomically
-from data.manifest import PLAN_FILE
-from data.sources import Source, list_files
+from turnout.data.errors import DataError
+from turnout.data.files import sha256_of, write_atomically
+from turnout.data.manifest import PLAN_FILE
+from turnout.data.sources import Source, list_files
 
 # Raised when the same inputs and settings would no longer give the same shards.
 PLAN_VERSION = 1

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.embedded import STDLIB, list_embedded_files
-from data.encode import encode_documents
-from data.errors import DataError
-from data.files import commit
-from data.manifest import (
+from turnout.data.embedded import STDLIB, list_embedded_files
+from turnout.data.encode import encode_documents
+from turnout.data.errors import DataError
+from turnout.data.files import commit
+from turnout.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     SPLITS,
@@ -26,11 +26,11 @@ from data.manifest import (
     read_manifest,
     write_manifest,
 )
-from data.megatron import ShardInfo
-from data.plan import Settings, adopt_directory, build_plan, check_settings, locked
-from data.shardpair import ShardPair, Stretch, find_committed
-from data.sources import Document, Source, iterate_documents
-from data.tokenizer import TRAIN_PIECE_CHARS, Tokenizer, load_tokenizer, split_text, train_tokenizer
+from turnout.data.megatron import ShardInfo
+from turnout.data.plan import Settings, adopt_directory, build_plan, check_settings, locked
+from turnout.data.shard_pair import ShardPair, Stretch, find_committed
+from turnout.data.sources import Document, Source, iterate_documents
+from turnout.data.tokenizer import TRAIN_PIECE_CHARS, Tokenizer, load_tokenizer, split_text, train_tokenizer
 
 SAMPLE_BYTES = 10_000_000
 # A constant, because sentencepiece writes the number into its model and the file's hash should not

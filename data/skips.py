@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.errors import DataError
-from data.files import write_atomically
+from turnout.data.errors import DataError
+from turnout.data.files import write_atomically
 
 FORMAT_VERSION = 1
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.embedded import DOCS, STDLIB, iterate_embedded_texts, list_embedded_files
-from data.errors import DataError
-from data.files import COMPRESSED_SUFFIXES, read_bytes, read_lines
+from turnout.data.embedded import DOCS, STDLIB, iterate_embedded_texts, list_embedded_files
+from turnout.data.errors import DataError
+from turnout.data.files import COMPRESSED_SUFFIXES, read_bytes, read_lines
 
 TEXT_SUFFIXES = {".txt"}
 # Read when given by name, and from a directory that holds nothing else: beside data they are its README.

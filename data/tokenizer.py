@@ -12,8 +12,8 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from data.errors import DataError
-from data.files import sha256_of, write_atomically
+from turnout.data.errors import DataError
+from turnout.data.files import sha256_of, write_atomically
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 # unk, bos, eos and one piece for each byte.

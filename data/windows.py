@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.corpus import Corpus
-from data.errors import DataError
-from data.loader import IGNORE_INDEX
-from data.sources import Source, iterate_documents
-from data.tokenizer import Tokenizer
+from turnout.data.corpus import Corpus
+from turnout.data.errors import DataError
+from turnout.data.loader import IGNORE_INDEX
+from turnout.data.sources import Source, iterate_documents
+from turnout.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from launch.duration import format_duration
-from training.metrics import Row
+from turnout.training.metrics import Row
 
 if TYPE_CHECKING:
-    from data.prepare import PrepareProgress  # with it the readers of all kinds of text
+    from turnout.data.prepare import PrepareProgress  # with it the readers of all kinds of text
 
 
 class LiveBar:
@@ -125,3 +125,24 @@ class PrepareConsole:
             f"{progress.stage}: {progress.done_bytes / 1e6:.1f}{total} MB, "
             f"{progress.done_documents:,} documents, {progress.done_tokens:,} tokens{speed}"
         )
+
+
+UNFOLDED_COLUMNS = 100_000
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as it is: only a terminal's width may fold it."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = UNFOLDED_COLUMNS
+    console.print(table)
+
+
+def format_duration(seconds: float) -> str:
+    minutes, secs = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s"
+
+
+def format_size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"

@@ -1,7 +1,7 @@
 """What an exit code says, and which error leads to which. Scripts rely on these numbers."""
 
-from data.errors import DataError
-from training.errors import CheckpointError, ConfigError
+from turnout.data.errors import DataError
+from turnout.training.errors import CheckpointError, ConfigError
 
 DONE = 0
 OTHER = 1

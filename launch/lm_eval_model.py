@@ -16,17 +16,17 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from data.errors import DataError
-from data.loader import IGNORE_INDEX
-from data.windows import EvaluationDocument, Window
-from launch.console import LiveBar
-from launch.loaded import DType, load_model
-from moe.cache import CachedDecoder
-from training.errors import ConfigError
-from training.evaluate import score_documents
-from training.generate import Options, stream_encoded
-from training.sampling import Sampling
-from training.scoring import ARRANGED_BATCHES, score_windows
+from turnout.data.errors import DataError
+from turnout.data.loader import IGNORE_INDEX
+from turnout.data.windows import EvaluationDocument, Window
+from turnout.launch.console import LiveBar
+from turnout.launch.models import DType, load_model
+from turnout.moe.kv_cache import CachedDecoder
+from turnout.training.errors import ConfigError
+from turnout.training.evaluation.held_out import score_documents
+from turnout.training.evaluation.scoring import ARRANGED_BATCHES, score_windows
+from turnout.training.generation.generate import Options, stream_encoded
+from turnout.training.generation.sampling import Sampling
 
 DEFAULT_NEW_TOKENS = 256  # as in lm_eval's own models
 KNOWN_KWARGS = {"do_sample", "max_gen_toks", "min_p", "temperature", "top_k", "top_p", "until"}

@@ -6,13 +6,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from data.corpus import Corpus, open_corpus
-from data.errors import DataError
-from launch.devices import count_gpus
-from moe.backends import NEEDS
-from training.batches import build_loader
-from training.config import RunConfig
-from training.errors import ConfigError
+from turnout.data.corpus import Corpus, open_corpus
+from turnout.data.errors import DataError
+from turnout.launch.devices import count_gpus
+from turnout.moe.experts.requirements import NEEDS
+from turnout.training.batches import build_loader
+from turnout.training.config.run import RunConfig
+from turnout.training.errors import ConfigError
 
 # How to get what an expert backend imports.
 INSTALL = {
@@ -51,7 +51,7 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
 
 def _check_half_precision(precision: str) -> None:
     # Imported here because torch, which knows the CPU, takes a second, for which fp32 need not wait.
-    from training.hardware import cpu_has_bf16, cpu_has_fp16
+    from turnout.training.hardware import cpu_has_bf16, cpu_has_fp16
 
     if precision == "fp16" and not cpu_has_fp16():
         raise ConfigError("train.precision=fp16: this CPU has no fp16 arithmetic; use fp32 or bf16")

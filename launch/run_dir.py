@@ -14,18 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import write_atomically
-from data.manifest import read_manifest
-from launch.settings import check_config, to_toml
-from launch.submission import SUBMISSIONS
-from launch.versions import package_versions
-from training.checkpoint_dir import CHECKPOINTS
-from training.checkpoint_manifest import CONFIG_FILE, PROVENANCE_FILE, Attached, DataIdentity
-from training.config import RunConfig
-from training.errors import ConfigError
+from turnout.data.files import write_atomically
+from turnout.data.manifest import read_manifest
+from turnout.launch.settings import check_config, to_toml
+from turnout.launch.versions import package_versions
+from turnout.training.checkpoint.directory import CHECKPOINTS
+from turnout.training.checkpoint.manifest import CONFIG_FILE, PROVENANCE_FILE, Attached, DataIdentity
+from turnout.training.config.run import RunConfig
+from turnout.training.errors import ConfigError
 
 if TYPE_CHECKING:
-    from data.corpus import Corpus  # numpy, which `turnout status` does without
+    from turnout.data.corpus import Corpus  # numpy, which `turnout status` does without
 
 
 def create_run_dir(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int) -> None:
@@ -151,3 +150,6 @@ def _cpu_model() -> str:
             if name.strip() == "model name":
                 return value.strip()
     return platform.machine()
+
+
+SUBMISSIONS = "slurm"  # in the run's directory

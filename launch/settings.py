@@ -14,10 +14,10 @@ from typing import Any, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from training.config import RunConfig
-from training.errors import ConfigError
+from turnout.training.config.run import RunConfig
+from turnout.training.errors import ConfigError
 
-RECIPES = resources.files("launch") / "recipes"
+RECIPES = resources.files("turnout.launch") / "recipes"
 
 
 def recipe_names() -> list[str]:

@@ -2,8 +2,10 @@
 
 from importlib import metadata
 
-PACKAGES = ("turnout", "torch", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
+from turnout import __version__
+
+PACKAGES = ("torch", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 
 
 def package_versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in PACKAGES}
+    return {"turnout": __version__, **{name: metadata.version(name) for name in PACKAGES}}

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.config import ModelConfig
-from moe.norm import Norm
-from moe.permute import invert, permute_rows
-from moe.recompute import Recompute, recompute_if
-from moe.tensor_parallel import TensorParallel
-from moe.uncompiled import uncompiled
+from turnout.moe.config import ModelConfig
+from turnout.moe.experts.permute import invert, permute_rows
+from turnout.moe.layers import Norm
+from turnout.moe.parallel.tensor_parallel import TensorParallel
+from turnout.moe.recompute import Recompute, recompute_if
+from turnout.moe.torch_compile import uncompiled
 
 
 @dataclass(frozen=True)

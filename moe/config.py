@@ -25,7 +25,7 @@ class RouterConfig(BaseModel):
 
 
 class BalanceConfig(BaseModel):
-    """What keeps the experts evenly loaded. Definitions: moe/balance.py."""
+    """What keeps the experts evenly loaded. Definitions: moe/load_balancing.py."""
 
     model_config = STRICT
 

@@ -13,17 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.attention import Attention, Documents, find_documents, rope_tables, takes_any_lengths
-from moe.balance import RouterState, RouterStats
-from moe.config import ModelConfig
-from moe.dispatch import Dispatcher, LocalDispatcher
-from moe.embedding import Embedding
-from moe.ffn import SwiGLU
-from moe.layer import MoELayer
-from moe.norm import Norm
-from moe.recompute import Recompute, RoutingMemo, recompute_if
-from moe.tensor_parallel import TensorParallel, Unsplit
-from moe.uncompiled import apply_uncompiled
+from turnout.moe.attention import Attention, Documents, find_documents, rope_tables, takes_any_lengths
+from turnout.moe.config import ModelConfig
+from turnout.moe.layers import Embedding, Norm, SwiGLU
+from turnout.moe.load_balancing import RouterState, RouterStats
+from turnout.moe.moe_layer import MoELayer
+from turnout.moe.parallel.expert_parallel import Dispatcher, LocalDispatcher
+from turnout.moe.parallel.tensor_parallel import TensorParallel, Unsplit
+from turnout.moe.recompute import Recompute, RoutingMemo, recompute_if
+from turnout.moe.torch_compile import apply_uncompiled
 
 
 class Block(nn.Module):

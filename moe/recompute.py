@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe.dispatch import Route
-from moe.uncompiled import uncompiled_itself
+from turnout.moe.parallel.expert_parallel import Route
+from turnout.moe.torch_compile import uncompiled_itself
 
 Args = TypeVarTuple("Args")
 R = TypeVar("R")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.balance import RouterState
-from moe.config import ModelConfig
+from turnout.moe.config import ModelConfig
+from turnout.moe.load_balancing import RouterState
 
 Params = dict[str, Tensor]
 

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.balance import RouterStats, balance_sum, counts_per_sequence, load_fractions, z_sum
-from moe.config import ModelConfig
-from moe.operators import define_operator
-from moe.recompute import RoutingMemo
-from moe.tensor_parallel import TensorParallel
-from moe.uncompiled import uncompiled
+from turnout.moe.config import ModelConfig
+from turnout.moe.load_balancing import RouterStats, balance_sum, counts_per_sequence, load_fractions, z_sum
+from turnout.moe.parallel.tensor_parallel import TensorParallel
+from turnout.moe.recompute import RoutingMemo
+from turnout.moe.torch_compile import define_operator, uncompiled
 
 
 @dataclass(frozen=True)

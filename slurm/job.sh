@@ -10,4 +10,4 @@ export PYTHONPATH="$submission/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 
 # The shell becomes the supervisor, so that SLURM's warning (--signal=B:) reaches it and not the ranks.
-exec "$python" -m launch.job "$run_dir" "$submission"
+exec "$python" -m turnout.launch.slurm.job "$run_dir" "$submission"

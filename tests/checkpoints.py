@@ -9,27 +9,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe.balance import RouterState
-from moe.model import build_decoder
-from moe.sharding import own_part, split_of
 from tests.layouts import build_objective
 from tests.ranks import join_alone
 from tests.runs import run_config
-from training.build import put_under_engine
-from training.checkpoint import Saver
-from training.checkpoint_dir import checkpoint_path
-from training.checkpoint_manifest import Attached, DataIdentity, SavedAt, TrainingState
-from training.checkpoint_tensors import key_of
-from training.config import CheckpointConfig, RunConfig
-from training.disk import Disk
-from training.engine import Engine
-from training.guard import GuardState
-from training.layout import Layout
-from training.optimizer import build_adamw
-from training.owner import Owner, take_over
-from training.parallel import Groups
-from training.pieces import Matrix, Piece
-from training.shares import MODULE_PREFIX, Place, Share
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import build_decoder
+from turnout.moe.parallel.sharding import own_part, split_of
+from turnout.training.checkpoint.directory import checkpoint_path
+from turnout.training.checkpoint.durable_io import Disk
+from turnout.training.checkpoint.manifest import Attached, DataIdentity, SavedAt, TrainingState
+from turnout.training.checkpoint.rank_state import MODULE_PREFIX, Place, Share
+from turnout.training.checkpoint.resharding import Matrix, Piece
+from turnout.training.checkpoint.saver import Saver
+from turnout.training.checkpoint.tensor_files import key_of
+from turnout.training.config.checkpoint import CheckpointConfig
+from turnout.training.config.run import RunConfig
+from turnout.training.engine.build import put_under_engine
+from turnout.training.engine.engine import Engine
+from turnout.training.guard import GuardState
+from turnout.training.optimizers.adamw import build_adamw
+from turnout.training.parallel.groups import Groups
+from turnout.training.parallel.layout import Layout
+from turnout.training.run_control import Owner, take_over
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 APPLIED_STEPS = 7.0
@@ -72,7 +73,7 @@ def build_engine(cfg: RunConfig, groups: Groups) -> Engine:
 
 
 def held_here(whole: Tensor, name: str, start: int, n: int, groups: Groups) -> Tensor:
-    """Return a rank's fragment of a whole tensor, cut without training/pieces.py."""
+    """Return a rank's fragment of a whole tensor, cut without training/checkpoint/resharding.py."""
     split, layout = split_of(name), groups.layout
     size, index = 1, 0
     if split is not None and split.over == "tp":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.devices import count_gpus
+from turnout.launch.devices import count_gpus
 
 # Each of two workers has as many threads as there are cores. torch reads this once, when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

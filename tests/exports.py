@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.settings import to_toml
-from moe.balance import RouterState
-from moe.config import ModelConfig
-from moe.model import Decoder
 from tests.models import random_state, tiny_config, tiny_decoder
 from tests.runs import run_config
-from training.checkpoint_manifest import Attached, DataIdentity
-from training.config import RunConfig
-from training.export.to_checkpoint import write_first_checkpoint
-from training.weights import Weights, parameter_shapes
+from turnout.launch.settings import to_toml
+from turnout.moe.config import ModelConfig
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import Decoder
+from turnout.training.checkpoint.manifest import Attached, DataIdentity
+from turnout.training.checkpoint.weights import Weights, parameter_shapes
+from turnout.training.config.run import RunConfig
+from turnout.training.export.to_checkpoint import write_first_checkpoint
 
 # Odd and unequal, but rows of whole blocks of 32, as Q8_0 wants them.
 SIZES: dict[str, Any] = {

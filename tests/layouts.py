@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from data.loader import IGNORE_INDEX, Batch
-from moe.balance import RouterState
-from moe.init import init_weights
-from moe.model import build_decoder
 from tests.runs import rank_share, uneven_batch
-from training.batches import split_microbatches
-from training.build import build_local_decoder, put_under_engine
-from training.config import RunConfig
-from training.layout import Layout, plan_layout
-from training.objective import Objective
-from training.optimizer import ParamGroups, build_adamw, param_groups
-from training.parallel import Groups
-from training.step import accumulate, advance_router_state, apply_update
+from turnout.data.loader import IGNORE_INDEX, Batch
+from turnout.moe.init_weights import init_weights
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import build_decoder
+from turnout.training.batches import split_microbatches
+from turnout.training.config.run import RunConfig
+from turnout.training.engine.build import build_local_decoder, put_under_engine
+from turnout.training.objective import Objective
+from turnout.training.optimizers.adamw import ParamGroups, build_adamw, param_groups
+from turnout.training.parallel.groups import Groups
+from turnout.training.parallel.layout import Layout, plan_layout
+from turnout.training.step import accumulate, advance_router_state, apply_update
 
 BuildOptimizer = Callable[[ParamGroups], torch.optim.Optimizer]
 LR = 0.05

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile
 
-from launch.memory import StateBytes
-from training.engine import Engine
-from training.engine_settings import BUCKET_ELEMENTS
-from training.parallel import Groups
+from turnout.launch.estimate.memory import StateBytes
+from turnout.training.engine.deepspeed_config import BUCKET_ELEMENTS
+from turnout.training.engine.engine import Engine
+from turnout.training.parallel.groups import Groups
 
 N_LOOKS = 3
 Storages = dict[int, int]  # bytes by address, so that views count once

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.balance import RouterState
-from moe.config import BalanceConfig, ModelConfig, RouterConfig
-from moe.init import init_weights
-from moe.model import Decoder, build_decoder
-from moe.recompute import Recompute
+from turnout.moe.config import BalanceConfig, ModelConfig, RouterConfig
+from turnout.moe.init_weights import init_weights
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import Decoder, build_decoder
+from turnout.moe.recompute import Recompute
 
 
 def tiny_config(

@@ -30,11 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.parent import die_with_parent
+from turnout.launch.ranks.parent import die_with_parent
 
 TIMEOUT_S = 240
 # What every rank imports: DeepSpeed and torch, and what DeepSpeed looks for when an engine is built.
-PRELOADED = ["tests.rank_server", "training.build", "deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOADED = [
+    "tests.rank_server",
+    "turnout.training.engine.build",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 RANK_ENV = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 

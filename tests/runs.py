@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from data.loader import IGNORE_INDEX, Batch
-from training.config import RunConfig
+from turnout.data.loader import IGNORE_INDEX, Batch
+from turnout.training.config.run import RunConfig
 
 
 def run_config(**changes: Any) -> RunConfig:

@@ -2,21 +2,22 @@
 
 from pathlib import Path
 
-from launch.settings import to_toml
-from moe.balance import RouterState
-from moe.model import Decoder
-from moe.sharding import split_of
 from tests.checkpoints import saver_of, state_at
 from tests.ranks import join_alone
-from training.checkpoint_dir import checkpoint_path
-from training.checkpoint_manifest import BIAS, LOAD_FRAC, MASTER, Attached, DataIdentity
-from training.checkpoint_tensors import key_of
-from training.config import RunConfig
-from training.layout import Layout
-from training.owner import take_over
-from training.parallel import Groups
-from training.pieces import Matrix, Piece
-from training.shares import Place, Share
+from turnout.launch.settings import to_toml
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import Decoder
+from turnout.moe.parallel.sharding import split_of
+from turnout.training.checkpoint.directory import checkpoint_path
+from turnout.training.checkpoint.manifest import BIAS, LOAD_FRAC, Attached, DataIdentity
+from turnout.training.checkpoint.rank_state import Place, Share
+from turnout.training.checkpoint.resharding import Matrix, Piece
+from turnout.training.checkpoint.tensor_files import key_of
+from turnout.training.config.optim import MASTER
+from turnout.training.config.run import RunConfig
+from turnout.training.parallel.groups import Groups
+from turnout.training.parallel.layout import Layout
+from turnout.training.run_control import take_over
 
 
 def save_model(

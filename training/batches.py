@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from data.corpus import Corpus
-from data.loader import Batch, Loader, Prefetcher
-from training.config import RunConfig
-from training.layout import Layout
+from turnout.data.corpus import Corpus
+from turnout.data.loader import Batch, Loader, Prefetcher
+from turnout.training.config.run import RunConfig
+from turnout.training.parallel.layout import Layout
 
 if TYPE_CHECKING:
     import torch  # which who only looks at a corpus need not wait for

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
-from training.config import GuardConfig
+from turnout.training.config.guard import GuardConfig
 
 if TYPE_CHECKING:
     from torch import Tensor  # which readers of checkpoints need not wait for

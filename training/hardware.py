@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moe.experts import choose_backend
-from training.config import RunConfig
+from turnout.moe.experts.experts import choose_backend
+from turnout.training.config.run import RunConfig
 
 # Dense bf16 FLOP/s by the vendor's data sheets. Whole names: the PCIe and NVL boards of a family are slower.
 _GPU_BF16_FLOPS = {

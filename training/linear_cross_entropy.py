@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.loader import IGNORE_INDEX
-from moe.tensor_parallel import TensorParallel
+from turnout.data.loader import IGNORE_INDEX
+from turnout.moe.parallel.tensor_parallel import TensorParallel
 
 # Of the logits of a chunk, in fp32, or where they are fused in their own dtype. Smaller chunks add more often
 # to the gradient of the whole head.

@@ -6,31 +6,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.corpus import open_corpus
-from data.loader import Batch
-from data.skips import SkippedWindow, data_step_at, merged, read_skips, write_skips
-from moe.balance import RouterState, load_fractions
-from training.batches import build_loader, prefetch
-from training.build import build_engine
-from training.checkpoint import Saver
-from training.checkpoint_manifest import Attached, Manifest, SavedAt
-from training.checkpoint_tensors import TensorReader
-from training.clock import Clock, Longest
-from training.config import RunConfig
-from training.errors import DivergedError, SaveError, TakenOverError
-from training.evaluate import evaluate
-from training.generate import continue_prompts
-from training.hardware import DTYPES, PeakFlops, expert_backend_of, peak_flops
-from training.metrics import MetricsLog, Row
-from training.optimizer import lr_at
-from training.owner import Owner
-from training.parallel import Groups
-from training.progress import Progress
-from training.shares import restore, share_of
-from training.status import State, Status
-from training.step import StepResult, advance_router_state, train_step
-from training.stop import StopFile
-from training.watch import Trouble, Watch
+from turnout.data.corpus import open_corpus
+from turnout.data.loader import Batch
+from turnout.data.skips import SkippedWindow, data_step_at, merged, read_skips, write_skips
+from turnout.moe.load_balancing import RouterState, load_fractions
+from turnout.training.batches import build_loader, prefetch
+from turnout.training.checkpoint.manifest import Attached, Manifest, SavedAt
+from turnout.training.checkpoint.rank_state import restore, share_of
+from turnout.training.checkpoint.saver import Saver
+from turnout.training.checkpoint.tensor_files import TensorReader
+from turnout.training.config.run import RunConfig
+from turnout.training.engine.build import build_engine
+from turnout.training.errors import DivergedError, SaveError, TakenOverError
+from turnout.training.evaluation.held_out import evaluate
+from turnout.training.generation.generate import continue_prompts
+from turnout.training.guard_policy import Trouble, Watch
+from turnout.training.hardware import DTYPES, PeakFlops, expert_backend_of, peak_flops
+from turnout.training.metrics import MetricsLog, Row
+from turnout.training.optimizers.schedule import lr_at
+from turnout.training.parallel.groups import Groups
+from turnout.training.progress import Progress
+from turnout.training.run_control import Owner, State, Status, StopFile
+from turnout.training.step import StepResult, advance_router_state, train_step
+from turnout.training.throughput import Clock, Longest
 
 log = logging.getLogger("turnout")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.files import write_atomically
+from turnout.data.files import write_atomically
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

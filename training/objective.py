@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data.loader import IGNORE_INDEX, Batch
-from moe.balance import RouterState, RouterStats
-from moe.model import Decoder
-from moe.tensor_parallel import TensorParallel
-from training.linear_cross_entropy import linear_cross_entropy, score_logits
+from turnout.data.loader import IGNORE_INDEX, Batch
+from turnout.moe.load_balancing import RouterState, RouterStats
+from turnout.moe.model import Decoder
+from turnout.moe.parallel.tensor_parallel import TensorParallel
+from turnout.training.linear_cross_entropy import linear_cross_entropy, score_logits
 
 
 @dataclass(frozen=True)

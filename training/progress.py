@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, dataclass, field
 
-from data.skips import SkippedWindow, merged
-from moe.balance import RouterState
-from training.checkpoint_manifest import TrainingState
-from training.guard import GuardState
+from turnout.data.skips import SkippedWindow, merged
+from turnout.moe.load_balancing import RouterState
+from turnout.training.checkpoint.manifest import TrainingState
+from turnout.training.guard import GuardState
 
 
 @dataclass

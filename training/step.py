@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.loader import IGNORE_INDEX, Batch
-from moe.balance import RouterState
-from moe.config import BalanceConfig
-from training.batches import to_device
-from training.engine import Engine, StepOutcome
-from training.objective import ObjectiveSums
-from training.parallel import Groups
+from turnout.data.loader import IGNORE_INDEX, Batch
+from turnout.moe.config import BalanceConfig
+from turnout.moe.load_balancing import RouterState
+from turnout.training.batches import to_device
+from turnout.training.engine.engine import Engine, StepOutcome
+from turnout.training.objective import ObjectiveSums
+from turnout.training.parallel.groups import Groups
 
 
 @dataclass(frozen=True)

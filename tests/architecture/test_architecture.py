@@ -6,65 +6,93 @@ import ast
 import re
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("moe", "data", "training", "launch")
+from tests.architecture.tree import PACKAGES, ROOT, imported_modules, module_of, name_of, sources
+
 MAY_IMPORT = {
     "moe": {"moe"},
     "data": {"data"},
     "training": {"training", "moe", "data"},
     "launch": {"launch", "training", "moe", "data"},
 }
-KNOWS_DISTRIBUTED = {
-    "moe/dispatch.py",
-    "moe/tensor_parallel.py",
-    "training/parallel.py",
-    "training/engine.py",
-    "training/checkpoint.py",
-}
+KNOWS_DISTRIBUTED = (
+    "moe/parallel/",
+    "training/parallel/groups.py",
+    "training/engine/engine.py",
+    "training/checkpoint/saver.py",
+    "launch/",
+)
 # The engine, and an expert backend whose kernels DeepSpeed ships.
-KNOWS_DEEPSPEED = {"training/engine.py", "moe/triton_grouped.py"}
+KNOWS_DEEPSPEED = ("training/engine/engine.py", "moe/experts/triton_grouped.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 80  # 400 and 60 are wished
+MAX_FOLDER_FILES = 20
 
 
-def sources(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def name_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def imported_modules(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name_of(path)}:{node.lineno} imports relatively"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            yield str(node.module)
+@pytest.mark.parametrize("path", sources(*PACKAGES, "tests"), ids=name_of)
+def test_ours_is_imported_by_its_full_name(path: Path) -> None:
+    """From the root of the tree `import moe` works too, and makes a second copy of every module."""
+    short = {module for module in imported_modules(path) if module.split(".")[0] in (*PACKAGES, "slurm")}
+    assert not short, f"import turnout.{sorted(short)[0]}"
 
 
 @pytest.mark.parametrize("path", sources(*PACKAGES), ids=name_of)
 def test_imports_point_one_way(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
-    ours = {module.split(".")[0] for module in imported_modules(path)} & {*PACKAGES, "tests"}
+    ours = {name.split(".")[1] for name in imported_modules(path) if name.startswith("turnout.")}
+    ours &= {*PACKAGES}
     assert ours <= MAY_IMPORT[package], f"{package} may not import {sorted(ours - MAY_IMPORT[package])}"
+    assert not any(name.split(".")[0] == "tests" for name in imported_modules(path))
+
+
+def test_subpackages_import_one_another_one_way() -> None:
+    """A node is a subpackage, or a file that is in none."""
+    modules = {module_of(path) for path in sources(*PACKAGES)}
+    imports = defaultdict(set)
+    for path in sources(*PACKAGES):
+        for name in {*imported_modules(path)} & modules:
+            imports[node_of(module_of(path))].add(node_of(name))
+    for node in list(imports):
+        reached, to_visit = set(), imports[node] - {node}
+        while to_visit:
+            reached.add(one := to_visit.pop())
+            to_visit |= imports[one] - reached - {one}
+        assert node not in reached, f"{node} imports, by way of others, what imports it"
+
+
+def node_of(module: str) -> str:
+    """Return turnout.training.checkpoint for what is in it, and turnout.training.loop as it is."""
+    return ".".join(module.split(".")[:3])
 
 
 @pytest.mark.parametrize("path", sources(*PACKAGES), ids=name_of)
 def test_the_cluster_is_known_in_few_files(path: Path) -> None:
     name, modules = name_of(path), set(imported_modules(path))
     text = path.read_text(encoding="utf-8")
-    if name not in KNOWS_DISTRIBUTED and not name.startswith("launch/"):
+    if not name.startswith(KNOWS_DISTRIBUTED):
         assert not any(module.startswith("torch.distributed") for module in modules)
         assert "torch.distributed." not in text
     if name not in KNOWS_DEEPSPEED:
         assert not any(module.split(".")[0] == "deepspeed" for module in modules)
+
+
+def test_folders_stay_small() -> None:
+    counts = Counter(
+        name_of(path.parent) for path in sources(*PACKAGES, "tests") if path.name != "__init__.py"
+    )
+    large = {folder: n for folder, n in counts.items() if n > MAX_FOLDER_FILES}
+    assert not large, f"more than {MAX_FOLDER_FILES} files: {large}"
+
+
+def test_packages_are_listed_for_an_install() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = {module_of(path) for path in sources(*PACKAGES, "slurm") if path.name == "__init__.py"}
+    assert {*project["tool"]["setuptools"]["packages"]} == found | {"turnout"}
+    for package in (*PACKAGES, "slurm"):
+        assert (ROOT / "turnout" / package).readlink() == Path("..", package)
 
 
 @pytest.mark.parametrize("path", sources(*PACKAGES, "tests"), ids=name_of)

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from launch.local import CPU_ALLOCATOR
 from tests.bench.rows import Row, to_markdown
 from tests.bench.side_by_side import call, in_own_process
+from turnout.launch.ranks.launcher import CPU_ALLOCATOR
 
 # Each is a function that returns rows.
 DEFAULT = {

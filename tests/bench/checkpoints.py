@@ -11,20 +11,20 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from launch.settings import load_config
-from moe.balance import RouterState
-from moe.counts import n_params
 from tests.bench.rows import Row
 from tests.bench.side_by_side import in_ms, over
 from tests.checkpoints import KINDS, saver_of, state_at
 from tests.layouts import groups_of
 from tests.ranks import run_ranks
-from training.build import build_engine
-from training.checkpoint_dir import list_checkpoints, verify_checkpoint
-from training.config import RunConfig
-from training.layout import plan_layout
-from training.owner import take_over
-from training.shares import share_of
+from turnout.launch.settings import load_config
+from turnout.moe.flops import n_params
+from turnout.moe.load_balancing import RouterState
+from turnout.training.checkpoint.directory import list_checkpoints, verify_checkpoint
+from turnout.training.checkpoint.rank_state import share_of
+from turnout.training.config.run import RunConfig
+from turnout.training.engine.build import build_engine
+from turnout.training.parallel.layout import plan_layout
+from turnout.training.run_control import take_over
 
 N_ROUNDS, N_RANKS = 5, 2
 RECIPE = "small"

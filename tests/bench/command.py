@@ -30,7 +30,7 @@ Measure = Callable[[], Measurement]
 
 
 def turnout(*arguments: str, **env: str) -> None:
-    command = [sys.executable, "-m", "launch.cli", *arguments]
+    command = [sys.executable, "-m", "turnout", *arguments]
     subprocess.run(command, env={**os.environ, **env}, check=True, stdout=subprocess.DEVNULL, timeout=600)
 
 

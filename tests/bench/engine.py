@@ -9,22 +9,22 @@ from itertools import count
 
 import torch
 
-from data.loader import IGNORE_INDEX, Batch
-from launch.settings import load_config
-from moe.balance import RouterState
 from tests.bench.rows import Row
 from tests.bench.side_by_side import in_ms, over, time_in_turn
 from tests.layouts import groups_of
 from tests.ranks import run_ranks
 from tests.runs import uneven_batch
-from training.batches import split_microbatches
-from training.build import build_local_decoder, put_under_engine
-from training.config import RunConfig
-from training.layout import plan_layout
-from training.objective import Objective
-from training.optimizer import build_adamw, param_groups
-from training.parallel import Groups
-from training.step import train_step
+from turnout.data.loader import IGNORE_INDEX, Batch
+from turnout.launch.settings import load_config
+from turnout.moe.load_balancing import RouterState
+from turnout.training.batches import split_microbatches
+from turnout.training.config.run import RunConfig
+from turnout.training.engine.build import build_local_decoder, put_under_engine
+from turnout.training.objective import Objective
+from turnout.training.optimizers.adamw import build_adamw, param_groups
+from turnout.training.parallel.groups import Groups
+from turnout.training.parallel.layout import plan_layout
+from turnout.training.step import train_step
 
 
 def engine_rows(n_rounds: int = 15) -> list[Row]:

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.balance import RouterState
-from moe.config import ModelConfig
-from moe.dispatch import LocalDispatcher
-from moe.layer import MoELayer
-from moe.recompute import RoutingMemo
-from moe.router import Routing
-from moe.tensor_parallel import Unsplit
 from tests.bench.rows import Row
 from tests.bench.side_by_side import in_ms, over, time_in_turn
 from tests.models import tiny_config
+from turnout.moe.config import ModelConfig
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.moe_layer import MoELayer
+from turnout.moe.parallel.expert_parallel import LocalDispatcher
+from turnout.moe.parallel.tensor_parallel import Unsplit
+from turnout.moe.recompute import RoutingMemo
+from turnout.moe.router import Routing
 
 T, D = 4096, 512
 # Ten ways fill the heap between them: a page of it that is touched for the first time costs more than the

@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe.config import ModelConfig
 from tests.bench.rows import Row
 from tests.bench.side_by_side import GLIBC_DEFAULTS, MIB, in_own_process, peak_extra_bytes
 from tests.exports import save_weights
 from tests.models import tiny_config
 from tests.unit.data_fixtures import write_tokenizer
-from training.checkpoint_manifest import Attached, DataIdentity
-from training.export.gguf_file import KINDS, write_gguf
-from training.export.huggingface import write_huggingface
-from training.export.reader import HfWeights
-from training.export.to_checkpoint import write_first_checkpoint
-from training.weights import CheckpointWeights, parameter_shapes
+from turnout.moe.config import ModelConfig
+from turnout.training.checkpoint.manifest import Attached, DataIdentity
+from turnout.training.checkpoint.weights import CheckpointWeights, parameter_shapes
+from turnout.training.export.gguf_file import KINDS, write_gguf
+from turnout.training.export.huggingface import write_huggingface
+from turnout.training.export.reader import HfWeights
+from turnout.training.export.to_checkpoint import write_first_checkpoint
 
 FORMS = ("hf float32", "hf bfloat16", "gguf float32", "gguf q8_0", "import")
 # Of the process, whatever the model: 32 MiB of a mapped file, chunks of 16 MiB, and what they leave behind.

@@ -7,16 +7,16 @@ from functools import partial
 import torch
 from transformers import MixtralForCausalLM
 
-from launch.settings import load_config
-from moe.balance import RouterState
-from moe.cache import CachedDecoder
-from moe.config import ModelConfig
-from moe.model import Decoder
 from tests.bench.rows import Row
 from tests.bench.side_by_side import over, time_in_turn
 from tests.models import tiny_decoder
-from tests.unit.test_mixtral_parity import build_mixtral, to_mixtral
-from training.generate import whole_pass_logits
+from tests.unit.moe.test_mixtral_parity import build_mixtral, to_mixtral
+from turnout.launch.settings import load_config
+from turnout.moe.config import ModelConfig
+from turnout.moe.kv_cache import CachedDecoder
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import Decoder
+from turnout.training.generation.generate import whole_pass_logits
 
 N_ROUNDS, N_PROMPT, N_NEW = 3, 16, 256
 Write = Callable[[list[list[int]]], list[list[int]]]

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.tensor_parallel import Unsplit
 from tests.bench.rows import Row
 from tests.bench.side_by_side import (
     GLIBC_DEFAULTS,
@@ -20,7 +19,8 @@ from tests.bench.side_by_side import (
     peak_extra_bytes,
     time_in_turn,
 )
-from training.linear_cross_entropy import linear_cross_entropy
+from turnout.moe.parallel.tensor_parallel import Unsplit
+from turnout.training.linear_cross_entropy import linear_cross_entropy
 
 T, D, V = 4096, 512, 50_304
 

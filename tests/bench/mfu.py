@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import torch
 
-from launch.settings import load_config
-from moe.counts import flops_per_token
 from tests.bench.engine import engine_step
 from tests.bench.rows import Row
 from tests.bench.side_by_side import in_ms, time_in_turn
 from tests.bench.step import made_up_batch
 from tests.layouts import groups_of
 from tests.ranks import join_alone
-from training.layout import plan_layout
+from turnout.launch.settings import load_config
+from turnout.moe.flops import flops_per_token
+from turnout.training.parallel.layout import plan_layout
 
 WAYS = {
     "sorted_loop": ["train.expert_backend=sorted_loop"],

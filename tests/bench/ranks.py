@@ -14,22 +14,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.corpus import open_corpus
-from data.loader import Batch, Loader
-from launch.run_dir import attachments, create_run_dir
-from launch.settings import load_config
 from tests.bench.command import small_corpus
 from tests.bench.rows import Row
 from tests.bench.side_by_side import over
 from tests.layouts import groups_of
 from tests.ranks import run_ranks
-from training.config import RunConfig
-from training.layout import plan_layout
-from training.loop import Observer, Run
-from training.owner import Owner, take_over
-from training.status import write_status
-from training.step import StepResult
-from training.stop import StopFile
+from turnout.data.corpus import open_corpus
+from turnout.data.loader import Batch, Loader
+from turnout.launch.run_dir import attachments, create_run_dir
+from turnout.launch.settings import load_config
+from turnout.training.config.run import RunConfig
+from turnout.training.loop import Observer, Run
+from turnout.training.parallel.layout import plan_layout
+from turnout.training.run_control import Owner, StopFile, take_over, write_status
+from turnout.training.step import StepResult
 
 # Never at its last step, after which a run evaluates and saves.
 SETTINGS = ["train.n_steps=100000"]

@@ -19,13 +19,7 @@ from tests.bench.experts import (
     mix_step,
 )
 from tests.bench.rows import Row
-from tests.bench.side_by_side import (
-    GLIBC_DEFAULTS,
-    in_own_process,
-    over,
-    peak_extra_bytes,
-    time_in_turn,
-)
+from tests.bench.side_by_side import GLIBC_DEFAULTS, in_own_process, over, peak_extra_bytes, time_in_turn
 
 N_EXPERTS = (8, 16, 32, 64, 128)
 ROWS_PER_EXPERT, TOP_K, D_EXPERT = 512, 2, 512

@@ -6,19 +6,19 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from launch.settings import load_config
-from moe.balance import RouterState
 from tests.bench.rows import Row
 from tests.bench.side_by_side import in_ms, over
 from tests.layouts import groups_of, with_parallel
 from tests.ranks import run_ranks
 from tests.runs import rank_share, uneven_batch
-from training.batches import split_microbatches
-from training.build import build_engine
-from training.config import RunConfig
-from training.layout import has_own_expert_groups, plan_layout
-from training.self_check import FirstStepCheck, ReducedFragment
-from training.step import train_step
+from turnout.launch.settings import load_config
+from turnout.moe.load_balancing import RouterState
+from turnout.training.batches import split_microbatches
+from turnout.training.config.run import RunConfig
+from turnout.training.engine.build import build_engine
+from turnout.training.engine.first_step_check import FirstStepCheck, ReducedFragment
+from turnout.training.parallel.layout import has_own_expert_groups, plan_layout
+from turnout.training.step import train_step
 
 N_STEPS = 12
 

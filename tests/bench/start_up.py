@@ -62,7 +62,7 @@ def seconds_of(python: str, arguments: list[str], code: int = 0) -> float:
     before = _of_children()
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
-            [python, "-m", "launch.cli", *arguments], cwd=directory, capture_output=True, text=True
+            [python, "-m", "turnout", *arguments], cwd=directory, capture_output=True, text=True
         )
     assert done.returncode == code, done.stderr
     return _of_children() - before
@@ -82,7 +82,7 @@ def train_one_step(corpus: Path) -> Path:
         "eval.max_documents=1",
         "sample.prompts=[]",
     ]
-    command = [sys.executable, "-m", "launch.cli", "train", "tiny", "--run-dir", str(run_dir)]
+    command = [sys.executable, "-m", "turnout", "train", "tiny", "--run-dir", str(run_dir)]
     command += [word for one in (f"data.corpus={corpus}", *settings) for word in ("--set", one)]
     subprocess.run(command, check=True, capture_output=True)
     return run_dir
@@ -92,7 +92,7 @@ def seconds_to_first_step(python: str, corpus: Path) -> float:
     """Return the CPU seconds of `turnout train tiny` on one rank until its first row of metrics is there."""
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "run" / "metrics.jsonl"
-        command = [python, "-m", "launch.cli", "train", "tiny", "--run-dir", str(rows.parent)]
+        command = [python, "-m", "turnout", "train", "tiny", "--run-dir", str(rows.parent)]
         command += ["--set", f"data.corpus={corpus}", "--set", "log.every_steps=1"]
         train = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

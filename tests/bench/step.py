@@ -16,14 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import Batch
-from launch.local import CPU_ALLOCATOR
-from moe.balance import RouterState, RouterStats
-from moe.config import ModelConfig
-from moe.ffn import SwiGLU
-from moe.layer import MoELayer
-from moe.model import Decoder
-from moe.tensor_parallel import Unsplit
 from tests.bench.rows import Row
 from tests.bench.side_by_side import (
     GLIBC_DEFAULTS,
@@ -37,9 +29,17 @@ from tests.bench.side_by_side import (
 from tests.exports import DecoderWeights
 from tests.models import tiny_config, tiny_decoder
 from tests.unit.data_fixtures import write_tokenizer
-from training.export.huggingface import write_huggingface
-from training.export.naming import Architecture
-from training.objective import Objective
+from turnout.data.loader import Batch
+from turnout.launch.ranks.launcher import CPU_ALLOCATOR
+from turnout.moe.config import ModelConfig
+from turnout.moe.layers import SwiGLU
+from turnout.moe.load_balancing import RouterState, RouterStats
+from turnout.moe.model import Decoder
+from turnout.moe.moe_layer import MoELayer
+from turnout.moe.parallel.tensor_parallel import Unsplit
+from turnout.training.export.huggingface import write_huggingface
+from turnout.training.export.naming import Architecture
+from turnout.training.objective import Objective
 
 N_SEQS, SEQ_LEN = 8, 512
 SHAPES: dict[str, tuple[Architecture, dict[str, int | bool]]] = {

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from launch.activations import activation_bytes
-from launch.memory import peak_bytes
 from tests.bench.rows import Row
 from tests.bench.side_by_side import GLIBC_DEFAULTS, MIB, in_own_process, peak_extra_bytes, resident_bytes
 from tests.layouts import groups_of, starting_state
 from tests.ranks import RANK_ENV, join_alone
 from tests.runs import run_config, uneven_batch
-from training.batches import split_microbatches
-from training.build import build_engine
-from training.config import RunConfig
-from training.engine import Engine
-from training.layout import Layout, n_microbatches
-from training.parallel import Groups
-from training.step import train_step
+from turnout.launch.estimate.activations import activation_bytes
+from turnout.launch.estimate.memory import peak_bytes
+from turnout.training.batches import split_microbatches
+from turnout.training.config.run import RunConfig
+from turnout.training.engine.build import build_engine
+from turnout.training.engine.engine import Engine
+from turnout.training.parallel.groups import Groups
+from turnout.training.parallel.layout import Layout, n_microbatches
+from turnout.training.step import train_step
 
 SMALL = {"n_layers": 3, "d_model": 256, "n_heads": 4, "n_kv_heads": 4, "d_head": 64, "d_expert": 256}
 SMALL |= {"n_experts": 16, "top_k": 2, "vocab_size": 8000, "seq_len": 256}

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import load_tokenizer
-from launch.export import run_export
 from tests.exports import save_weights, variant_weights
-from tests.unit.test_export_gguf import HELD
-from training.errors import ExportError
-from training.export import client_gguf, gguf_file
-from training.export.gate import check_logits, expected_logits, random_tokens
-from training.export.tokenizer_files import PROBES
+from tests.unit.training.export.test_gguf import HELD
+from turnout.data.tokenizer import load_tokenizer
+from turnout.launch.commands.export import run_export
+from turnout.training.errors import ExportError
+from turnout.training.export import client_gguf, gguf_file
+from turnout.training.export.gate import check_logits, expected_logits, random_tokens
+from turnout.training.export.tokenizer_files import PROBES
 
 if not client_gguf.has_llama_cpp():
     pytest.skip("needs llama-cpp-python; `make test-llamacpp` has it", allow_module_level=True)

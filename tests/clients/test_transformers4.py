@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
-from launch.export import run_export
-from moe.balance import RouterState
-from moe.model import Decoder
 from tests.exports import VARIANTS, save_weights, variant_weights
-from training.weights import load_decoder
+from turnout.launch.commands.export import run_export
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import Decoder
+from turnout.training.checkpoint.weights import load_decoder
 
 if not transformers.__version__.startswith("4."):
     pytest.skip("needs transformers 4; `make test-transformers4` has it", allow_module_level=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.loader import Batch
-from launch.settings import load_config, recipe_names, to_toml
 from tests.layouts import train_on_ranks
 from tests.ranks import run_ranks
 from tests.runs import run_config
-from training.config import RunConfig
+from turnout.data.loader import Batch
+from turnout.launch.settings import load_config, recipe_names, to_toml
+from turnout.training.config.run import RunConfig
 
 HERE = Path(__file__).parent
 CURVE = HERE / "loss_curve.json"

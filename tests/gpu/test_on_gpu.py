@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.local import free_port
-from moe.attention import attend, find_documents, takes_any_lengths
-from moe.backends import NEEDS
-from moe.balance import RouterState
-from moe.dispatch import AllToAllDispatcher, LocalDispatcher
-from moe.experts import EXPERT_BACKENDS, reference_experts
-from moe.layer import MoELayer
-from moe.model import build_decoder
-from moe.recompute import RoutingMemo
-from moe.tensor_parallel import Unsplit
 from tests.assertions import assert_same_grads, relative_error
-from tests.distributed.test_layouts_agree import CONFIGS, GENTLE_LR
-from tests.distributed.test_train_command import RECIPE, check_same_rows, turnout
+from tests.distributed.layouts.test_layouts_agree import CONFIGS, GENTLE_LR
+from tests.distributed.runs.test_train_command import RECIPE, check_same_rows, turnout
 from tests.layouts import forget_groups, train_on_ranks, with_split
 from tests.models import packed_inputs, random_state, tiny_config, tiny_decoder
 from tests.unit.data_fixtures import make_corpus, make_texts
-from training.layout import Layout
-from training.ledger import NoLedger
-from training.parallel import Groups, join_groups, leave_groups
+from turnout.launch.ranks.launcher import free_port
+from turnout.moe.attention import attend, find_documents, takes_any_lengths
+from turnout.moe.experts.experts import EXPERT_BACKENDS, reference_experts
+from turnout.moe.experts.requirements import NEEDS
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import build_decoder
+from turnout.moe.moe_layer import MoELayer
+from turnout.moe.parallel.expert_parallel import AllToAllDispatcher, LocalDispatcher
+from turnout.moe.parallel.tensor_parallel import Unsplit
+from turnout.moe.recompute import RoutingMemo
+from turnout.training.parallel.flight_recorder import NoLedger
+from turnout.training.parallel.groups import Groups, join_groups, leave_groups
+from turnout.training.parallel.layout import Layout
 
 pytestmark = [
     pytest.mark.gpu,

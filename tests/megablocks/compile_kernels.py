@@ -17,8 +17,8 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe import megablocks_backend
 from tests.megablocks.interpreted import load_deepspeed_kernels
+from turnout.moe.experts import megablocks_rows as megablocks_backend
 
 WIDTH, TOP_K, N_EXPERTS = 2048, 8, 16
 TYPES = {"bf16": "*bf16", "fp32": "*fp32"}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe import megablocks_backend
+from turnout.moe.experts import megablocks_rows as megablocks_backend
 
 DEEPSPEED_KERNELS = "deepspeed.ops.triton_ops.group_gemm_triton"
 

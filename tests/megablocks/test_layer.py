@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.config import ModelConfig
-from moe.dispatch import LocalDispatcher
-from moe.layer import MoELayer
-from moe.recompute import Recompute, RoutingMemo
-from moe.tensor_parallel import Unsplit
 from tests.assertions import assert_same_grads, relative_error
 from tests.megablocks.interpreted import interpret_megablocks, skip_elsewhere
 from tests.models import decoder_by, random_state, tiny_config
-from tests.unit.test_model import VARIANTS, run_fast, run_slow
+from tests.unit.moe.test_model import VARIANTS, run_fast, run_slow
+from turnout.moe.config import ModelConfig
+from turnout.moe.moe_layer import MoELayer
+from turnout.moe.parallel.expert_parallel import LocalDispatcher
+from turnout.moe.parallel.tensor_parallel import Unsplit
+from turnout.moe.recompute import Recompute, RoutingMemo
 
 skip_elsewhere()
 RTOL = 1e-5  # of fp32; measured 3e-6

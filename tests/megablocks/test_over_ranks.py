@@ -12,18 +12,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.config import ModelConfig
-from moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
-from moe.layer import MoELayer
-from moe.recompute import RoutingMemo
-from moe.tensor_parallel import Unsplit
 from tests.assertions import assert_same_grads, assert_same_tensors
 from tests.layouts import train_on_ranks, train_plainly, with_parallel, with_split
 from tests.megablocks.interpreted import complete_megablocks, interpret_megablocks, skip_elsewhere
 from tests.models import random_state, tiny_config
 from tests.ranks import run_ranks
 from tests.runs import run_config
-from training.config import RunConfig
+from turnout.moe.config import ModelConfig
+from turnout.moe.moe_layer import MoELayer
+from turnout.moe.parallel.expert_parallel import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from turnout.moe.parallel.tensor_parallel import Unsplit
+from turnout.moe.recompute import RoutingMemo
+from turnout.training.config.run import RunConfig
 
 skip_elsewhere()
 RUNS = {

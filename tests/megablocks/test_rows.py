@@ -1,4 +1,4 @@
-"""Rows copied and summed by megablocks' kernels, against moe/permute.py, forwards and backwards."""
+"""Rows copied and summed by megablocks' kernels, against moe/experts/permute.py, forwards and backwards."""
 
 import importlib
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe import megablocks_backend, permute
-from moe.experts import MoveRows
 from tests.megablocks.interpreted import interpret_megablocks, skip_elsewhere
+from turnout.moe.experts import megablocks_rows as megablocks_backend
+from turnout.moe.experts import permute
+from turnout.moe.experts.experts import MoveRows
 
 skip_elsewhere()
 triton = importlib.import_module("triton")

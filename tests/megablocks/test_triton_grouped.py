@@ -6,12 +6,12 @@ In fp32 and fp16, because Triton's interpreter multiplies bf16 matrices wrongly.
 import pytest
 import torch
 
-from moe.experts import EXPERT_BACKENDS, reference_experts, triton_grouped_experts
 from tests.assertions import assert_same_grads, relative_error
 from tests.megablocks.interpreted import interpret_deepspeed, skip_elsewhere
 from tests.models import decoder_by
-from tests.unit.test_experts import COUNTS, apply, leaves, run
-from tests.unit.test_model import VARIANTS, run_fast, run_slow
+from tests.unit.moe.experts.test_experts import COUNTS, apply, leaves, run
+from tests.unit.moe.test_model import VARIANTS, run_fast, run_slow
+from turnout.moe.experts.experts import EXPERT_BACKENDS, reference_experts, triton_grouped_experts
 
 skip_elsewhere()
 # Measured: 1e-7 and 0.

@@ -2,10 +2,10 @@
 
 [[mutant]]
 name = "AdamW's eps is not taken from the config"
-file = "training/optimizer.py"
+file = "training/optimizers/adamw.py"
 old = "eps=cfg.eps"        # must occur exactly once in the file
 new = "eps=1e-8"
-tests = ["tests/unit/test_optimizer.py::test_settings"]   # at least one of them must fail
+tests = ["tests/unit/training/optimizers/test_adamw.py::test_settings"]   # at least one of them must fail
 """
 
 import tomllib

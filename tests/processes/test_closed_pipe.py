@@ -19,7 +19,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
 
 
 def test_a_closed_pipe_loses_no_result(saved: SavedRun) -> None:
-    command = [sys.executable, "-m", "launch.cli", "evaluate", "run", "a.jsonl", "--out", "piped.json"]
+    command = [sys.executable, "-m", "turnout", "evaluate", "run", "a.jsonl", "--out", "piped.json"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.Popen(
         command, cwd=saved.place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

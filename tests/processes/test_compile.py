@@ -5,15 +5,15 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
 
-from moe.activation import compiled_swiglu
-from moe.config import ModelConfig
-from moe.model import Decoder, build_decoder
-from moe.recompute import Recompute
-from moe.sorted_loop import compiled_loop_experts
 from tests.assertions import assert_same_grads, relative_error
 from tests.models import random_state, tiny_config, tiny_decoder
-from tests.unit.test_experts import COUNTS, RTOL, apply, check_backend, check_gradients, leaves
-from tests.unit.test_linear_cross_entropy import T, check_loss
+from tests.unit.moe.experts.test_experts import COUNTS, RTOL, apply, check_backend, check_gradients, leaves
+from tests.unit.training.test_linear_cross_entropy import T, check_loss
+from turnout.moe.config import ModelConfig
+from turnout.moe.experts.sorted_loop import compiled_loop_experts
+from turnout.moe.experts.swiglu import compiled_swiglu
+from turnout.moe.model import Decoder, build_decoder
+from turnout.moe.recompute import Recompute
 
 VARIANTS = {
     "softmax": tiny_config(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.data_fixtures import make_corpus, make_texts, write_jsonl
-from tests.unit.test_bad_inputs import MODEL, train_with
+from tests.unit.launch.test_bad_inputs import MODEL, train_with
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def limit_file_size() -> None:
 
 def test_a_full_disk_ends_prepare_in_one_line_and_the_next_run_completes(place: Path) -> None:
     write_jsonl(place / "large.jsonl", make_texts(3000, seed=7))
-    command = [sys.executable, "-m", "launch.cli", "prepare", "large.jsonl", "--out", "new"]
+    command = [sys.executable, "-m", "turnout", "prepare", "large.jsonl", "--out", "new"]
     command += ["--tokenizer", "given.model", "--workers", "1"]
     full = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit_file_size)
     assert full.returncode == 1
@@ -43,7 +43,7 @@ def test_a_full_disk_ends_prepare_in_one_line_and_the_next_run_completes(place: 
 
 def test_a_full_disk_ends_training_in_one_line(place: Path) -> None:
     # Room for the rows of metrics and TensorBoard's first events, not for 100,000 of them.
-    command = [sys.executable, "-m", "launch.cli", *train_with("train.n_steps=100000", "log.every_steps=1")]
+    command = [sys.executable, "-m", "turnout", *train_with("train.n_steps=100000", "log.every_steps=1")]
     full = subprocess.run(command, capture_output=True, text=True, timeout=200, preexec_fn=limit_file_size)
     assert full.returncode == 1
     first, last = full.stderr.splitlines()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import free_port
-from launch.run_dir import create_run_dir
-from launch.start_dir import make_start_dir
-from launch.train import claim
 from tests.runs import run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
-from training.layout import Layout
+from turnout.launch.ranks.launcher import free_port
+from turnout.launch.ranks.start import claim
+from turnout.launch.ranks.start_dir import make_start_dir
+from turnout.launch.run_dir import create_run_dir
+from turnout.training.parallel.layout import Layout
 
 HEAVY = {
     "torch",
@@ -136,14 +136,14 @@ def test_a_rank_and_status_import_nothing_that_they_do_without(begun: Path, tmp_
 
 
 def test_layouts_need_no_torch() -> None:
-    code = "import sys, training.layout, launch.node; sys.exit('torch' in sys.modules)"
+    code = "import sys, training.layout, turnout.launch.slurm.node; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_a_command_sets_how_threads_wait_before_torch_is_loaded() -> None:
     asked = (
         "import atexit, os, sys\n"
-        "from launch.cli import main\n"
+        "from turnout.launch.cli.main import main\n"
         "atexit.register(lambda: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules))\n"
         "main(['--version'])\n"
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.start_dir import TOLD_TO_END, make_start_dir
-from training.export.publish import LOCK, publish_export
-from training.ledger import read_ledger
+from turnout.launch.ranks.start_dir import TOLD_TO_END, make_start_dir
+from turnout.training.export.publish import LOCK, publish_export
+from turnout.training.parallel.flight_recorder import read_ledger
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from data.corpus import open_corpus
-from data.errors import DataError
-from data.prepare import prepare_corpus
-from data.sources import Source
+from tests.unit.data.prepare_fixtures import files_of, prepare
 from tests.unit.data_fixtures import make_texts, write_jsonl, write_tokenizer
-from tests.unit.prepare_fixtures import files_of, prepare
+from turnout.data.corpus import open_corpus
+from turnout.data.errors import DataError
+from turnout.data.prepare import prepare_corpus
+from turnout.data.sources import Source
 
 # Runs `prepare_corpus` in a process of its own, which a test can kill.
 PROGRAM = """

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.batch_script import job_name, job_script
-from launch.start_dir import make_start_dir
-from launch.starts import begin_here, write_begin
-from tests.unit.test_batch_script import NASTY, PLAIN
-from tests.unit.test_submit_inputs import CPUS, NODES, make_place, refused
-from training.status import Status, write_status
+from tests.unit.launch.slurm.test_batch_script import NASTY, PLAIN
+from tests.unit.launch.slurm.test_submit import CPUS, NODES, make_place, refused
+from turnout.launch.ranks.start_dir import make_start_dir
+from turnout.launch.ranks.start_records import begin_here, write_begin
+from turnout.launch.slurm.batch_script import job_name, job_script
+from turnout.training.run_control import Status, write_status
 
 
 @pytest.fixture

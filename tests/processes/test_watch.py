@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.failures import record_failure
-from launch.local import Ended, kill_session, watch
-from launch.start_dir import make_start_dir
-from training.errors import TakenOverError
-from training.ledger import ENDED
-from training.owner import Owner, take_over
+from turnout.launch.ranks.failures import record_failure
+from turnout.launch.ranks.launcher import Ended, kill_session, watch
+from turnout.launch.ranks.start_dir import make_start_dir
+from turnout.training.errors import TakenOverError
+from turnout.training.parallel.flight_recorder import ENDED
+from turnout.training.run_control import Owner, take_over
 
 ROOT = Path(__file__).parents[2]
 A_RANK = """

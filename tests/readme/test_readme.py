@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch.local import free_port
-from launch.settings import load_config, recipe_names
-from moe.counts import n_active_params, n_params
 from tests.runs import read_rows
+from turnout.launch.ranks.launcher import free_port
+from turnout.launch.settings import load_config, recipe_names
+from turnout.moe.flops import n_active_params, n_params
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from tests.distributed.recovery import stored_tensors
+from tests.distributed.runs.recovery import stored_tensors
 from tests.slurm.lab import JobRun, Lab, wait_for, why_not
-from training.checkpoint_dir import checkpoint_path
+from turnout.training.checkpoint.directory import checkpoint_path
 
 # Above what 20 faults can be without progress: chaos is no reason to give up.
 PATIENT = ["--max-failures", "50"]
@@ -60,12 +60,12 @@ class Chaos:
         return "rank stopped"
 
     def kill_a_launcher(self) -> str:
-        self._random.choice(self._found("launch.node")).kill()
+        self._random.choice(self._found("turnout.launch.slurm.node")).kill()
         return "launcher of a node killed"
 
     def kill_the_supervisor(self) -> str:
         """The job fails, without a word; a person puts it back."""
-        (process,) = self._found("launch.job")
+        (process,) = self._found("turnout.launch.slurm.job")
         process.kill()
         wait_for(lambda: self._run.state() in ("FAILED", "CANCELLED", "NODE_FAIL"), "the job's end")
         self._lab.run("scontrol", "requeue", self._run.job_id)
@@ -76,7 +76,7 @@ class Chaos:
         return "requeued by hand"
 
     def warn(self) -> str:
-        self._found("launch.job")
+        self._found("turnout.launch.slurm.job")
         self._lab.run("scancel", "--batch", "--signal=USR1", self._run.job_id)
         return "warned"
 

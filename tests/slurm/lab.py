@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from launch.starts import StartRecord, read_starts
-from tests.distributed.test_train_command import RECIPE
+from tests.distributed.runs.test_train_command import RECIPE
 from tests.unit.data_fixtures import make_corpus, make_texts
-from training.checkpoint_dir import list_checkpoints, step_of
+from turnout.launch.ranks.start_records import StartRecord, read_starts
+from turnout.training.checkpoint.directory import list_checkpoints, step_of
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "ip", "unshare")
@@ -224,8 +224,8 @@ class JobRun:
             p
             for p in psutil.process_iter(["cmdline"])
             if p.info["cmdline"]
-            and "launch.worker" in p.info["cmdline"]
-            and "launch.deepspeed_launcher" not in p.info["cmdline"]
+            and "turnout.launch.ranks.worker" in p.info["cmdline"]
+            and "turnout.launch.ranks.deepspeed_launcher" not in p.info["cmdline"]
             and p.info["cmdline"][-1] == str(self.run_dir / "logs" / start)
         ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.recovery import stored_tensors
+from tests.distributed.runs.recovery import stored_tensors
 from tests.runs import read_rows
 from tests.slurm.lab import WAIT_S, JobRun, Lab, wait_for
 

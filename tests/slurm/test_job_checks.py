@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.starts import Ending
 from tests.slurm.lab import JobRun, Lab, wait_for
+from turnout.launch.ranks.start_records import Ending
 
 ONE_RANK = ["--set", "parallel.ep=1", "--set", "train.n_steps=40"]
 
@@ -109,7 +109,7 @@ def test_a_requeue_that_excludes_no_node_is_a_requeue(lab: Lab) -> None:
         "sbatch", "--parsable", "--requeue", "--output=/dev/null", "--wrap", "sleep 60"
     ).strip()
     wait_for(lambda: "RUNNING" in lab.run("scontrol", "show", "job", sleeping), "the job")
-    code = f"from launch.slurm import requeue; print(requeue('{sleeping}', ['nowhere']))"
+    code = f"from turnout.launch.slurm.client import requeue; print(requeue('{sleeping}', ['nowhere']))"
     said = lab.run(sys.executable, "-c", code)
     assert said.startswith("requeued, but not away from nowhere: "), said
     # Not PENDING: it may still be ending, or run again.

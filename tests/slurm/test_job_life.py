@@ -1,6 +1,6 @@
 """The life of a job on a real cluster: warned, requeued, hit by every fault, in the end as if nothing was.
 
-Each fault must end as launch/requeue.py says, leave its words in the logs, and lose no step that was saved.
+Each fault must end as launch/slurm/requeue_policy.py says, leave its words in the logs, and lose no step that was saved.
 """
 
 import json
@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 
-from tests.distributed.recovery import stored_tensors
+from tests.distributed.runs.recovery import stored_tensors
 from tests.runs import read_rows
 from tests.slurm.lab import N_NODES, JobRun, Lab
-from training.checkpoint_dir import CHECKPOINTS, checkpoint_path
+from turnout.training.checkpoint.directory import CHECKPOINTS, checkpoint_path
 
 
 def check_as_if_nothing_happened(lab: Lab, run: JobRun, last: int, *settings: str, nproc: int) -> None:

@@ -2,10 +2,10 @@
 
 import torch
 
-from moe.balance import RouterState
-from moe.config import ModelConfig
-from moe.model import Decoder
-from moe.reference import ReferenceOutput, attention, choose, expert_layer, rms_norm, swiglu
+from turnout.moe.config import ModelConfig
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import Decoder
+from turnout.moe.reference import ReferenceOutput, attention, choose, expert_layer, rms_norm, swiglu
 
 
 @torch.no_grad()

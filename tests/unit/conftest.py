@@ -12,7 +12,7 @@ import pytest
 from tests.checkpoints import save_alone
 from tests.ranks import join_alone
 from tests.unit.hostile_fixtures import limits
-from training.checkpoint_dir import verify_checkpoint
+from turnout.training.checkpoint.directory import verify_checkpoint
 
 # What Python reports when a process is about to start; multiprocessing's own ways are not among them.
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}

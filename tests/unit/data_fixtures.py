@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.corpus import Corpus, open_corpus
-from data.prepare import prepare_corpus
-from data.sources import Source
-from data.tokenizer import train_tokenizer
+from turnout.data.corpus import Corpus, open_corpus
+from turnout.data.prepare import prepare_corpus
+from turnout.data.sources import Source
+from turnout.data.tokenizer import train_tokenizer
 
 WORDS = [
     "the",

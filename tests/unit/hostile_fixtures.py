@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from training.checkpoint_dir import verify_checkpoint
-from training.checkpoint_manifest import MANIFEST, MANIFEST_SUM
-from training.errors import CheckpointError
+from turnout.training.checkpoint.directory import verify_checkpoint
+from turnout.training.checkpoint.manifest import MANIFEST, MANIFEST_SUM
+from turnout.training.errors import CheckpointError
 
 ALLOWED_BYTES = 256 << 20  # of address space, more than the process has
 ALLOWED_S = 20

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from data.corpus import Corpus
-from launch.cli import main
-from launch.run_dir import create_run_dir
-from moe.balance import RouterState
-from moe.model import Decoder
 from tests.models import random_state, tiny_decoder
 from tests.runs import run_config
 from tests.saved_models import save_model
 from tests.unit.data_fixtures import make_corpus, make_texts
+from turnout.data.corpus import Corpus
+from turnout.launch.cli.main import main
+from turnout.launch.run_dir import create_run_dir
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.model import Decoder
 
 MODEL = {"vocab_size": 300, "seq_len": 16, "n_layers": 3, "d_ff": 24, "n_dense_layers": 1}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe.config import ModelConfig
-from training.errors import ConfigError, printable
-from training.export.naming import DENSE, ROUTED, Architecture
+from turnout.moe.config import ModelConfig
+from turnout.training.errors import ConfigError, printable
+from turnout.training.export.naming import DENSE, ROUTED, Architecture
 
 MAX_POSITIONS = 1 << 24  # more than any model has been trained on
 CLASSES: dict[Architecture, str] = {

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.config import ModelConfig
-from moe.counts import n_active_params, n_params
-from training.checkpoint_manifest import CONFIG_FILE, PROVENANCE_FILE, Manifest
-from training.errors import printable
+from turnout.moe.config import ModelConfig
+from turnout.moe.flops import n_active_params, n_params
+from turnout.training.checkpoint.manifest import CONFIG_FILE, PROVENANCE_FILE, Manifest
+from turnout.training.errors import printable
 
 CARD = "README.md"
 METRICS = "metrics.jsonl"

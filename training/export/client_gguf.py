@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, load_tokenizer
-from moe.config import ModelConfig
-from training.errors import ExportError
-from training.export.gguf_file import ARCHITECTURES, GgufTensor, Kind, gguf_tensors
-from training.export.naming import Architecture
-from training.export.tokenizer_files import read_bpe
-from training.weights import Weights
+from turnout.data.tokenizer import Tokenizer, load_tokenizer
+from turnout.moe.config import ModelConfig
+from turnout.training.checkpoint.weights import Weights
+from turnout.training.errors import ExportError
+from turnout.training.export.gguf_file import ARCHITECTURES, GgufTensor, Kind, gguf_tensors
+from turnout.training.export.naming import Architecture
+from turnout.training.export.tokenizer_files import read_bpe
 
 UNUSED = 5  # of a piece's type
 

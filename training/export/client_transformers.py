@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer
-from training.errors import ExportError
-from training.export.tokenizer_files import PROBES
+from turnout.data.tokenizer import Tokenizer
+from turnout.training.errors import ExportError
+from turnout.training.export.tokenizer_files import PROBES
 
 
 @torch.no_grad()

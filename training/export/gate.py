@@ -21,11 +21,11 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from data.corpus import Corpus
-from moe.config import ModelConfig
-from moe.router import Router
-from training.errors import ExportError
-from training.weights import Weights, load_decoder
+from turnout.data.corpus import Corpus
+from turnout.moe.config import ModelConfig
+from turnout.moe.router import Router
+from turnout.training.checkpoint.weights import Weights, load_decoder
+from turnout.training.errors import ExportError
 
 TOLERANCE = 1e-4  # of a logit, absolute
 TIE = 1e-5  # of the largest score

@@ -17,13 +17,13 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from moe.config import ModelConfig
-from training.disk import Buffer, Disk
-from training.errors import ConfigError
-from training.export.huggingface import counted, read_slot
-from training.export.naming import Architecture, Slot, slots
-from training.export.tokenizer_files import SPACE, read_bpe
-from training.weights import Weights
+from turnout.moe.config import ModelConfig
+from turnout.training.checkpoint.durable_io import Buffer, Disk
+from turnout.training.checkpoint.weights import Weights
+from turnout.training.errors import ConfigError
+from turnout.training.export.huggingface import counted, read_slot
+from turnout.training.export.naming import Architecture, Slot, slots
+from turnout.training.export.tokenizer_files import SPACE, read_bpe
 
 GGUF_FILE = "model.gguf"
 ARCHITECTURES: dict[Architecture, gguf.MODEL_ARCH] = {

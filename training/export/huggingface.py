@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.tokenizer import load_tokenizer
-from training.disk import Buffer, Disk
-from training.export.architectures import to_hf_config
-from training.export.hf_files import CONFIG, INDEX
-from training.export.naming import Architecture, Slot, half_of, slots
-from training.export.tokenizer_files import write_tokenizer
-from training.tensor_stream import Stored, cut_by_bytes, safetensors_chunks
-from training.weights import Weights
+from turnout.data.tokenizer import load_tokenizer
+from turnout.training.checkpoint.durable_io import Buffer, Disk
+from turnout.training.checkpoint.safetensors_stream import Stored, cut_by_bytes, safetensors_chunks
+from turnout.training.checkpoint.weights import Weights
+from turnout.training.export.architectures import to_hf_config
+from turnout.training.export.hf_files import CONFIG, INDEX
+from turnout.training.export.naming import Architecture, Slot, half_of, slots
+from turnout.training.export.tokenizer_files import write_tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 GENERATION_CONFIG = "generation_config.json"

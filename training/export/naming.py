@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from moe.config import ModelConfig
+from turnout.moe.config import ModelConfig
 
 # The first three can be written and read; of llama and qwen3, which are dense, experts are made.
 Architecture = Literal["mixtral", "qwen3_moe", "glm4_moe", "llama", "qwen3"]

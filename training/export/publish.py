@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from training.disk import Disk
-from training.errors import ConfigError
+from turnout.training.checkpoint.durable_io import Disk
+from turnout.training.errors import ConfigError
 
 # Beside what is being written lies a file that its writer holds a lock on: a file, and not the directory,
 # because NFS tells its server of locks of files only.

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe.config import BalanceConfig
-from moe.sharding import is_expert
-from training.errors import CheckpointError, ConfigError, ExportError
-from training.export.reader import HfWeights
-from training.weights import Weights, parameter_shapes
+from turnout.moe.config import BalanceConfig
+from turnout.moe.parallel.sharding import is_expert
+from turnout.training.checkpoint.weights import Weights, parameter_shapes
+from turnout.training.errors import CheckpointError, ConfigError, ExportError
+from turnout.training.export.reader import HfWeights
 
 
 def check_huggingface(directory: Path, weights: Weights) -> str:

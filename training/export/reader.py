@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe.config import ModelConfig
-from moe.init import initial_values
-from moe.sharding import is_expert
-from training.errors import CheckpointError, ConfigError, printable
-from training.export.architectures import from_hf_config
-from training.export.hf_files import CONFIG, INDEX, SINGLE
-from training.export.naming import DENSE, Slot, half_of, slots
-from training.weights import MAPPED_BYTES, parameter_shapes
+from turnout.moe.config import ModelConfig
+from turnout.moe.init_weights import initial_values
+from turnout.moe.parallel.sharding import is_expert
+from turnout.training.checkpoint.weights import MAPPED_BYTES, parameter_shapes
+from turnout.training.errors import CheckpointError, ConfigError, printable
+from turnout.training.export.architectures import from_hf_config
+from turnout.training.export.hf_files import CONFIG, INDEX, SINGLE
+from turnout.training.export.naming import DENSE, Slot, half_of, slots
 
 MAX_JSON_BYTES = 256 << 20
 FLOATS = ("F32", "BF16", "F16")

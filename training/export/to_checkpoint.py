@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe.balance import RouterState
-from moe.sharding import is_expert, split_of
-from training.checkpoint_dir import checkpoint_path
-from training.checkpoint_manifest import (
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.parallel.sharding import is_expert, split_of
+from turnout.training.checkpoint.directory import checkpoint_path
+from turnout.training.checkpoint.durable_io import Disk
+from turnout.training.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     MANIFEST_SUM,
-    MASTER,
     ROUTER_FILE,
     Attached,
     FileEntry,
@@ -30,13 +30,13 @@ from training.checkpoint_manifest import (
     rank_file,
     to_bytes,
 )
-from training.checkpoint_tensors import key_of, write_bytes, write_stored, write_tensors
-from training.disk import Disk
-from training.guard import GuardState
-from training.pieces import Matrix
-from training.shares import BIAS, LOAD_FRAC
-from training.tensor_stream import Stored, cut_by_bytes
-from training.weights import Weights, parameter_shapes
+from turnout.training.checkpoint.rank_state import BIAS, LOAD_FRAC
+from turnout.training.checkpoint.resharding import Matrix
+from turnout.training.checkpoint.safetensors_stream import Stored, cut_by_bytes
+from turnout.training.checkpoint.tensor_files import key_of, write_bytes, write_stored, write_tensors
+from turnout.training.checkpoint.weights import Weights, parameter_shapes
+from turnout.training.config.optim import MASTER
+from turnout.training.guard import GuardState
 
 MAX_FILE_BYTES = 4 << 30
 

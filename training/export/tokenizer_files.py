@@ -13,9 +13,9 @@ from tokenizers import AddedToken, decoders, normalizers, processors
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.models import BPE
 
-from data.tokenizer import Tokenizer, load_tokenizer
-from training.disk import Disk
-from training.errors import ConfigError
+from turnout.data.tokenizer import Tokenizer, load_tokenizer
+from turnout.training.checkpoint.durable_io import Disk
+from turnout.training.errors import ConfigError
 
 SPACE = "\u2581"  # what sentencepiece writes for a space
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"

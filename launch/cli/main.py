@@ -1,0 +1,78 @@
+"""The `turnout` command. Each command is a thin story; the exit codes are in launch/exit_codes.py."""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+from rich.console import Console
+
+from turnout import __version__
+from turnout.data.errors import DataError
+from turnout.launch.cli import cluster, evaluate, export, generate, train
+from turnout.launch.cli.checkpoint import checkpoint
+from turnout.launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
+from turnout.launch.ranks.launcher import waiting_threads
+from turnout.launch.slurm.client import SlurmError
+from turnout.training.errors import CheckpointError, ConfigError, ExportError, printable
+
+app = App(
+    name="turnout",
+    help="Pretrain Mixture-of-Experts language models; the parallel layout cannot change the result.",
+    version=__version__,
+    suppress_keyboard_interrupt=False,  # it would end with 130; main says what happened and ends with 1
+)
+
+
+for command in (
+    train.prepare,
+    train.train,
+    cluster.submit,
+    cluster.status,
+    train.doctor,
+    export.export,
+    evaluate.evaluate,
+    evaluate.lm_eval,
+    evaluate.routes,
+    generate.generate,
+):
+    app.command(command)
+app.command(export.import_, name="import")
+app.command(checkpoint)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; every error a user can cause ends in one line on stderr and its exit code."""
+    for name, value in waiting_threads().items():  # before any command imports torch, whose threads look once
+        os.environ.setdefault(name, value)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale's encoding may not have a text's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app(arguments, exit_on_error=False, print_error=False, console=Console(soft_wrap=True))
+    except CycloptsError as err:
+        _fail(f"{' '.join(str(err).split())} (`turnout --help` shows the usage)", BAD_CONFIG)
+    except (CheckpointError, ConfigError, DataError) as err:
+        _fail(str(err), exit_code(err))
+    except (SlurmError, ExportError) as err:
+        _fail(str(err), OTHER)
+    except BrokenPipeError:
+        # Who read the output has had enough. What is left of it has nowhere to go, nor at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(OTHER)
+    except OSError as err:
+        where = f"{err.filename}: " if err.filename else ""
+        _fail(f"{where}{err.strerror or err}", OTHER)
+    except KeyboardInterrupt:
+        _fail("interrupted", OTHER)
+    except (MemoryError, RuntimeError) as err:
+        if not isinstance(err, MemoryError) and type(err).__name__ != "OutOfMemoryError":  # torch's own
+            raise
+        _fail(f"out of memory: {err}; use a smaller model or batch, or --device-map auto to generate", OTHER)
+    sys.exit(DONE)
+
+
+def _fail(message: str, code: int) -> None:
+    # A message may hold the words of a stranger's file, which are not to steer the terminal.
+    print(f"turnout: {printable(message, len(message))}", file=sys.stderr)
+    sys.exit(code)

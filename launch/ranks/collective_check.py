@@ -1,0 +1,70 @@
+"""That all ranks reach one another: `python -m turnout.launch.ranks.collective_check RUN_DIR START_DIR` in each of them.
+
+Trains nothing; the ranks of a preflight run it by themselves, those of a run as the first thing they do.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from turnout.launch.ranks.failures import leave_stack_behind, record_failure
+from turnout.launch.ranks.parent import die_with_parent
+from turnout.training.errors import EngineError
+from turnout.training.parallel.flight_recorder import Ledger
+from turnout.training.parallel.groups import Groups, join_groups, leave_groups, local_device
+from turnout.training.parallel.layout import Layout, name_ranks
+from turnout.training.run_control import Status, write_status
+
+TIMEOUT_S = 60
+N_FLOATS, N_ROUNDS = 16 * 2**20, 5
+
+
+def check_collective(groups: Groups) -> None:
+    """Sum a value that no two ranks share over all ranks. Raises EngineError, on each, naming wrong ones."""
+    n = groups.layout.world_size
+    want = n * (n + 1) / 2
+    value = torch.full((8,), float(groups.rank + 1), device=groups.device)
+    got = groups.sum_over_ranks(value)
+    wrong = [rank for rank, error in enumerate(groups.collect(float((got - want).abs().max()))) if error]
+    if wrong:
+        raise EngineError(f"a sum over all ranks, {want:g}, came out wrong on {name_ranks(wrong)}")
+
+
+def measure_gb_per_s(groups: Groups) -> float:
+    """Return the bytes of a large tensor, over the time that its sum over all ranks takes."""
+    value = torch.ones(N_FLOATS, device=groups.device)
+    groups.sum_over_ranks(value)
+    groups.barrier()
+    start_s = time.perf_counter()
+    for _ in range(N_ROUNDS):
+        groups.sum_over_ranks(value)
+    if groups.device.type == "cuda":
+        torch.cuda.synchronize()
+    return N_ROUNDS * 4 * N_FLOATS / (time.perf_counter() - start_s) / 1e9
+
+
+def main() -> None:
+    die_with_parent()
+    start_dir, rank = Path(sys.argv[2]), int(os.environ["RANK"])
+    stack_file = (start_dir / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
+    leave_stack_behind(stack_file)
+    try:
+        layout = Layout(int(os.environ["WORLD_SIZE"]))
+        ledger = Ledger(start_dir / f"rank-{rank:05d}.ledger", layout, rank)
+        groups = join_groups(layout, local_device(), timeout_s=TIMEOUT_S, ledger=ledger)
+        check_collective(groups)
+        speed = measure_gb_per_s(groups)
+        if groups.is_first:
+            print(f"{layout.world_size} ranks: sums are right, {speed:.2f} GB/s for 64 MiB", flush=True)
+            write_status(start_dir, Status("done", 0, 0.0, None))
+        leave_groups()
+    except BaseException as err:  # the peers wait in a collective until this process is gone
+        os._exit(record_failure(err, rank, start_dir))
+    Path(stack_file.name).unlink()
+
+
+if __name__ == "__main__":
+    main()

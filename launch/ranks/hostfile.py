@@ -1,0 +1,121 @@
+"""`turnout train --hostfile`: several machines without a scheduler, through DeepSpeed's own launcher, which
+reaches them by pdsh and ssh.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from turnout.launch.devices import count_gpus
+from turnout.launch.ranks.launcher import (
+    Ended,
+    free_port,
+    interruptible,
+    kill_session,
+    rank_environment,
+    watch,
+)
+from turnout.training.errors import ConfigError
+from turnout.training.run_control import Owner
+
+ENVIRONMENT_FILE = "environment"  # in the directory of a start; read by DeepSpeed's launcher
+# The launcher ends the ranks on the other machines by pdsh when it is interrupted.
+END_REMOTE_S = 20
+# The command line of the ranks passes through two shells, which DeepSpeed does not quote for.
+PLAIN = re.compile(r"[\w@%+=:,./-]+")
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The machines of a hostfile, each with the same number of slots."""
+
+    path: Path
+    names: tuple[str, ...]
+    slots: int
+
+
+def read_hosts(path: Path) -> Hosts:
+    """Read a hostfile of lines `NAME slots=N`. Raises ConfigError naming the line."""
+    slots: dict[str, int] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"--hostfile {path}: cannot be read: {err}; check the path") from err
+    for n, line in enumerate(lines, 1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        match = re.fullmatch(r"([A-Za-z0-9_][\w.-]*)\s+slots=([1-9][0-9]*)", words)
+        if match is None or match[1] in slots:
+            fault = "names a host twice" if match else "is not NAME slots=N"
+            raise ConfigError(f"--hostfile {path}: line {n} {words!r} {fault}; write it as node1 slots=8")
+        slots[match[1]] = int(match[2])
+    if not slots:
+        raise ConfigError(f"--hostfile {path}: names no host; write lines as node1 slots=8")
+    if len(set(slots.values())) > 1:
+        raise ConfigError(
+            f"--hostfile {path}: slots differ ({', '.join(f'{h} {n}' for h, n in slots.items())}); "
+            "give each host the same number"
+        )
+    return Hosts(path, tuple(slots), next(iter(slots.values())))
+
+
+def launch_on_hosts(run_dir: Path, start_dir: Path, hosts: Hosts, *, owner: Owner) -> Ended:
+    """Run the ranks on all hosts until they have ended, and say how. The paths must be the same on each.
+
+    Raises ConfigError where a path would need quotes, or a program is missing.
+    """
+    environment = start_dir.resolve() / ENVIRONMENT_FILE
+    settings = rank_environment(hosts.slots, has_gpus=count_gpus() > 0)
+    lines = [f"{name}={value}\n" for name, value in settings.items()]
+    environment.write_text("".join(lines), encoding="utf-8")
+    with interruptible(start_dir, owner):
+        launcher = subprocess.Popen(
+            runner_command(run_dir, start_dir, hosts),
+            env={**os.environ, "DS_ENV_FILE": str(environment)},
+            start_new_session=True,
+        )
+        # No rank is a process of this machine's to look after; those that are, are the launcher's.
+        return watch(launcher, start_dir, range(0), owner, end_remote)
+
+
+def runner_command(run_dir: Path, start_dir: Path, hosts: Hosts) -> list[str]:
+    paths = [str(path.resolve()) for path in (run_dir, start_dir)]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        f"--hostfile={hosts.path.resolve()}",
+        "--force_multi",
+        f"--master_addr={hosts.names[0]}",
+        f"--master_port={free_port()}",
+        "--no_local_rank",
+        "--module",
+        "turnout.launch.ranks.worker",
+        *paths,
+    ]
+    for path in (*paths, sys.executable, str(Path.cwd())):
+        if not PLAIN.fullmatch(path):
+            raise ConfigError(
+                f"--hostfile: {path!r} passes through the shells of other machines; use a path of letters, "
+                "digits and ./-_"
+            )
+    return command
+
+
+def end_remote(launcher: int) -> None:
+    """End the launcher and the ranks on all hosts."""
+    deadline_s = time.monotonic() + END_REMOTE_S
+    with suppress(ProcessLookupError):
+        os.kill(launcher, signal.SIGINT)
+        while time.monotonic() < deadline_s and not os.waitid(
+            os.P_PID, launcher, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
+            time.sleep(0.2)
+    kill_session(launcher)

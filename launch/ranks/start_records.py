@@ -1,0 +1,144 @@
+"""The record of each start of a run: how it began and how it ended, in RUN/logs/start-00001/.
+
+begin.json     where it started, on what, from which step
+status.json    how far it has come (training/run_control.py)
+ending.json    how it ended; absent while it goes on, and for ever where its node was lost
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from turnout.data.files import write_atomically
+from turnout.launch.exit_codes import DONE, OTHER, STOPPED_EARLY
+from turnout.launch.ranks.failures import explain_failures, is_final
+from turnout.launch.ranks.launcher import Ended
+from turnout.launch.ranks.start_dir import read_ledgers
+from turnout.training.checkpoint.directory import list_checkpoints, step_of
+from turnout.training.parallel.layout import Layout
+from turnout.training.run_control import read_status
+
+BEGIN_FILE, ENDING_FILE = "begin.json", "ending.json"
+
+# done: all steps. saved: stopped as asked, after a save. failed: an error. told: ended from outside before it
+# could save. lost: a node went away. unfit: nodes did not pass the checks, no rank was started.
+# overtaken: a later start owns the run.
+Kind = Literal["done", "saved", "failed", "told", "lost", "unfit", "overtaken"]
+CODES: dict[Kind, int] = {"done": DONE, "saved": STOPPED_EARLY}
+
+
+@dataclass(frozen=True)
+class Begin:
+    """from_step: of the newest checkpoint there was. The rest is of a SLURM job, or empty."""
+
+    began_s: float  # of the clock, Unix time
+    nodes: tuple[str, ...]
+    n_ranks: int
+    from_step: int
+    pid: int
+    job_id: str = ""
+    restart: int = 0
+    submission: str = ""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start ended.
+
+    saved_step     of the newest checkpoint there was then
+    failed_step    which the ranks were in when one failed
+    is_final       another start would fail in the same way: a wrong setting, wrong data, a guard that stops
+    nodes          unfit or lost ones
+    action, decision   what a job did next (launch/slurm/requeue_policy.py), and in words
+    """
+
+    kind: Kind
+    code: int
+    ended_s: float
+    saved_step: int
+    failed_step: int | None = None
+    is_final: bool = False
+    reasons: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    action: str = ""
+    decision: str = ""
+
+    @property
+    def cause(self) -> str:
+        """Return the first reason without what differs from start to start: positions, tokens, addresses."""
+        first = next(iter(self.reasons), "").partition("; last seen")[0]
+        return re.sub(r"\b(0x)?[0-9a-f]{8,}\b|\d{5,}", "*", first)
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    directory: Path
+    begin: Begin
+    ending: Ending | None
+
+
+def newest_step(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint by name, 0 where there is none."""
+    return max(map(step_of, list_checkpoints(run_dir)), default=0)
+
+
+def ending(kind: Kind, run_dir: Path, reasons: Sequence[str] = (), **rest: Any) -> Ending:
+    code = rest.pop("code", CODES.get(kind, OTHER))
+    return Ending(kind, code, time.time(), newest_step(run_dir), reasons=tuple(reasons), **rest)
+
+
+def conclude(run_dir: Path, start_dir: Path, layout: Layout, ended: Ended) -> Ending:
+    """Return how a start ended, from what its ranks left."""
+    status = read_status(start_dir)
+    if ended.is_done and status is not None and status.state != "training":
+        return ending(status.state, run_dir)
+    code, reasons = explain_failures(start_dir, layout, ended.stuck)
+    steps = [view.current.step for view in read_ledgers(start_dir).values() if view.current is not None]
+    return ending(
+        "failed",
+        run_dir,
+        reasons,
+        code=code,
+        failed_step=max(steps, default=0),
+        is_final=is_final(start_dir),
+    )
+
+
+def write_begin(start_dir: Path, begin: Begin) -> None:
+    write_atomically(start_dir / BEGIN_FILE, _to_json(begin))
+
+
+def write_ending(start_dir: Path, ending: Ending) -> None:
+    write_atomically(start_dir / ENDING_FILE, _to_json(ending))
+
+
+def begin_here(n_ranks: int, from_step: int, nodes: Sequence[str], **job: Any) -> Begin:
+    return Begin(time.time(), tuple(nodes), n_ranks, from_step, os.getpid(), **job)
+
+
+def read_starts(run_dir: Path) -> list[StartRecord]:
+    """Return the starts of a run, oldest first."""
+    records = []
+    for directory in sorted((run_dir / "logs").glob("start-*")):
+        if begin := _read(directory / BEGIN_FILE):
+            end = _read(directory / ENDING_FILE)
+            records.append(StartRecord(directory, Begin(**begin), Ending(**end) if end else None))
+    return records
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the fields of a record, none where it is not there."""
+    try:
+        fields = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):  # a power loss may leave half of one
+        return {}
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+
+
+def _to_json(record: Begin | Ending) -> bytes:
+    return (json.dumps(asdict(record), indent=2) + "\n").encode()

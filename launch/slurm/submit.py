@@ -1,0 +1,249 @@
+"""`turnout submit`: check everything that can be checked here, keep what the job needs, hand it to SLURM."""
+
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from turnout.data.corpus import Corpus
+from turnout.launch.arguments import check_at_least
+from turnout.launch.exit_codes import DONE, OTHER
+from turnout.launch.preflight import check_corpus
+from turnout.launch.ranks.start import is_finished, nothing_left, take_up
+from turnout.launch.ranks.start_dir import make_numbered
+from turnout.launch.ranks.start_records import read_starts
+from turnout.launch.run_dir import SUBMISSIONS, create_run_dir, has_run
+from turnout.launch.settings import check_setting_paths, to_toml
+from turnout.launch.slurm.batch_script import (
+    ENV_FILE,
+    SCRIPT_FILE,
+    TEMPLATES,
+    JobRequest,
+    job_script,
+    node_range,
+    parse_options,
+    parse_srun_options,
+    time_limit_s,
+)
+from turnout.launch.slurm.client import SlurmError, ask, find_job, jobs_of, sbatch
+from turnout.launch.slurm.elastic import fit_to_nodes
+from turnout.launch.slurm.submission import PASSED, Submission, snapshot, write_submission
+from turnout.launch.slurm.time_limit import measured_margin_s
+from turnout.training.checkpoint.directory import checkpoint_bytes
+from turnout.training.config.run import RunConfig
+from turnout.training.errors import ConfigError, printable
+
+PREFLIGHT_TIME = "10"  # minutes
+PREFLIGHT_OUTPUT, PREFLIGHT_POLL_S = "preflight.out", 2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for, beside the recipe."""
+
+    run_dir: Path
+    nodes: str
+    time: str
+    gpus_per_node: int | None
+    ranks_per_node: int | None
+    allowed_changes: tuple[str, ...]
+    sbatch_options: tuple[str, ...]
+    srun_options: tuple[str, ...]
+    env_file: Path | None
+    warn_s: int
+    max_failures: int
+    chain: int | None
+    is_shared: bool
+    is_preflight: bool
+    is_dry: bool
+
+
+def submit_run(wanted_cfg: RunConfig, wanted: Wanted) -> int:
+    """Submit a run, or only show the batch script; return the exit code."""
+    check_setting_paths("--allow-change", wanted.allowed_changes)
+    cfg = with_absolute_corpus(wanted_cfg)
+    ranks_per_node = check_wanted(wanted)
+    run_dir = wanted.run_dir.absolute()
+    submission = run_dir / SUBMISSIONS / "submit-00001"
+    request = JobRequest(
+        run_dir=run_dir,
+        submission=submission,
+        python=Path(sys.executable),
+        nodes=wanted.nodes,
+        time=PREFLIGHT_TIME if wanted.is_preflight else wanted.time,
+        warn_s=min(60, wanted.warn_s) if wanted.is_preflight else wanted.warn_s,
+        gpus_per_node=wanted.gpus_per_node,
+        is_shared=wanted.is_shared,
+        is_requeued=wanted.chain is None and not wanted.is_preflight,
+        options=parse_options("--sbatch", wanted.sbatch_options),
+    )
+    script = job_script(request)
+    _, n_nodes = node_range(wanted.nodes)
+    n_fit, fitted = fit_to_nodes(cfg, n_nodes, ranks_per_node)
+    if n_fit < n_nodes:
+        if "-" not in wanted.nodes:
+            raise ConfigError(
+                f"--nodes {n_nodes}: the batch and the layout fit on {n_fit} nodes, the others would idle; "
+                f"use {n_fit}, or 1-{n_nodes} for the most that fit"
+            )
+        print(f"of {n_nodes} nodes {n_fit} would be used: the batch and the layout fit no more")
+    if wanted.is_dry:
+        print(script, end="")
+        return DONE
+    corpus = check_corpus(cfg)
+    check_margin(run_dir, wanted.warn_s)
+    check_script(script)
+    if (going_on := jobs_of(run_dir)) and not wanted.is_preflight:
+        raise ConfigError(
+            f"--run-dir {run_dir}: job {going_on[0].job_id} of this run is {going_on[0].state.lower()}; wait "
+            f"for it, or end it: scancel {going_on[0].job_id}"
+        )
+    if not wanted.is_preflight and not begin_or_take_up(wanted, fitted, corpus, n_fit * ranks_per_node):
+        return DONE
+    request = replace(request, submission=make_numbered(run_dir / SUBMISSIONS, "submit"))
+    write_down(request, cfg, wanted, ranks_per_node)
+    return hand_over(request, wanted)
+
+
+def begin_or_take_up(wanted: Wanted, cfg: RunConfig, corpus: Corpus, n_ranks: int) -> bool:
+    """Make the run's directory, or take up the run in it; return whether anything is left to do."""
+    run_dir = wanted.run_dir.absolute()
+    if not has_run(run_dir):
+        create_run_dir(run_dir, cfg, corpus, nproc=n_ranks)
+        return True
+    newest = take_up(run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=wanted.allowed_changes)
+    if newest is None or not is_finished(*newest, cfg):
+        return True
+    print(nothing_left(run_dir, cfg))
+    return False
+
+
+def with_absolute_corpus(cfg: RunConfig) -> RunConfig:
+    """Return the config for a job, which runs in its run directory."""
+    corpus = str(Path(cfg.data.corpus).absolute())
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"corpus": corpus})})
+
+
+def check_wanted(wanted: Wanted) -> int:
+    """Return the ranks on each node. Raises ConfigError where the options contradict one another."""
+    gpus, ranks = wanted.gpus_per_node, wanted.ranks_per_node
+    n_ranks = gpus if gpus is not None else ranks
+    if n_ranks is None or None not in (gpus, ranks):
+        raise ConfigError(
+            "name either --gpus-per-node N, one rank for each, or --ranks-per-node N for CPU ranks"
+        )
+    counts = {"--gpus-per-node": gpus, "--ranks-per-node": ranks, "--chain": wanted.chain}
+    check_at_least(1, {**counts, "--max-failures": wanted.max_failures})
+    if wanted.chain is not None and wanted.is_preflight:
+        raise ConfigError("--chain has no effect with --preflight; drop one")
+    if wanted.env_file is not None and not wanted.env_file.is_file():
+        raise ConfigError(f"--env-file {wanted.env_file}: there is no such file; check the path")
+    if wanted.env_file is not None:
+        read_env_file(wanted.env_file)
+    parse_srun_options(wanted.srun_options)
+    if bad := re.search(r"[%\\\x00-\x1f]", str(wanted.run_dir.absolute())):
+        raise ConfigError(
+            f"--run-dir {printable(str(wanted.run_dir))}: SLURM cannot run a job in a path with {bad[0]!r}; "
+            "name another directory"
+        )
+    if wanted.run_dir.exists() and not wanted.run_dir.is_dir():
+        raise ConfigError(f"--run-dir {wanted.run_dir} is a file; name a directory")
+    return n_ranks
+
+
+def read_env_file(path: Path) -> str:
+    """Return a site's file of variables. Raises ConfigError where bash does not understand it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        ask("bash", "-n", str(path))
+    except (UnicodeDecodeError, SlurmError) as err:
+        raise ConfigError(f"--env-file {path}: bash cannot read it: {err}") from err
+    return text
+
+
+def check_script(script: str) -> None:
+    """Have bash and SLURM look the script over before anything is made. Raises ConfigError."""
+    with tempfile.TemporaryDirectory(prefix="turnout-submit-") as name:
+        path = Path(name) / SCRIPT_FILE
+        path.write_text(script, encoding="utf-8")
+        ask("bash", "-n", str(path))
+        sbatch(path, Path(name), "--test-only")
+
+
+def check_margin(run_dir: Path, warn_s: int) -> None:
+    """Raise ConfigError where the warning comes too late for what the run's own saves took."""
+    margin_s = measured_margin_s([record.directory for record in read_starts(run_dir)])
+    if margin_s is not None and warn_s < margin_s:
+        raise ConfigError(
+            f"--warn-s {warn_s} is below the {margin_s:.0f} s that the longest step and save of this run ask "
+            f"for; use at least {margin_s:.0f}"
+        )
+
+
+def write_down(request: JobRequest, cfg: RunConfig, wanted: Wanted, ranks_per_node: int) -> None:
+    """Keep everything the job will need in the submission's directory."""
+    directory = request.submission
+    own = (TEMPLATES / ENV_FILE).read_text(encoding="utf-8")
+    if wanted.env_file is not None:
+        # First, because turnout's own file leaves what is set.
+        own = read_env_file(wanted.env_file) + "\n" + own
+    (directory / ENV_FILE).write_text(own, encoding="utf-8")
+    (directory / SCRIPT_FILE).write_text(job_script(request), encoding="utf-8")
+    facts = snapshot(directory, to_toml(cfg))
+    submission = Submission(
+        ranks_per_node=ranks_per_node,
+        has_gpus=wanted.gpus_per_node is not None,
+        warn_s=request.warn_s,
+        max_failures=wanted.max_failures,
+        n_bytes=checkpoint_bytes(cfg.model),
+        allowed_changes=wanted.allowed_changes,
+        srun_options=parse_srun_options(wanted.srun_options),
+        is_chain=wanted.chain is not None,
+        is_preflight=wanted.is_preflight,
+        **facts,  # type: ignore[arg-type]
+    )
+    write_submission(directory, submission)
+
+
+def hand_over(request: JobRequest, wanted: Wanted) -> int:
+    """Give the job to SLURM, or the jobs of a chain, and say how to follow it."""
+    (request.run_dir / "logs").mkdir(exist_ok=True)
+    script, run_dir = request.submission / SCRIPT_FILE, request.run_dir
+    if wanted.is_preflight:
+        return preflight(script, run_dir)
+    job_ids: list[str] = []
+    for _ in range(wanted.chain or 1):
+        after = [f"--dependency=afterany:{job_ids[-1]}"] if job_ids else []
+        try:
+            job_ids.append(sbatch(script, run_dir, *after))
+        except ConfigError as err:
+            if not job_ids:
+                raise
+            raise ConfigError(
+                f"{err}; of the chain {', '.join(job_ids)} was submitted and stays: let it run, or end it: "
+                f"scancel {' '.join(job_ids)}"
+            ) from err
+    limit_s = time_limit_s(request.time)
+    print(
+        f"submitted job {', '.join(job_ids)}: {request.nodes} nodes for {limit_s / 3600:.3g} h, {script}\n"
+        f"to follow it: turnout status {run_dir}"
+    )
+    return DONE
+
+
+def preflight(script: Path, run_dir: Path) -> int:
+    """Submit a job that only checks its nodes, wait for it, and show what it said."""
+    directory = script.parent
+    job_id = sbatch(script, directory, f"--output={PREFLIGHT_OUTPUT}")
+    print(f"preflight job {job_id} checks the nodes for {run_dir}", flush=True)
+    said = ""
+    while (job := find_job(job_id)) is not None:
+        if (now := f"{job.state.lower()} ({job.reason})") != said and job.state == "PENDING":
+            print(f"it waits: {now}", flush=True)
+        said = now
+        time.sleep(PREFLIGHT_POLL_S)
+    output = directory / PREFLIGHT_OUTPUT
+    print(output.read_text(encoding="utf-8") if output.exists() else f"no output came: {output}", end="")
+    return DONE if (directory / PASSED).exists() else OTHER

@@ -1,0 +1,121 @@
+"""Dispatch and combine over real ranks: identity experts return rows as they went, and gradients too, in any
+number of trips.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.layouts import groups_of
+from tests.ranks import run_ranks
+from turnout.moe.experts.permute import invert, permute_rows
+from turnout.training.parallel.layout import Layout
+
+N_EXPERTS, D = 8, 3
+WAYS: dict[str, dict[str, Any]] = {
+    "one trip": {},
+    "three trips": {"min_trips": 3},
+    "as many as a small limit asks": {"max_load": 0.6},
+    "two trips, and more for a limit": {"max_load": 0.9, "min_trips": 2},
+    "a limit of less than a row": {"max_load": 0.01},
+}
+LAYOUTS = [Layout(1), Layout(2, ep=2), Layout(4, ep=4), Layout(4, tp=2, ep=2)]
+
+
+def counts_of(rank: int, case: str) -> Tensor:
+    """Return this rank's rows of each expert, [N_EXPERTS]."""
+    if case == "uneven":
+        generator = torch.Generator().manual_seed(rank)
+        return torch.randint(0, 5, (N_EXPERTS,), generator=generator)
+    if case == "all to one":
+        return torch.nn.functional.one_hot(torch.tensor(5), N_EXPERTS) * (3 + rank)
+    if case == "a rank sends nothing":
+        return torch.full((N_EXPERTS,), int(rank != 1))
+    return torch.zeros(N_EXPERTS, dtype=torch.int64)
+
+
+def send_and_return(rank: int, layout: Layout, case: str, way: str, n_dropped: int) -> dict[str, Any]:
+    groups = groups_of(layout, rank)
+    dispatcher = groups.dispatcher(**WAYS[way])
+    counts = counts_of(rank, case)
+    n_kept = int(counts.sum())
+    # Each row says whose it is and for which expert.
+    experts = torch.repeat_interleave(torch.arange(N_EXPERTS), counts).tolist() + [-1] * n_dropped
+    rows = torch.tensor([[float(rank), e, i] for i, e in enumerate(experts)], dtype=torch.float64)
+    rows = rows.reshape(n_kept + n_dropped, D).requires_grad_()
+    route = dispatcher.plan(counts, len(rows), is_dropless=n_dropped == 0)
+    order = torch.arange(len(rows)) if route.order_N is None else route.order_N
+    cuts = [trip.n_sent for trip in route.trips]
+    *parts, dropped = permute_rows(rows, order, invert(order)).split([*cuts, len(rows) - sum(cuts)])
+    travelling = [dispatcher.dispatch(part, trip) for part, trip in zip(parts, route.trips, strict=True)]
+    arrived = [arrival.wait() for arrival in travelling]
+    returning = [dispatcher.combine(part, trip) for part, trip in zip(arrived, route.trips, strict=True)]
+    back = torch.cat([*(arrival.wait() for arrival in returning), dropped])
+    back = permute_rows(back, invert(order), order)
+    slope = torch.arange(back.numel(), dtype=torch.float64).view_as(back)
+    (back * slope).sum().backward()
+    return {
+        "rows": rows.detach(),
+        "arrived": [part.detach() for part in arrived],
+        "counts": [trip.counts_L for trip in route.trips],
+        "is_over_limit": route.is_over_limit,
+        "n_extra": route.n_extra,
+        "back": back.detach(),
+        "gradient": rows.grad,
+        "slope": slope,
+    }
+
+
+@pytest.mark.parametrize("n_dropped", [0, 2])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", ["uneven", "all to one", "a rank sends nothing", "nothing at all"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_rows_reach_their_expert_and_come_back(layout: Layout, case: str, way: str, n_dropped: int) -> None:
+    results = run_ranks(send_and_return, layout.world_size, layout, case, way, n_dropped)
+    for rank, got in enumerate(results):
+        assert torch.equal(got["back"], got["rows"])
+        assert torch.equal(got["gradient"], got["slope"])
+        mine = layout.local_experts(rank, N_EXPERTS)
+        for arrived, counts in zip(got["arrived"], got["counts"], strict=True):
+            want = [float(e) for e, n in zip(mine, counts.tolist(), strict=True) for _ in range(n)]
+            assert arrived[:, 1].tolist() == want
+        peers = layout.ep_group(rank)
+        sent = sum(int(counts_of(peer, case)[list(mine)].sum()) for peer in peers)
+        assert sum(map(len, got["arrived"])) == sent
+        assert len(got["arrived"]) == len(results[peers[0]]["arrived"])
+        if layout.ep > 1:
+            check_trips(layout, [results[peer] for peer in peers], WAYS[way])
+
+
+def check_trips(layout: Layout, results: list[dict[str, Any]], way: dict[str, Any]) -> None:
+    """See that a group makes the trips it was told to, and more only where a rank would hold too much."""
+    loads = [sum(map(len, got["arrived"])) for got in results]
+    limit = way.get("max_load", float("inf")) * sum(loads) / len(loads) if any(loads) else float("inf")
+    n_trips = len(results[0]["arrived"])
+    for got in results:
+        # A sender's rows need not be a multiple of the trips: one more of each sender.
+        assert all(len(part) <= limit + layout.ep for part in got["arrived"])
+        assert got["is_over_limit"] == (max(loads) > limit)
+        assert got["n_extra"] == n_trips - way.get("min_trips", 1)
+    if "max_load" not in way:
+        assert n_trips == way.get("min_trips", 1)
+    assert n_trips >= way.get("min_trips", 1)
+    assert n_trips == 1 or max(loads) > limit * (n_trips - 1) or n_trips == way.get("min_trips")
+    assert n_trips <= max(*loads, way.get("min_trips", 1)), "a trip without a row on any rank"
+
+
+def share_a_gradient(rank: int, layout: Layout) -> tuple[list[float], list[float]]:
+    """Enter a split layer beside a use of another tensor, whose gradient is the very same tensor."""
+    tp = groups_of(layout, rank).tensor_parallel()
+    x, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    beside = 1.0 * other  # made before, so that its gradient is used after that of x has been summed
+    ((tp.enter(x) + beside) * (rank + 1)).sum().backward()
+    assert x.grad is not None and other.grad is not None
+    return x.grad.tolist(), other.grad.tolist()
+
+
+def test_a_gradient_that_is_summed_over_ranks_is_not_summed_for_its_other_users() -> None:
+    sums = [3.0] * 3
+    assert run_ranks(share_a_gradient, 2, Layout(2, tp=2)) == [(sums, [1.0] * 3), (sums, [2.0] * 3)]

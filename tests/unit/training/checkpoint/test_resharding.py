@@ -1,0 +1,71 @@
+"""Pieces of a tensor against index arithmetic that a reader can check by eye."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from turnout.moe.parallel.sharding import Split
+from turnout.training.checkpoint.resharding import Matrix, Piece, overlaps, tiling_fault
+
+SPLITS = {"whole": None, "rows": Split("tp", 0), "columns": Split("tp", 1), "experts": Split("ep", 0)}
+
+
+def cut(shape: tuple[int, ...], split: Split | None, n_parts: int, n_ranks: int, seed: int) -> list[Piece]:
+    """Cut a tensor into parts, and each part into uneven ranges, as ZeRO does."""
+    matrix = Matrix.of(shape, split)
+    width, generator = matrix.row_width // n_parts, random.Random(seed)
+    pieces = []
+    for part in range(n_parts):
+        n = matrix.n_rows * width
+        edges = sorted({0, n, *(generator.randrange(n) for _ in range(n_ranks - 1))})
+        pieces += [Piece(part * width, width, start, stop) for start, stop in pairwise(edges)]
+    return pieces
+
+
+def take(whole: Tensor, matrix: Matrix, piece: Piece) -> Tensor:
+    """Return a piece of a tensor: cut out the columns, flatten, cut out the range."""
+    columns = whole.view(matrix.n_rows, matrix.row_width)[:, piece.first_col : piece.first_col + piece.width]
+    return columns.flatten()[piece.start : piece.stop]
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
+@pytest.mark.parametrize("shape", [(6, 12), (12, 6, 4), (12, 1)], ids=str)
+def test_any_pieces_fill_any_others_each_element_once(shape: tuple[int, ...], split: Split | None) -> None:
+    if shape == (12, 1) and split is not None and split.dim == 1:
+        shape = (1, 12)
+    whole, matrix = torch.rand(shape), Matrix.of(shape, split)
+    parts = [1] if split is None else [1, 2, 3]
+    for seed, (n_from, n_to) in enumerate((a, b) for a in parts for b in parts):
+        sources = cut(shape, split, n_from, 4, seed)
+        for target in cut(shape, split, n_to, 3, seed + 100):
+            out, n_written = torch.full((target.numel,), torch.nan), 0
+            for source in sources:
+                for overlap in overlaps(source, target):
+                    begin, end = overlap.read
+                    overlap.copy(take(whole, matrix, source)[begin:end], out)
+                    n_written += overlap.numel
+            assert torch.equal(out, take(whole, matrix, target)), (target, n_from, n_to)
+            assert n_written == target.numel, "no element comes twice"
+
+
+def test_a_matrix_has_the_split_dimension_first_among_its_columns() -> None:
+    assert Matrix.of((3, 4, 5), None) == Matrix(1, 60)
+    assert Matrix.of((3, 4, 5), Split("ep", 0)) == Matrix(1, 60)
+    assert Matrix.of((3, 4, 5), Split("tp", 1)) == Matrix(3, 20)
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
+def test_a_tiling_is_told_from_gaps_overlaps_and_excess(split: Split | None) -> None:
+    shape = (6, 12)
+    matrix, pieces = Matrix.of(shape, split), cut(shape, split, 1 if split is None else 3, 3, seed=1)
+    assert tiling_fault(matrix, pieces) is None and tiling_fault(matrix, pieces[::-1]) is None
+    for i, piece in enumerate(pieces):
+        others = pieces[:i] + pieces[i + 1 :]
+        shorter = Piece(piece.first_col, piece.width, piece.start, piece.stop - 1)
+        longer = Piece(piece.first_col, piece.width, piece.start, piece.stop + 1)
+        shifted = Piece(piece.first_col + 1, piece.width, piece.start, piece.stop)
+        for wrong in ([], [piece, piece], [shorter], [longer], [shifted]):
+            assert tiling_fault(matrix, others + wrong), (piece, wrong)

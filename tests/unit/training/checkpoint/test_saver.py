@@ -1,0 +1,312 @@
+"""A save of one rank: what training changes meanwhile, a death at any boundary, and what loses its name.
+
+The deaths of more ranks are in tests/distributed/checkpoint/test_kills.py.
+"""
+
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import (
+    ALL_KEPT,
+    SMALL_KINDS,
+    SMALL_SHAPE,
+    save_alone,
+    saver_of,
+    small_numbers,
+    small_share,
+    state_at,
+)
+from tests.layouts import groups_of
+from tests.runs import run_config
+from turnout.training.checkpoint.directory import (
+    CHECKPOINTS,
+    POINTER_FILE,
+    checkpoint_path,
+    list_checkpoints,
+    step_of,
+    verify_checkpoint,
+)
+from turnout.training.checkpoint.durable_io import Disk
+from turnout.training.checkpoint.manifest import MANIFEST, ROUTER_FILE, rank_file
+from turnout.training.checkpoint.resharding import Piece
+from turnout.training.checkpoint.saver import Saver
+from turnout.training.checkpoint.tensor_files import TensorReader
+from turnout.training.config.checkpoint import CheckpointConfig
+from turnout.training.errors import CheckpointError, TakenOverError
+from turnout.training.parallel.layout import Layout
+from turnout.training.run_control import take_over
+
+TWO_KEPT = CheckpointConfig(every_steps=1, keep_last=2, is_async=False)
+IN_BACKGROUND = ALL_KEPT.model_copy(update={"is_async": True})
+DEADLINE_S = 20
+OnBoundary = Callable[[str, Path], None]
+
+
+class WatchedDisk(Disk):
+    """Calls at every boundary, with its name and the path."""
+
+    def __init__(self, call: OnBoundary) -> None:
+        self._call = call
+
+    def at(self, boundary: str, path: Path) -> None:
+        self._call(boundary, path)
+
+
+class Death(BaseException):
+    """Ends a save where it stands: nothing that handles errors handles this."""
+
+
+@pytest.fixture(scope="module")
+def saved(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has steps 1 and 2."""
+    run_dir = tmp_path_factory.mktemp("saved") / "run"
+    save_alone(run_dir, [1, 2])
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def start(run_dir: Path, kept: CheckpointConfig = ALL_KEPT, call: OnBoundary = lambda *_: None) -> Saver:
+    """Start the run again, which makes this start its owner."""
+    cfg = run_config().model_copy(update={"checkpoint": kept})
+    groups = groups_of(Layout(1), 0)
+    return saver_of(run_dir, groups, cfg, token=take_over(run_dir), disk=WatchedDisk(call))
+
+
+def save(saver: Saver, step: int) -> None:
+    saver.save(small_share(step, 0, 1), state_at(step))
+
+
+def names(run_dir: Path) -> set[str]:
+    return {path.name for path in (run_dir / CHECKPOINTS).iterdir()} - {POINTER_FILE}
+
+
+def check_whole(run_dir: Path, step: int) -> None:
+    """See that a checkpoint is intact and holds the numbers of its step."""
+    path, n = checkpoint_path(run_dir, step), prod(SMALL_SHAPE)
+    reader, got = TensorReader(path, verify_checkpoint(path)), torch.empty(n)
+    for kind in SMALL_KINDS:
+        reader.read_piece("w", kind, Piece(0, n, 0, n), got)
+        assert torch.equal(got, small_numbers(step, kind)), kind
+    bias = torch.empty(3)
+    reader.read_named(ROUTER_FILE, "bias", bias)
+    assert bias.tolist() == [step] * 3
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_after_a_death_at_any_boundary_the_newest_intact_one_is_found(saved: Path, tmp_path: Path) -> None:
+    passed: list[tuple[str, str]] = []
+    run_dir = Path(shutil.copytree(saved, tmp_path / "whole"))
+    saver = start(run_dir, TWO_KEPT, lambda boundary, path: passed.append((boundary, path.name)))
+    save(saver, 3)
+    saver.close()
+    assert names(run_dir) == {"step-00000002", "step-00000003"}
+    assert {kind for kind, _ in passed} >= {
+        "mkdir",
+        "create",
+        "write",
+        "fsync",
+        "rename",
+        "pointer",
+        "remove",
+    }
+    named_at = passed.index(("rename", "step-00000003"))
+    for fatal, boundary in enumerate(passed):
+        run_dir = Path(shutil.copytree(saved, tmp_path / str(fatal)))
+        die_at_boundary(run_dir, fatal)
+        saver = start(run_dir, TWO_KEPT)
+        found = saver.find_intact()
+        assert found is not None
+        assert found[1].state.step == (2 if fatal <= named_at else 3), f"died at {boundary}"
+        check_whole(run_dir, found[1].state.step)
+        assert all(re.fullmatch(r"step-\d{8}", name) for name in names(run_dir)), f"died at {boundary}"
+        saver.close()
+
+
+def die_at_boundary(run_dir: Path, fatal: int) -> None:
+    """Save step 3, and die at the boundary of this number."""
+    n_passed = 0
+
+    def die(boundary: str, path: Path) -> None:
+        nonlocal n_passed
+        n_passed += 1
+        if n_passed == fatal + 1:
+            raise Death(boundary)
+
+    saver = start(run_dir, TWO_KEPT, die)
+    with pytest.raises(Death):
+        save(saver, 3)
+    saver.close()
+
+
+def test_training_may_change_what_is_being_written(run_dir: Path) -> None:
+    is_trained_on = threading.Event()
+
+    def hold(boundary: str, path: Path) -> None:
+        assert boundary != "mkdir" or is_trained_on.wait(DEADLINE_S)
+
+    saver, share = start(run_dir, IN_BACKGROUND, hold), small_share(3, 0, 1)
+    saver.save(share, state_at(3))
+    for tensor in (*share.tensors.values(), *share.router.values()):
+        tensor.fill_(-1.0)
+    is_trained_on.set()
+    saver.close()
+    check_whole(run_dir, 3)
+
+
+def test_a_save_waits_for_the_one_before_it(run_dir: Path) -> None:
+    """It copies into the buffers that the one before it is writing from."""
+
+    def slow_down(boundary: str, path: Path) -> None:
+        if boundary == "mkdir" and path.name.startswith("step-00000003"):
+            time.sleep(0.2)  # the second save is asked for meanwhile
+
+    saver = start(run_dir, IN_BACKGROUND, slow_down)
+    save(saver, 3)
+    save(saver, 4)
+    saver.close()
+    check_whole(run_dir, 3)
+    check_whole(run_dir, 4)
+
+
+def test_a_start_that_is_overtaken_while_it_writes_names_nothing(run_dir: Path) -> None:
+    def overtake(boundary: str, path: Path) -> None:
+        if boundary == "create" and path.name == MANIFEST:
+            take_over(run_dir)
+
+    saver = start(run_dir, call=overtake)
+    with pytest.raises(TakenOverError, match="nothing was committed"):
+        save(saver, 3)
+    saver.close()
+    assert names(run_dir) == {"step-00000001", "step-00000002"}
+
+
+def test_a_start_whose_files_a_later_one_has_swept_is_overtaken_and_not_short_of_disk(run_dir: Path) -> None:
+    def overtake_and_sweep(boundary: str, path: Path) -> None:
+        if boundary == "create" and path.name == ROUTER_FILE:  # after the first look at the owner
+            take_over(run_dir)
+            shutil.rmtree(path.parent)
+
+    saver = start(run_dir, call=overtake_and_sweep)
+    with pytest.raises(TakenOverError, match="nothing was committed"):
+        save(saver, 3)
+    saver.close()
+    assert names(run_dir) == {"step-00000001", "step-00000002"}
+
+
+def test_what_an_overtaken_start_is_writing_is_not_in_the_way_of_the_later_one(run_dir: Path) -> None:
+    is_later_writing = threading.Event()
+
+    def hold(boundary: str, path: Path) -> None:
+        assert boundary != "report" or is_later_writing.wait(DEADLINE_S)
+
+    def let_the_earlier_end(boundary: str, path: Path) -> None:
+        if boundary == "create" and path.name == MANIFEST:
+            is_later_writing.set()
+            with pytest.raises(TakenOverError):
+                earlier.wait()
+
+    earlier = start(run_dir, IN_BACKGROUND, hold)
+    earlier.save(small_share(9, 0, 1), state_at(3))  # other numbers
+    later = start(run_dir, call=let_the_earlier_end)
+    save(later, 3)
+    later.close()
+    earlier.close()
+    check_whole(run_dir, 3)
+
+
+def test_an_overtaken_start_takes_no_name(run_dir: Path) -> None:
+    flip_a_byte(checkpoint_path(run_dir, 2) / rank_file(0))
+    saver = start(run_dir)
+    take_over(run_dir)
+    with pytest.raises(TakenOverError):
+        saver.find_intact()
+    saver.close()
+    assert names(run_dir) == {"step-00000001", "step-00000002"}
+
+
+def test_a_damaged_checkpoint_loses_its_name_each_time(run_dir: Path) -> None:
+    for _ in range(2):
+        flip_a_byte(checkpoint_path(run_dir, 2) / rank_file(0))
+        saver, told = start(run_dir), list[str]()
+        found = saver.find_intact(told.append)
+        assert found is not None and found[0] == checkpoint_path(run_dir, 1)
+        (event,) = told
+        assert f"{checkpoint_path(run_dir, 2) / rank_file(0)}: SHA-256 " in event
+        assert event.endswith(f"; renamed to {checkpoint_path(run_dir, 2)}.damaged")
+        assert names(run_dir) == {"step-00000001", "step-00000002.damaged"}
+        save(saver, 2)
+        saver.close()
+        check_whole(run_dir, 2)
+
+
+def test_where_all_are_damaged_they_keep_their_names(run_dir: Path) -> None:
+    for step in (1, 2):
+        flip_a_byte(checkpoint_path(run_dir, step) / rank_file(0))
+    saver = start(run_dir)
+    with pytest.raises(CheckpointError, match="no intact checkpoint: .*step-00000002.*step-00000001"):
+        saver.find_intact()
+    saver.close()
+    assert names(run_dir) == {"step-00000001", "step-00000002"}
+
+
+def test_a_save_keeps_the_newest_and_the_multiples(run_dir: Path) -> None:
+    kept = ALL_KEPT.model_copy(update={"keep_last": 2, "keep_every_steps": 3})
+    saver = start(run_dir, kept)
+    for step in range(3, 9):
+        save(saver, step)
+    saver.close()
+    assert [step_of(path) for path in list_checkpoints(run_dir)] == [8, 7, 6, 3]
+    assert (run_dir / CHECKPOINTS / POINTER_FILE).read_text() == "step-00000008\n"
+
+
+def test_every_byte_and_name_is_on_the_disk_before_the_checkpoint_is_named(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        fsync(fd)
+        events.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+
+    def note_name(boundary: str, path: Path) -> None:
+        if boundary == "rename":
+            events.append(f"rename {path.name}")
+
+    saver = start(run_dir, call=note_name)
+    monkeypatch.setattr(os, "fsync", noted)
+    save(saver, 3)
+    saver.close()
+    named_at = events.index("rename step-00000003")
+    flushed = {Path(event) for event in events[:named_at]}
+    (unfinished,) = {path.parent for path in flushed if path.name == MANIFEST}
+    files = {path.name for path in checkpoint_path(run_dir, 3).iterdir()}
+    assert flushed == {unfinished, *(unfinished / name for name in files)}
+    assert events[named_at + 1] == str(run_dir / CHECKPOINTS), "the new name is flushed"
+
+
+def test_the_newest_is_that_of_the_largest_step(tmp_path: Path) -> None:
+    steps = (99_999_999, 100_000_000, 7, 1_234_567_890)
+    for step in steps:
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    for name in ("step-00000008.ab12.tmp", "step-00000009.damaged", "step-10", "latest"):
+        (tmp_path / CHECKPOINTS / name).mkdir()
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == sorted(steps, reverse=True)

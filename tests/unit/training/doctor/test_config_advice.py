@@ -1,0 +1,156 @@
+"""Each rule on a config fires where it should and nowhere else."""
+
+from typing import Any
+
+import pytest
+
+from turnout.launch.settings import check_config, load_config, recipe_names
+from turnout.training.doctor.config_advice import lint
+
+# A config of which nothing can be said: 30 GFLOPs per token, 1 T tokens.
+CLEAN: dict[str, Any] = {
+    "model.n_layers": 24,
+    "model.d_model": 2048,
+    "model.n_heads": 16,
+    "model.n_kv_heads": 8,
+    "model.d_head": 128,
+    "model.d_expert": 1024,
+    "model.n_experts": 64,
+    "model.top_k": 8,
+    "model.vocab_size": 65536,
+    "model.seq_len": 4096,
+    "model.balance.coef": 0.01,
+    "train.n_steps": 250_000,
+    "train.batch_tokens": 4_194_304,
+    "train.microbatch_seqs": 1,
+    "train.precision": "bf16",
+    "train.clip_norm": 1.0,
+    "optim.lr": 4e-4,
+    "optim.schedule.warmup_steps": 2000,
+    "data.corpus": "unused",
+    "eval.every_steps": 5000,
+    "checkpoint.every_steps": 1000,
+}
+BIAS = {"model.balance.coef": 1e-4, "model.balance.bias_rate": 1e-3, "model.router.score": "sigmoid"}
+
+# rule -> settings with which it fires, settings close to them with which it does not
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no-balancing": ({"model.balance.coef": 0.0}, {**BIAS, "model.balance.coef": 0.0}),
+    "strong-balancing": ({"model.balance.coef": 0.2}, {"model.balance.coef": 0.1}),
+    "two-balancings": ({**BIAS, "model.balance.coef": 0.01}, BIAS),
+    "large-bias-rate": ({**BIAS, "model.router.score": "softmax", "model.balance.bias_rate": 2e-3}, BIAS),
+    "no-z-loss": ({"model.balance.z_coef": 0.0}, {"model.balance.z_coef": 0.0, "train.precision": "fp32"}),
+    "noisy-loads": (
+        {"model.balance.scope": "batch", "train.batch_tokens": 4096, "model.n_experts": 1024},
+        {"model.balance.scope": "batch", "train.batch_tokens": 8192, "model.n_experts": 1024},
+    ),
+    "short-sequences": (
+        {"model.seq_len": 32, "train.microbatch_seqs": 128},
+        {"model.seq_len": 32, "train.microbatch_seqs": 128, "model.balance.scope": "batch"},
+    ),
+    "unnormalised-sigmoid": (
+        {"model.router.score": "sigmoid", "model.router.normalize": False},
+        {"model.router.score": "sigmoid", "model.router.normalize": False, "model.top_k": 1},
+    ),
+    "capacity-below-one": (
+        {"model.router.capacity_factor": 0.9},
+        {"model.router.capacity_factor": 1.0},
+    ),
+    "capacity-without-effect": (
+        {"model.router.capacity_factor": 8.0},
+        {"model.router.capacity_factor": 7.9},
+    ),
+    "every-expert": ({"model.top_k": 64}, {"model.top_k": 63}),
+    "loud-initialisation": ({"model.init_std": 0.1}, {"model.init_std": 0.05}),
+    "no-clipping": ({"train.clip_norm": None}, {"train.clip_norm": 10.0}),
+    "slow-second-moment": (
+        {"optim.betas": [0.9, 0.999]},
+        {"optim.betas": [0.9, 0.999], "train.batch_tokens": 262_144},
+    ),
+    "no-weight-decay": ({"optim.weight_decay": 0.0}, {"optim.weight_decay": 0.01}),
+    "large-eps": ({"optim.eps": 1e-5}, {"optim.eps": 1e-8}),
+    "fp16": ({"train.precision": "fp16"}, {"train.precision": "bf16"}),
+    "short-warmup": ({"optim.schedule.warmup_steps": 39}, {"optim.schedule.warmup_steps": 40}),
+    "little-decay": ({"optim.schedule.final_frac": 0.5}, {"optim.schedule.final_frac": 0.3}),
+    "short-decay": (
+        {"optim.schedule.kind": "wsd", "optim.schedule.decay_frac": 0.02},
+        {"optim.schedule.kind": "wsd", "optim.schedule.decay_frac": 0.1},
+    ),
+    "high-lr": ({"optim.lr": 3e-3}, {"optim.lr": 1e-3}),
+    "low-lr": ({"optim.lr": 1e-5}, {"optim.lr": 1e-4}),
+    "large-batch": (
+        {"train.batch_tokens": 2**24, "train.n_steps": 1000, "optim.schedule.warmup_steps": 100},
+        {"train.batch_tokens": 2**22, "train.n_steps": 4000, "optim.schedule.warmup_steps": 100},
+    ),
+    "late-evaluation": ({"eval.every_steps": None}, {"eval.every_steps": None, "train.n_steps": 10_000}),
+    "no-checkpoints": (
+        {"checkpoint.every_steps": None},
+        {"checkpoint.every_steps": None, "train.n_steps": 1000, "optim.schedule.warmup_steps": 100},
+    ),
+    "short-timeout": ({"parallel.timeout_s": 30}, {"parallel.timeout_s": 60}),
+    "fp32": ({"train.precision": "fp32"}, {"train.precision": "fp32", "model.n_layers": 1}),
+    "vocab-tile": ({"model.vocab_size": 50257}, {"model.vocab_size": 50304}),
+    "experts-per-node": ({"model.n_experts": 60}, {"model.n_experts": 72}),
+    "d-model-tile": (
+        {"model.d_model": 2080},
+        {"model.d_model": 2080, "train.precision": "fp32"},
+    ),
+    "d-expert-tile": ({"model.d_expert": 1000}, {"model.d_expert": 896}),
+    "slow-attention": ({"model.d_head": 100}, {"model.d_head": 96}),
+    "slow-experts": (
+        {"train.expert_backend": "reference"},
+        {"train.expert_backend": "sorted_loop"},
+    ),
+    "no-sequence-parallel": (
+        {"parallel.tp": 2},
+        {"parallel.tp": 2, "parallel.sequence_parallel": True},
+    ),
+    "thin-experts": (
+        {"model.n_experts": 1024, "model.balance.scope": "batch"},
+        {"model.n_experts": 1024, "model.balance.scope": "batch", "parallel.ep": 8},
+    ),
+}
+
+
+def rules_of(changes: dict[str, Any]) -> list[str]:
+    tree: dict[str, Any] = {}
+    for path, value in {**CLEAN, **changes}.items():
+        *sections, name = path.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return [finding.rule for finding in lint(check_config(tree, "test"))]
+
+
+def test_a_sound_config_has_no_finding() -> None:
+    assert rules_of({}) == []
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_rule_fires_where_it_should_and_not_beside_it(rule: str) -> None:
+    wrong, right = CASES[rule]
+    assert rule in rules_of(wrong)
+    assert rule not in rules_of(right)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_are_clean(name: str) -> None:
+    assert lint(load_config(name)) == []
+
+
+def test_findings_hold_value_reason_and_remedy_and_warnings_come_first() -> None:
+    cfg = load_config("small", ["train.clip_norm=none", "model.vocab_size=32769", "optim.weight_decay=0.0"])
+    findings = lint(cfg)
+    assert [f.severity for f in findings] == ["warning", "warning", "note"]
+    assert [(f.path, f.value) for f in findings] == [
+        ("train.clip_norm", None),
+        ("optim.weight_decay", 0.0),
+        ("model.vocab_size", 32769),
+    ]
+    assert all(f.reason and f.remedy for f in findings)
+
+
+def test_every_rule_has_a_case() -> None:
+    fired = {rule for wrong, _ in CASES.values() for rule in rules_of(wrong)}
+    assert fired == set(CASES)

@@ -1,0 +1,296 @@
+"""What a checkpoint says of itself: manifest.json, and its own checksum in manifest.sha256.
+
+    step-00001000/
+        manifest.json, manifest.sha256    written last
+        rank-00000.safetensors ...        pieces of every parameter, flattened: master, exp_avg, exp_avg_sq
+        router.safetensors                bias and load fractions
+        config.toml, provenance.json, tokenizer.model (or .json)
+
+Everything is JSON, TOML or safetensors, so reading a stranger's checkpoint runs no code. What it claims is
+checked before it is used, and nothing is allocated by its word.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from turnout.data.files import sha256_of
+from turnout.data.skips import SkippedWindow
+from turnout.moe.config import STRICT
+from turnout.training.checkpoint.resharding import Matrix, Piece, tiling_fault
+from turnout.training.config.optim import MASTER
+from turnout.training.errors import CheckpointError, UnreadableError, printable
+from turnout.training.guard import GuardState
+
+FORMAT_VERSION = 2  # 1 held gate and up of the experts apart
+MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
+ROUTER_FILE, CONFIG_FILE, PROVENANCE_FILE = "router.safetensors", "config.toml", "provenance.json"
+MAX_MANIFEST_BYTES = 1 << 30
+BIAS, LOAD_FRAC = "bias", "load_frac"  # the tensors in ROUTER_FILE
+_FILE_NAMES = re.compile(
+    r"(rank-[0-9]{5}|router)\.safetensors|config\.toml|provenance\.json|tokenizer\.(model|json)"
+)
+# Python's integers have no end, those of tensors and file offsets have. Strict, or "nan" would be a number.
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+Scalar = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]  # is printed, and part of a key
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+class FileEntry(BaseModel):
+    model_config = STRICT
+
+    n_bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TensorEntry(BaseModel):
+    """A whole tensor and who holds what of it. pieces: (rank, first_col, width, start, stop) each."""
+
+    model_config = STRICT
+
+    shape: Annotated[tuple[Size, ...], Field(max_length=8)]
+    n_rows: Size
+    row_width: Size
+    pieces: tuple[tuple[Count, Count, Size, Count, Size], ...]
+
+    @property
+    def matrix(self) -> Matrix:
+        return Matrix(self.n_rows, self.row_width)
+
+    def held_pieces(self) -> list[tuple[int, Piece]]:
+        """Return (rank, piece) of each piece."""
+        return [(rank, Piece(*numbers)) for rank, *numbers in self.pieces]
+
+
+class SavedAt(BaseModel):
+    """The layout that saved the checkpoint. Only to be told: it binds nobody who loads it."""
+
+    model_config = STRICT
+
+    world_size: Size
+    tp: Size
+    ep: Size
+    zero_stage: Count
+
+
+_GUARD = TypeAdapter(GuardState)
+
+
+class TrainingState(BaseModel):
+    """Everything else that training carries from step to step.
+
+    optimizer     scalars of the optimizer, such as the number of applied steps
+    loss_scaler   state of fp16's dynamic loss scaling; empty otherwise
+    guard         what training/guard.py remembers
+    skipped       the data steps that are left out for ever
+    """
+
+    model_config = STRICT
+
+    step: Count
+    tokens_seen: Count
+    n_skipped: Count
+    n_skipped_in_a_row: Count
+    n_interventions: Count
+    optimizer: dict[Name, Scalar]
+    loss_scaler: dict[Name, Scalar]
+    guard: dict[str, Any]
+    skipped: tuple[SkippedWindow, ...]
+
+    @field_validator("guard")
+    @classmethod
+    def _check_guard(cls, guard: dict[str, Any]) -> dict[str, Any]:
+        if unknown := guard.keys() - GuardState.__dataclass_fields__.keys():
+            raise ValueError(f"holds {sorted(unknown)}, which the guard does not know")
+        # As JSON: in Python, strict would want a GuardState.
+        _GUARD.validate_json(json.dumps(guard), strict=True)
+        return guard
+
+    @field_validator("skipped")
+    @classmethod
+    def _check_skipped(cls, skipped: tuple[SkippedWindow, ...]) -> tuple[SkippedWindow, ...]:
+        if any(window.last >= 2**63 for window in skipped):
+            raise ValueError("leaves out data steps beyond 2**63")
+        return skipped
+
+
+class DataIdentity(BaseModel):
+    """Which text a run reads; where it lies is of no importance."""
+
+    model_config = STRICT
+
+    corpus_hash: str
+    tokenizer_sha256: str
+
+
+class Manifest(BaseModel):
+    model_config = STRICT
+
+    format_version: Count
+    saved_at: SavedAt
+    data: DataIdentity
+    state: TrainingState
+    kinds: Annotated[tuple[Name, ...], Field(max_length=8)]
+    tensors: dict[Name, TensorEntry]
+    files: dict[str, FileEntry]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files that the manifest lists."""
+        return sum(entry.n_bytes for entry in self.files.values())
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        for name in self.files:
+            if not _FILE_NAMES.fullmatch(name):
+                raise ValueError(f"file name {name!r} is none that a checkpoint has")
+        if missing := {ROUTER_FILE, CONFIG_FILE} - self.files.keys():
+            raise ValueError(f"{sorted(missing)} is not among the files")
+        return self
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> Self:
+        if MASTER not in self.kinds or len({*self.kinds}) != len(self.kinds):
+            raise ValueError(f"kinds {list(self.kinds)} must hold {MASTER!r}, and each only once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tensors(self) -> Self:
+        for name, entry in self.tensors.items():
+            numel = entry.n_rows * entry.row_width
+            if numel != _product(entry.shape):
+                raise ValueError(f"{name}: {entry.n_rows} x {entry.row_width} is not its shape {entry.shape}")
+            if fault := tiling_fault(entry.matrix, [piece for _, piece in entry.held_pieces()]):
+                raise ValueError(f"{name}: {fault}")
+            missing = {rank_file(rank) for rank, *_ in entry.pieces} - self.files.keys()
+            if missing:
+                raise ValueError(f"{name}: lies in {sorted(missing)}, which is not among the files")
+        return self
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a run's checkpoints carry beside the numbers: identity of the data, and small files by name."""
+
+    data: DataIdentity
+    files: Mapping[str, bytes]
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def to_bytes(manifest: Manifest) -> tuple[bytes, bytes]:
+    """Return the contents of manifest.json and of manifest.sha256 (which `sha256sum -c` reads)."""
+    text = (manifest.model_dump_json() + "\n").encode()
+    return text, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check a checkpoint's manifest, and see that its files are there at their sizes.
+
+    Raises CheckpointError naming the file and the fault.
+    """
+    path, sum_path = directory / MANIFEST, directory / MANIFEST_SUM
+    text, wanted = _read_small(path), _read_small(sum_path)
+    if wanted != f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode():
+        raise CheckpointError(
+            f"{path}: does not have the SHA-256 that {sum_path.name} says; one of them is damaged"
+        )
+    try:
+        # Python's json takes NaN and Infinity, which JSON does not have, and makes infinity of 1e999.
+        tree = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_each_key_once)
+        _check_version(path, tree)
+        manifest = Manifest.model_validate(tree)
+    except (ValueError, RecursionError) as err:
+        if isinstance(err, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: {printable(_first_line(err))}") from err
+    for name, entry in manifest.files.items():
+        check_size(directory / name, entry)
+    return manifest
+
+
+def _check_version(path: Path, tree: Any) -> None:
+    # Before the fields: another version may have others.
+    found = tree.get("format_version", FORMAT_VERSION) if isinstance(tree, dict) else FORMAT_VERSION
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version={printable(repr(found), 20)} where {FORMAT_VERSION} is read; "
+            "use the Turnout that wrote it"
+        )
+
+
+def _finite(literal: str) -> float:
+    if not math.isfinite(value := float(literal)):
+        raise ValueError(f"{literal} is no number")
+    return value
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of two that are alike, readers differ in which one they believe.
+    if len(tree := dict(pairs)) != len(pairs):
+        raise ValueError("a key comes twice in one object")
+    return tree
+
+
+def check_size(path: Path, entry: FileEntry) -> None:
+    """Raise CheckpointError where a file is missing, is not a plain file, or has another size."""
+    if (found := _size_of(path)) != entry.n_bytes:
+        raise CheckpointError(f"{path}: has {found} bytes where the manifest says {entry.n_bytes}")
+
+
+def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | None = None) -> None:
+    """Read a file whole and compare it with its entry. Raises CheckpointError."""
+    check_size(path, entry)
+    with naming_unreadable(path):
+        found = sha256_of(path, on_read)
+    if found != entry.sha256:
+        raise CheckpointError(f"{path}: SHA-256 {found[:16]}.. where the manifest says {entry.sha256[:16]}..")
+
+
+def _read_small(path: Path) -> bytes:
+    if _size_of(path) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is")
+    with naming_unreadable(path):
+        return path.read_bytes()
+
+
+def _size_of(path: Path) -> int:
+    with naming_unreadable(path):
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{path}: {'is not a plain file' if path.exists() else 'is missing'}")
+        return path.stat().st_size
+
+
+@contextmanager
+def naming_unreadable(path: Path) -> Iterator[None]:
+    """Say which file it is that a failing disk, or a missing permission, does not give."""
+    try:
+        yield
+    except OSError as err:
+        raise UnreadableError(f"{path}: cannot be read: {err.strerror or err}") from err
+
+
+def _first_line(err: Exception) -> str:
+    if isinstance(err, ValidationError):
+        first = err.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return f"{where}: {first['msg']}" if where else str(first["msg"])
+    return f"not a manifest ({type(err).__name__}: {err})"

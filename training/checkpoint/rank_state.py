@@ -1,0 +1,170 @@
+"""What one rank gives to a checkpoint and takes from it: its fragments of the engine's state, by name."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from turnout.moe.load_balancing import RouterState
+from turnout.moe.parallel.sharding import Split, split_of
+from turnout.training.checkpoint.manifest import BIAS, LOAD_FRAC, ROUTER_FILE
+from turnout.training.checkpoint.resharding import Matrix, Piece
+from turnout.training.checkpoint.tensor_files import TensorReader, key_of
+from turnout.training.config.optim import MASTER
+from turnout.training.engine.engine import Engine, Fragment
+from turnout.training.errors import CheckpointError
+from turnout.training.optimizers.adamw import ADAMW_KINDS, ADAMW_SCALARS
+from turnout.training.parallel.groups import Groups
+
+MODULE_PREFIX = "decoder."  # of the engine's module, which is training/objective.py's
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fragment lies in its whole tensor, whose shape this is."""
+
+    shape: tuple[int, ...]
+    matrix: Matrix
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a checkpoint.
+
+    places    by parameter name, what this rank writes of it
+    tensors   by key_of(kind, name), [numel of the piece] fp32
+    router    by name, flat; the first rank writes them
+    """
+
+    kinds: tuple[str, ...]
+    places: Mapping[str, Place]
+    tensors: Mapping[str, Tensor]
+    router: Mapping[str, Tensor]
+
+    def copied_to(self, buffers: dict[str, Tensor]) -> "Share":
+        """Return the share with its tensors copied into host buffers, which are made once and used again."""
+        for key, live in self.tensors.items():
+            if key not in buffers or buffers[key].shape != live.shape:
+                buffers[key] = torch.empty(live.shape, dtype=torch.float32, pin_memory=live.is_cuda)
+            buffers[key].copy_(live, non_blocking=True)
+        router = {name: live.flatten().to("cpu", copy=True) for name, live in self.router.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return replace(self, tensors={key: buffers[key] for key in self.tensors}, router=router)
+
+    def described(self) -> dict[str, tuple]:
+        """Return the places as plain numbers: (shape, n_rows, row_width, piece) by name."""
+        return {
+            name: (
+                place.shape,
+                place.matrix.n_rows,
+                place.matrix.row_width,
+                (place.piece.first_col, place.piece.width, place.piece.start, place.piece.stop),
+            )
+            for name, place in self.places.items()
+        }
+
+
+def share_of(engine: Engine, router_state: RouterState, groups: Groups) -> Share:
+    """Return what this rank writes: together the ranks write each element once. The tensors are live."""
+    layout = groups.layout
+    names = [name for name, _ in engine.module.named_parameters()]
+    places: dict[str, Place] = {}
+    tensors: dict[str, Tensor] = {}
+    for fragment in engine.fragments():
+        # All tensor-parallel ranks hold an unsplit parameter; they take turns in writing them.
+        is_replicated = split_of(fragment.name) is None
+        if is_replicated and names.index(fragment.name) % layout.tp != layout.tp_rank(groups.rank):
+            continue
+        name = fragment.name.removeprefix(MODULE_PREFIX)
+        places[name] = place_of(fragment, groups)
+        tensors |= {key_of(kind, name): values for kind, values in fragment.values.items()}
+    router = {BIAS: router_state.bias_ME, LOAD_FRAC: router_state.load_frac_ME}
+    return Share(engine.state_kinds(), places, tensors, router)
+
+
+def place_of(fragment: Fragment, groups: Groups) -> Place:
+    split = split_of(fragment.name)
+    size, index = _part_of(split, groups)
+    shape = _whole_shape(fragment.part_shape, split, size)
+    matrix = Matrix.of(shape, split)
+    width = matrix.row_width // size
+    n = fragment.values[MASTER].numel()
+    return Place(shape, matrix, Piece(index * width, width, fragment.start, fragment.start + n))
+
+
+def _part_of(split: Split | None, groups: Groups) -> tuple[int, int]:
+    """Return into how many parts a parameter is split, and which of them is this rank's."""
+    layout = groups.layout
+    if split is None:
+        return 1, 0
+    return (
+        (layout.tp, layout.tp_rank(groups.rank))
+        if split.over == "tp"
+        else (layout.ep, layout.ep_rank(groups.rank))
+    )
+
+
+def restore(reader: TensorReader, engine: Engine, router_state: RouterState, groups: Groups) -> RouterState:
+    """Put a checkpoint into the engine, whatever layout saved it; return the router state. Collective.
+
+    router_state: any of the model's; only its shapes are used. Raises CheckpointError where the model's
+    parameters are not those of the checkpoint.
+    """
+    manifest = reader.manifest
+    state = manifest.state
+    check_parameters(reader, engine.module, groups)
+    check_optimizer_state(reader)
+    engine.make_optimizer_state(manifest.kinds, state.optimizer)
+    for fragment in engine.fragments():
+        name, place = fragment.name.removeprefix(MODULE_PREFIX), place_of(fragment, groups)
+        for kind, values in fragment.values.items():
+            reader.read_piece(name, kind, place.piece, values)
+    engine.adopt_masters()
+    engine.restore_loss_scaler(state.loss_scaler)
+    bias_ME, load_frac_ME = (
+        torch.empty_like(router_state.bias_ME),
+        torch.empty_like(router_state.load_frac_ME),
+    )
+    reader.read_named(ROUTER_FILE, BIAS, bias_ME)
+    reader.read_named(ROUTER_FILE, LOAD_FRAC, load_frac_ME)
+    return RouterState(bias_ME, load_frac_ME)
+
+
+def check_parameters(reader: TensorReader, module: nn.Module, groups: Groups) -> None:
+    """Raise CheckpointError where the checkpoint's parameters are not the module's, by name and shape."""
+    wanted = dict(_whole_matrices(module, groups))
+    found = {name: (entry.shape, entry.matrix) for name, entry in reader.manifest.tensors.items()}
+    if wanted == found:
+        return
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            here, there = (x[name][0] if name in x else "absent" for x in (wanted, found))
+            raise CheckpointError(
+                f"{reader.directory}: parameter {name} is {there} where this model's is {here}"
+            )
+
+
+def check_optimizer_state(reader: TensorReader) -> None:
+    """Raise CheckpointError where the state is not AdamW's: all of it, or none before the first update."""
+    kinds, scalars = {*reader.manifest.kinds} - {MASTER}, {*reader.manifest.state.optimizer}
+    if (kinds, scalars) not in ((set(), set()), ({*ADAMW_KINDS}, {*ADAMW_SCALARS})):
+        raise CheckpointError(
+            f"{reader.directory}: holds {sorted(kinds | scalars)} where AdamW keeps "
+            f"{sorted({*ADAMW_KINDS, *ADAMW_SCALARS})}"
+        )
+
+
+def _whole_matrices(
+    module: nn.Module, groups: Groups
+) -> Iterator[tuple[str, tuple[tuple[int, ...], Matrix]]]:
+    for name, parameter in module.named_parameters():
+        split = split_of(name)
+        shape = _whole_shape(parameter.shape, split, _part_of(split, groups)[0])
+        yield name.removeprefix(MODULE_PREFIX), (shape, Matrix.of(shape, split))
+
+
+def _whole_shape(part_shape: Sequence[int], split: Split | None, n_parts: int) -> tuple[int, ...]:
+    return tuple(n * n_parts if split and dim == split.dim else n for dim, n in enumerate(part_shape))

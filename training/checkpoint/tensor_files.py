@@ -1,0 +1,143 @@
+"""The files of a checkpoint that hold tensors: safetensors, written in a stream and read in slices.
+
+Writing is ours and not the library's, for two reasons: each byte is hashed on its way to the disk, so that no
+file is read again to be summed, and a test can stop the process between any two writes. Reading is the
+library's.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from turnout.training.checkpoint.durable_io import Buffer, Disk
+from turnout.training.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    naming_unreadable,
+    rank_file,
+)
+from turnout.training.checkpoint.resharding import Piece, overlaps
+from turnout.training.checkpoint.safetensors_stream import CHUNK_BYTES, Stored, safetensors_chunks
+from turnout.training.errors import CheckpointError, printable
+
+
+def key_of(kind: str, name: str) -> str:
+    """Return the key of a parameter's piece in a rank's file. A rank holds at most one piece of each."""
+    return f"{kind}/{name}"
+
+
+def write_tensors(disk: Disk, path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write fp32 host tensors as a safetensors file, flushed; return its size and SHA-256. Raises OSError."""
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    # partial, and not a lambda, which would see the last tensor only.
+    stored = {key: Stored(tuple(t.shape), t.dtype, partial(iter, [t])) for key, t in tensors.items()}
+    return write_stored(disk, path, stored)
+
+
+def write_stored(disk: Disk, path: Path, stored: Mapping[str, Stored]) -> FileEntry:
+    """Write tensors that are read when it is their turn, as write_tensors does."""
+    digest, n_bytes = hashlib.sha256(), 0
+
+    def hashed() -> Iterator[Buffer]:
+        nonlocal n_bytes
+        for chunk in safetensors_chunks(stored):
+            digest.update(chunk)
+            n_bytes += len(chunk)
+            yield chunk
+
+    disk.write(path, hashed())
+    return FileEntry(n_bytes=n_bytes, sha256=digest.hexdigest())
+
+
+def write_bytes(disk: Disk, path: Path, content: bytes) -> FileEntry:
+    """Write a small file, flushed; return its size and SHA-256. Raises OSError."""
+    disk.write(path, [content])
+    return FileEntry(n_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+class TensorReader:
+    """Reads slices of the tensors of one checkpoint. Each file is mapped once, and nothing is read twice."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory, self.manifest = directory, manifest
+        self._files: dict[str, Any] = {}
+
+    def read_piece(self, name: str, kind: str, wanted: Piece, out: Tensor) -> None:
+        """Fill out [wanted.numel] with a piece of a parameter, from whatever pieces were saved.
+
+        Raises CheckpointError where the checkpoint does not hold all of it.
+        """
+        n_read = 0
+        for rank, piece in self._entry(name).held_pieces():
+            for overlap in overlaps(piece, wanted):
+                source = self._read(rank_file(rank), key_of(kind, name), overlap.read, piece.numel)
+                overlap.copy(source, out)
+                n_read += overlap.numel
+        if n_read != wanted.numel:
+            raise CheckpointError(f"{self.directory}: holds {n_read} of {wanted.numel} elements of {name}")
+
+    def read_named(self, file: str, key: str, out: Tensor) -> None:
+        """Fill out with a whole tensor of its shape from one file. Raises CheckpointError."""
+        out.copy_(self._read(file, key, (0, out.numel()), out.numel()).view_as(out))
+
+    def check_header(self, file: str) -> None:
+        """See that a file is safetensors, and holds each tensor that the manifest promises of it.
+
+        Raises CheckpointError.
+        """
+        self._open(file)
+        for name, numel in self._promised.get(file, ()):
+            for kind in self.manifest.kinds:
+                self._read(file, key_of(kind, name), (0, 0), numel)
+
+    def chunks(self, name: str, kind: str) -> Iterator[Tensor]:
+        """Yield all elements of a parameter, each once and in no order, as flat tensors of CHUNK_BYTES."""
+        n = CHUNK_BYTES // 4
+        for rank, piece in self._entry(name).held_pieces():
+            for start in range(0, piece.numel, n):
+                elements = (start, min(start + n, piece.numel))
+                yield self._read(rank_file(rank), key_of(kind, name), elements, piece.numel)
+
+    @cached_property
+    def _promised(self) -> dict[str, list[tuple[str, int]]]:
+        """Return (name, numel) of each piece, by the file that holds it."""
+        promised: dict[str, list[tuple[str, int]]] = {}
+        for name, entry in self.manifest.tensors.items():
+            for rank, piece in entry.held_pieces():
+                promised.setdefault(rank_file(rank), []).append((name, piece.numel))
+        return promised
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.manifest.tensors:
+            raise CheckpointError(f"{self.directory}: holds no parameter {name}; it is of another model")
+        return self.manifest.tensors[name]
+
+    def _read(self, file: str, key: str, elements: tuple[int, int], numel: int) -> Tensor:
+        path, opened = self.directory / file, self._open(file)
+        try:
+            stored = opened.get_slice(key)
+            if stored.get_dtype() != "F32" or stored.get_shape() != [numel]:
+                raise CheckpointError(
+                    f"{path}: {key} is {stored.get_dtype()} {stored.get_shape()} where the manifest says "
+                    f"F32 [{numel}]"
+                )
+            return stored[elements[0] : elements[1]]
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(f"{path}: {key}: {printable(str(err))}") from err
+
+    def _open(self, file: str) -> Any:
+        path = self.directory / file
+        try:
+            if file not in self._files:
+                with naming_unreadable(path):
+                    self._files[file] = safe_open(path, framework="pt", device="cpu")
+            return self._files[file]
+        except SafetensorError as err:
+            raise CheckpointError(f"{path}: {printable(str(err))}") from err

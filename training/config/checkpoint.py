@@ -1,0 +1,31 @@
+"""The section [checkpoint]: when a run saves, and which checkpoints it keeps."""
+
+from typing import Self
+
+from pydantic import BaseModel, PositiveInt, model_validator
+
+from turnout.moe.config import STRICT
+
+
+class CheckpointConfig(BaseModel):
+    model_config = STRICT
+
+    every_steps: PositiveInt | None = None  # None: only after the last step
+    keep_last: PositiveInt = 3
+    keep_every_steps: PositiveInt | None = None  # those of these steps are kept for ever
+    is_async: bool = True
+
+    @model_validator(mode="after")
+    def _check_kept(self) -> Self:
+        every, kept = self.every_steps, self.keep_every_steps
+        if kept is None:
+            return self
+        if every is None:
+            raise ValueError(
+                f"keep_every_steps={kept} has no effect without every_steps; set it, or drop this"
+            )
+        if kept % every:
+            below = kept // every * every
+            fits = f"{below} or {below + every}" if below else every
+            raise ValueError(f"keep_every_steps={kept} must be a multiple of every_steps={every}; use {fits}")
+        return self
