@@ -105,15 +105,27 @@ def passes_of_a_microbatch(rank: int, cfg: RunConfig, world_size: int) -> int:
         return min(peak_allocated_bytes(lambda: objective(share, state).total.backward()) for _ in range(5))
 
 
-@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.long), "full"])
+PASSES = {
+    "alone": (1, {}, "fp32", "sorted_loop"),
+    "grouped": (1, {}, "bf16", "torch_grouped"),
+    "ep2": (2, {"ep": 2}, "fp32", "sorted_loop"),
+    "tp2": (2, {"tp": 2}, "fp32", "sorted_loop"),
+    "sp2-ep4": (4, {"tp": 2, "ep": 4, "sequence_parallel": True}, "bf16", "sorted_loop"),
+}
+IN_EACH_RUN = {("alone", "none"), ("grouped", "full"), ("ep2", "none"), ("tp2", "full"), ("sp2-ep4", "none")}
+
+
 @pytest.mark.parametrize(
-    ("world_size", "parallel", "precision", "backend"),
+    ("world_size", "parallel", "precision", "backend", "recompute"),
     [
-        pytest.param(1, {}, "fp32", "sorted_loop", id="alone"),
-        pytest.param(1, {}, "bf16", "torch_grouped", id="grouped"),
-        pytest.param(2, {"ep": 2}, "fp32", "sorted_loop", id="ep2"),
-        pytest.param(2, {"tp": 2}, "fp32", "sorted_loop", id="tp2"),
-        pytest.param(4, {"tp": 2, "ep": 4, "sequence_parallel": True}, "bf16", "sorted_loop", id="sp2-ep4"),
+        pytest.param(
+            *case,
+            recompute,
+            id=f"{name}-{recompute}",
+            marks=() if (name, recompute) in IN_EACH_RUN else pytest.mark.long,
+        )
+        for name, case in PASSES.items()
+        for recompute in ("none", "selective", "full")
     ],
 )
 def test_passes_take_the_activations_that_were_planned(
