@@ -1,6 +1,6 @@
 """A model of ours for EleutherAI's lm-evaluation-harness, registered there as "turnout".
 
-    import launch.lm_eval_model
+    import turnout.launch.lm_eval_model
     lm_eval.simple_evaluate(model="turnout", model_args={"path": "runs/first"}, tasks=["arc_easy"])
 
 Every text begins with bos, once, as in training. Rolling log-likelihoods are those of `turnout evaluate`.

@@ -9,7 +9,7 @@ from pathlib import Path
 from turnout.data.corpus import Corpus, open_corpus
 from turnout.data.errors import DataError
 from turnout.launch.devices import count_gpus
-from turnout.moe.experts.requirements import NEEDS
+from turnout.moe.experts.requirements import REQUIREMENTS
 from turnout.training.batches import build_loader
 from turnout.training.config.run import RunConfig
 from turnout.training.errors import ConfigError
@@ -63,7 +63,7 @@ def _check_half_precision(precision: str) -> None:
 
 def check_kernels(backend: str, n_gpus: int) -> None:
     """Raise ConfigError where what an expert backend runs on is not here."""
-    needs = NEEDS[backend]
+    needs = REQUIREMENTS[backend]
     if needs.gpu and not n_gpus:
         raise ConfigError(
             f"train.expert_backend={backend} runs Triton kernels, which need a GPU, and there is none here; "

@@ -22,6 +22,7 @@ from turnout.training.checkpoint.directory import CHECKPOINTS
 from turnout.training.checkpoint.manifest import CONFIG_FILE, PROVENANCE_FILE, Attached, DataIdentity
 from turnout.training.config.run import RunConfig
 from turnout.training.errors import ConfigError
+from turnout.training.renames import PROVENANCE, rename_keys, rename_settings
 
 if TYPE_CHECKING:
     from turnout.data.corpus import Corpus  # numpy, which `turnout status` does without
@@ -66,7 +67,7 @@ def has_run(path: Path) -> bool:
     return False
 
 
-def take_up_run_dir(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int) -> None:
+def resume_run_dir(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int) -> None:
     """Make a run's directory ready for another start of it; nothing but its newest config is written over."""
     (path / "logs").mkdir(exist_ok=True)
     _stamp(path, cfg, corpus, nproc=nproc)
@@ -74,25 +75,25 @@ def take_up_run_dir(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int)
 
 def _stamp(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int) -> None:
     """Write the config, and add this start to the provenance."""
-    starts = _starts(path) if (path / PROVENANCE_FILE).exists() else []
-    starts.append(provenance(corpus, nproc=nproc, argv=sys.argv))
-    write_atomically(path / PROVENANCE_FILE, (json.dumps({"starts": starts}, indent=2) + "\n").encode())
+    attempts = _attempts(path) if (path / PROVENANCE_FILE).exists() else []
+    attempts.append(provenance(corpus, nproc=nproc, argv=sys.argv))
+    write_atomically(path / PROVENANCE_FILE, (json.dumps({"attempts": attempts}, indent=2) + "\n").encode())
     # Last: a directory without it is no run yet.
     write_atomically(path / CONFIG_FILE, to_toml(cfg).encode())
 
 
-def _starts(path: Path) -> list[dict[str, Any]]:
+def _attempts(path: Path) -> list[dict[str, Any]]:
     file = path / PROVENANCE_FILE
     try:
-        starts = json.loads(file.read_bytes())["starts"]
-        for start in starts:
-            DataIdentity(corpus_hash=start["corpus_hash"], tokenizer_sha256=start["tokenizer_sha256"])
-        if not starts or not isinstance(starts, list):
-            raise ValueError("it names no start of the run")
-    except (ValueError, LookupError, TypeError, RecursionError) as err:
+        attempts = rename_keys(json.loads(file.read_bytes()), PROVENANCE)["attempts"]
+        for one in attempts:
+            DataIdentity(corpus_hash=one["corpus_hash"], tokenizer_sha256=one["tokenizer_sha256"])
+        if not attempts or not isinstance(attempts, list):
+            raise ValueError("it names no attempt of the run")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as err:
         what = f"{type(err).__name__}: {str(err).splitlines()[0]}"
         raise ConfigError(f"{file}: damaged ({what}); put a good copy there") from err
-    return starts
+    return attempts
 
 
 def read_config(directory: Path) -> RunConfig:
@@ -102,7 +103,7 @@ def read_config(directory: Path) -> RunConfig:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as err:
         raise ConfigError(f"{path}: cannot be read: {err}; put a good copy there") from err
-    return check_config(tree, str(path))
+    return check_config(rename_settings(tree), str(path))
 
 
 def identity_of(corpus: "Corpus") -> DataIdentity:
@@ -113,7 +114,7 @@ def identity_of(corpus: "Corpus") -> DataIdentity:
 
 def data_identity(run_dir: Path) -> DataIdentity:
     """Return which text the newest start of a run read."""
-    newest = _starts(run_dir)[-1]
+    newest = _attempts(run_dir)[-1]
     return DataIdentity(corpus_hash=newest["corpus_hash"], tokenizer_sha256=newest["tokenizer_sha256"])
 
 

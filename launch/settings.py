@@ -14,8 +14,10 @@ from typing import Any, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from turnout.training.checkpoint.manifest import CONFIG_FILE, PROVENANCE_FILE
 from turnout.training.config.run import RunConfig
 from turnout.training.errors import ConfigError
+from turnout.training.renames import SETTINGS, rename_settings
 
 RECIPES = resources.files("turnout.launch") / "recipes"
 
@@ -36,9 +38,16 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         raise ConfigError(f"{origin}: not valid TOML: {err}") from err
+    if _is_of_a_run(Path(recipe)):
+        tree = rename_settings(tree)
     for override in overrides:
         _apply_override(tree, override)
     return check_config(tree, origin)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Return whether a run wrote this config, perhaps an earlier release, and no person did."""
+    return path.name == CONFIG_FILE and (path.parent / PROVENANCE_FILE).is_file()
 
 
 def check_config(tree: Mapping[str, Any], origin: str) -> RunConfig:
@@ -129,6 +138,8 @@ def _parse_literal(literal: str) -> Any:
 
 def _suggest(path: str) -> str:
     """Name the setting that was probably meant: a like name in this section, or the same name in another."""
+    if path in SETTINGS:
+        return f"; it is called {SETTINGS[path]} now"
     paths = list(setting_paths())
     if within := [p for p in paths if p.startswith(f"{path}.")]:
         return f"; it is a section, with {', '.join(within)}"

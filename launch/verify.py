@@ -11,7 +11,7 @@ from turnout.training.checkpoint.directory import (
     nominal_step,
     none_intact,
     read_checkpoint,
-    verify_share,
+    verify_files,
 )
 from turnout.training.checkpoint.manifest import CONFIG_FILE, MANIFEST
 from turnout.training.errors import CheckpointError, ConfigError
@@ -30,7 +30,7 @@ def verified(path: Path) -> str:
         bar.update(n_read)
 
     try:
-        verify_share(path, manifest, on_read=on_read)
+        verify_files(path, manifest, on_read=on_read)
     finally:
         bar.close()
     mb_per_s = n_read / 1e6 / max(1e-3, time.monotonic() - start_s)

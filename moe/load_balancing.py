@@ -64,7 +64,7 @@ class RouterStats:
     counts_E: Tensor
     entropy_sum: Tensor
     n_dropped: Tensor
-    n_extra_trips: Tensor
+    n_extra_chunks: Tensor
 
     @classmethod
     def stack(cls, layers: list[Self]) -> Self:

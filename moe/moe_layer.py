@@ -18,7 +18,7 @@ from turnout.moe.experts.experts import Experts
 from turnout.moe.experts.permute import invert, permute_rows
 from turnout.moe.layers import SwiGLU
 from turnout.moe.load_balancing import RouterStats
-from turnout.moe.parallel.expert_parallel import Arrival, Dispatcher, Route, Trip
+from turnout.moe.parallel.expert_parallel import Arrival, Chunk, Dispatcher, Route
 from turnout.moe.parallel.tensor_parallel import TensorParallel
 from turnout.moe.recompute import Recompute, RoutingMemo, recompute_if
 from turnout.moe.router import Router, Routing
@@ -53,7 +53,7 @@ class MoELayer(nn.Module):
         sent = self._send(own, self._own_routing(routing), memo)
         shared = None if self.shared is None else self.shared(x)  # while the rows travel
         out = self.tp.join_tokens(self._receive(sent))
-        return out if shared is None else out + shared, _count_trips(stats, memo)
+        return out if shared is None else out + shared, _count_chunks(stats, memo)
 
     def infer(self, x_TD: Tensor, bias_E: Tensor) -> Tensor:
         """Return the layer's output for any number of tokens.
@@ -109,11 +109,11 @@ class MoELayer(nn.Module):
         """Cut the rows into trips, and send the first of them on its way."""
         route = memo.route
         assert route is not None
-        cuts = [trip.n_sent for trip in route.trips]
+        cuts = [chunk.n_sent for chunk in route.chunks]
         n_dropped = rows_ND.size(0) - sum(cuts)
         cuts += [n_dropped] if n_dropped else []
         rows, weights = _split(rows_ND, cuts), _split(weights_N, cuts)
-        loads = [_Load(*load) for load in zip(rows, weights, route.trips, strict=False)]
+        loads = [_Load(*load) for load in zip(rows, weights, route.chunks, strict=False)]
         first = None if route.is_over_limit else self._dispatch(*loads[0])
         return _Travelling(route, loads, torch.zeros_like(rows[-1]) if n_dropped else None, first)
 
@@ -124,7 +124,7 @@ class MoELayer(nn.Module):
         if travelling.route.is_over_limit:
             # Tensors as they are: of a recomputed block, checkpoint would keep what it does not know for one.
             results = [
-                recompute_if(True, self._make_trip, load.rows, load.weights, load.trip) for load in loads
+                recompute_if(True, self._make_chunk, load.rows, load.weights, load.chunk) for load in loads
             ]
         else:
             arriving, returning = travelling.first, list[Arrival]()
@@ -133,18 +133,18 @@ class MoELayer(nn.Module):
                 rows_RD, weights_R = (part.wait() for part in arriving)
                 # The next rows travel while these are computed.
                 arriving = self._dispatch(*loads[i + 1]) if i + 1 < len(loads) else None
-                done = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, load.trip.counts_L)
-                returning.append(self.dispatcher.combine(done, load.trip))
+                done = recompute_if(self.recomputes, self.experts, rows_RD, weights_R, load.chunk.counts_L)
+                returning.append(self.dispatcher.combine(done, load.chunk))
             results = [arrival.wait() for arrival in returning]
         parts = [*results, travelling.dropped] if travelling.dropped is not None else results
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _dispatch(self, rows: Tensor, weights: Tensor, trip: Trip) -> tuple[Arrival, Arrival]:
-        return self.dispatcher.dispatch(rows, trip), self.dispatcher.dispatch(weights, trip)
+    def _dispatch(self, rows: Tensor, weights: Tensor, chunk: Chunk) -> tuple[Arrival, Arrival]:
+        return self.dispatcher.dispatch(rows, chunk), self.dispatcher.dispatch(weights, chunk)
 
-    def _make_trip(self, rows: Tensor, weights: Tensor, trip: Trip) -> Tensor:
-        rows_RD, weights_R = (part.wait() for part in self._dispatch(rows, weights, trip))
-        return self.dispatcher.combine(self.experts(rows_RD, weights_R, trip.counts_L), trip).wait()
+    def _make_chunk(self, rows: Tensor, weights: Tensor, chunk: Chunk) -> Tensor:
+        rows_RD, weights_R = (part.wait() for part in self._dispatch(rows, weights, chunk))
+        return self.dispatcher.combine(self.experts(rows_RD, weights_R, chunk.counts_L), chunk).wait()
 
 
 def _split(rows: Tensor, cuts: list[int]) -> Sequence[Tensor]:
@@ -153,9 +153,9 @@ def _split(rows: Tensor, cuts: list[int]) -> Sequence[Tensor]:
 
 
 @uncompiled
-def _count_trips(stats: RouterStats, memo: RoutingMemo) -> RouterStats:
+def _count_chunks(stats: RouterStats, memo: RoutingMemo) -> RouterStats:
     assert memo.route is not None
-    return replace(stats, n_extra_trips=torch.full_like(stats.n_dropped, memo.route.n_extra))
+    return replace(stats, n_extra_chunks=torch.full_like(stats.n_dropped, memo.route.n_extra))
 
 
 class _Load(NamedTuple):
@@ -163,7 +163,7 @@ class _Load(NamedTuple):
 
     rows: Tensor
     weights: Tensor
-    trip: Trip
+    chunk: Chunk
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Router(nn.Module):
             counts_E=counts_BE.sum(0),
             entropy_sum=(torch.special.entr(probs_TE.detach()).sum(-1) * is_counted_T).sum(),
             n_dropped=n_dropped,
-            n_extra_trips=torch.zeros_like(n_dropped),  # the layer knows
+            n_extra_chunks=torch.zeros_like(n_dropped),  # the layer knows
         )
         return Routing(expert_ids_TK, weights_TK, is_kept_TK), stats
 

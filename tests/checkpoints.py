@@ -17,9 +17,9 @@ from turnout.moe.model import build_decoder
 from turnout.moe.parallel.sharding import own_part, split_of
 from turnout.training.checkpoint.directory import checkpoint_path
 from turnout.training.checkpoint.durable_io import Disk
-from turnout.training.checkpoint.manifest import Attached, DataIdentity, SavedAt, TrainingState
-from turnout.training.checkpoint.rank_state import MODULE_PREFIX, Place, Share
-from turnout.training.checkpoint.resharding import Matrix, Piece
+from turnout.training.checkpoint.manifest import Attached, DataIdentity, SavedLayout, TrainingState
+from turnout.training.checkpoint.rank_state import MODULE_PREFIX, Placement, RankState
+from turnout.training.checkpoint.resharding import Matrix, Shard
 from turnout.training.checkpoint.saver import Saver
 from turnout.training.checkpoint.tensor_files import key_of
 from turnout.training.config.checkpoint import CheckpointConfig
@@ -30,7 +30,7 @@ from turnout.training.guard import GuardState
 from turnout.training.optimizers.adamw import build_adamw
 from turnout.training.parallel.groups import Groups
 from turnout.training.parallel.layout import Layout
-from turnout.training.run_control import Owner, take_over
+from turnout.training.run_control import FencingToken, take_over
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 APPLIED_STEPS = 7.0
@@ -39,7 +39,7 @@ ATTACHED = Attached(DataIdentity(corpus_hash="c", tokenizer_sha256="t"), {"confi
 # The whole of the smallest checkpoint: one parameter, w, by rows.
 SMALL_KINDS = ("master", "exp_avg")
 SMALL_SHAPE = (6, 4)
-ALL_KEPT = CheckpointConfig(every_steps=1, keep_last=100, is_async=False)
+ALL_KEPT = CheckpointConfig(every_steps=1, keep_last=100, async_save=False)
 
 
 def unique_state(cfg: RunConfig) -> dict[tuple[str, str], Tensor]:
@@ -131,26 +131,26 @@ def saver_of(
     attached: Attached = ATTACHED,
 ) -> Saver:
     layout = groups.layout
-    saved_at = SavedAt(
+    saved_layout = SavedLayout(
         world_size=layout.world_size, tp=layout.tp, ep=layout.ep, zero_stage=cfg.parallel.zero_stage
     )
-    return Saver(run_dir, groups, cfg.checkpoint, Owner(run_dir, token), attached, saved_at, disk)
+    return Saver(run_dir, groups, cfg.checkpoint, FencingToken(run_dir, token), attached, saved_layout, disk)
 
 
 def small_numbers(step: int, kind: str) -> Tensor:
     return torch.arange(prod(SMALL_SHAPE), dtype=torch.float32) + 1000 * step + 100 * SMALL_KINDS.index(kind)
 
 
-def small_share(step: int, rank: int, n_ranks: int) -> Share:
+def small_rank_state(step: int, rank: int, n_ranks: int) -> RankState:
     """Return one rank's rows of the only parameter there is."""
     whole = prod(SMALL_SHAPE)
     n = whole // n_ranks
-    place = Place(SMALL_SHAPE, Matrix(1, whole), Piece(0, whole, n * rank, n * rank + n))
+    place = Placement(SMALL_SHAPE, Matrix(1, whole), Shard(0, whole, n * rank, n * rank + n))
     rows = {
         key_of(kind, "w"): small_numbers(step, kind)[n * rank : n * (rank + 1)].clone()
         for kind in SMALL_KINDS
     }
-    return Share(SMALL_KINDS, {"w": place}, rows, {"bias": torch.full((3,), float(step))})
+    return RankState(SMALL_KINDS, {"w": place}, rows, {"bias": torch.full((3,), float(step))})
 
 
 def save_small(
@@ -169,7 +169,7 @@ def save_small(
     groups = Groups(Layout(n_ranks), rank, torch.device("cpu"), timeout_s=30)
     saver = saver_of(run_dir, groups, cfg, token=token, attached=attached)
     for step in steps:
-        saver.save(small_share(step, rank, n_ranks), state_at(step, **state))
+        saver.save(small_rank_state(step, rank, n_ranks), state_at(step, **state))
     saver.close()
     groups.close()
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import is_fake
 from torch.profiler import ProfilerActivity, profile
 
@@ -15,13 +15,18 @@ from turnout.training.engine.engine import Engine
 from turnout.training.parallel.groups import Groups
 
 N_LOOKS = 3
-Storages = dict[int, int]  # bytes by address, so that views count once
+# By address, so that views count once. They are held, so that nothing else gets their addresses meanwhile.
+Storages = dict[int, UntypedStorage]
 
 
 def storages(tensors: Iterable[Tensor]) -> Storages:
     # What torch.compile traced with stays about, with no memory behind it.
     found = [t.untyped_storage() for t in tensors if t.device.type != "meta" and not is_fake(t)]
-    return {storage.data_ptr(): storage.nbytes() for storage in found}
+    return {storage.data_ptr(): storage for storage in found}
+
+
+def n_bytes_of(found: Storages) -> int:
+    return sum(storage.nbytes() for storage in found.values())
 
 
 def all_tensors() -> Storages:
@@ -50,14 +55,15 @@ def held_by(engine: Engine, groups: Groups, known: Storages) -> StateBytes:
 
     def gradient_bytes() -> int:
         found = all_tensors() | storages(t for t in named if t is not None)
-        return sum(n for at, n in found.items() if at not in elsewhere and n < 2 * BUCKET_ELEMENTS)
+        sizes = [storage.nbytes() for at, storage in found.items() if at not in elsewhere]
+        return sum(n_bytes for n_bytes in sizes if n_bytes < 2 * BUCKET_ELEMENTS)
 
     # The least of some looks: gloo's thread lets go of its last tensor when it runs again.
     looks = []
     for _ in range(N_LOOKS):
         time.sleep(0.01)
         looks.append(gradient_bytes())
-    return StateBytes(sum(weights.values()), min(looks), sum(optimizer.values()))
+    return StateBytes(n_bytes_of(weights), min(looks), n_bytes_of(optimizer))
 
 
 def peak_allocated_bytes(run: Callable[[], object]) -> int:

@@ -10,8 +10,8 @@ from turnout.moe.model import Decoder
 from turnout.moe.parallel.sharding import split_of
 from turnout.training.checkpoint.directory import checkpoint_path
 from turnout.training.checkpoint.manifest import BIAS, LOAD_FRAC, Attached, DataIdentity
-from turnout.training.checkpoint.rank_state import Place, Share
-from turnout.training.checkpoint.resharding import Matrix, Piece
+from turnout.training.checkpoint.rank_state import Placement, RankState
+from turnout.training.checkpoint.resharding import Matrix, Shard
 from turnout.training.checkpoint.tensor_files import key_of
 from turnout.training.config.optim import MASTER
 from turnout.training.config.run import RunConfig
@@ -39,11 +39,11 @@ def save_model(
     return checkpoint_path(run_dir, step)
 
 
-def _share_of(decoder: Decoder, state: RouterState) -> Share:
+def _share_of(decoder: Decoder, state: RouterState) -> RankState:
     places, tensors = {}, {}
     for name, parameter in decoder.named_parameters():
         shape = tuple(parameter.shape)
         matrix = Matrix.of(shape, split_of(name))
-        places[name] = Place(shape, matrix, Piece(0, matrix.row_width, 0, parameter.numel()))
+        places[name] = Placement(shape, matrix, Shard(0, matrix.row_width, 0, parameter.numel()))
         tensors[key_of(MASTER, name)] = parameter.detach().flatten()
-    return Share((MASTER,), places, tensors, {BIAS: state.bias_ME, LOAD_FRAC: state.load_frac_ME})
+    return RankState((MASTER,), places, tensors, {BIAS: state.bias_ME, LOAD_FRAC: state.load_frac_ME})

@@ -22,14 +22,14 @@ MAX_OVERFLOWS_IN_A_ROW = 50
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Intervention:
     """A finding and what the config says to do about it."""
 
     finding: Finding
     action: Action
 
 
-class Watch:
+class GuardPolicy:
     """Looks at each step before its update, and again after it. All ranks come to the same result."""
 
     def __init__(self, cfg: RunConfig, groups: Groups, progress: Progress) -> None:
@@ -48,7 +48,7 @@ class Watch:
             self._finding = self._agreed(found)
         return self._finding is None
 
-    def trouble(self, result: StepResult) -> Trouble | None:
+    def intervention(self, result: StepResult) -> Intervention | None:
         """Return what is wrong with a step whose update was tried, and what to do.
 
         Raises DivergedError, on every rank, where the policy is to stop, or its limit is reached.
@@ -75,7 +75,7 @@ class Watch:
                 f"{self._described(result)}; the update was not applied, and "
                 f"guard.max_interventions={guard.max_interventions} is used up. {_way_out(self._finding)}"
             )
-        return Trouble(self._finding, action)
+        return Intervention(self._finding, action)
 
     def _is_mere_overflow(self, result: StepResult) -> bool:
         """Return whether fp16's loss scale was too high, which it mends by itself."""

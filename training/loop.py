@@ -11,8 +11,8 @@ from turnout.data.loader import Batch
 from turnout.data.skips import SkippedWindow, data_step_at, merged, read_skips, write_skips
 from turnout.moe.load_balancing import RouterState, load_fractions
 from turnout.training.batches import build_loader, prefetch
-from turnout.training.checkpoint.manifest import Attached, Manifest, SavedAt
-from turnout.training.checkpoint.rank_state import restore, share_of
+from turnout.training.checkpoint.manifest import Attached, Manifest, SavedLayout
+from turnout.training.checkpoint.rank_state import rank_state_of, restore
 from turnout.training.checkpoint.saver import Saver
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.config.run import RunConfig
@@ -20,15 +20,15 @@ from turnout.training.engine.build import build_engine
 from turnout.training.errors import DivergedError, SaveError, TakenOverError
 from turnout.training.evaluation.held_out import evaluate
 from turnout.training.generation.generate import continue_prompts
-from turnout.training.guard_policy import Trouble, Watch
+from turnout.training.guard_policy import GuardPolicy, Intervention
 from turnout.training.hardware import DTYPES, PeakFlops, expert_backend_of, peak_flops
 from turnout.training.metrics import MetricsLog, Row
 from turnout.training.optimizers.schedule import lr_at
 from turnout.training.parallel.groups import Groups
 from turnout.training.progress import Progress
-from turnout.training.run_control import Owner, State, Status, StopFile
+from turnout.training.run_control import FencingToken, State, Status, StopFile
 from turnout.training.step import StepResult, advance_router_state, train_step
-from turnout.training.throughput import Clock, Longest
+from turnout.training.throughput import MaxTimer, Throughput
 
 log = logging.getLogger("turnout")
 
@@ -53,9 +53,9 @@ def train(
     groups: Groups,
     observer: Observer | None,
     *,
-    owner: Owner,
+    fencing_token: FencingToken,
     attached: Attached,
-    start_dir: Path,
+    attempt_dir: Path,
 ) -> None:
     """Run the whole of cfg on this rank, from the run's newest checkpoint on, or until it is asked to stop;
     every rank calls it, and the first brings an observer.
@@ -65,18 +65,18 @@ def train(
     Raises ConfigError, DataError, CheckpointError, DivergedError, SaveError or TakenOverError, each the same
     on every rank where the cause is shared.
     """
-    run = Run(cfg, run_dir, groups, observer, owner, attached, StopFile(start_dir, groups))
-    run.go_on()
+    run = Run(cfg, run_dir, groups, observer, fencing_token, attached, StopFile(attempt_dir, groups))
+    run.resume()
     try:
         while run.progress.step < cfg.train.n_steps:
-            trouble = run.train_on()
-            if trouble is not None:
-                run.roll_back(trouble)
+            intervention = run.train_on()
+            if intervention is not None:
+                run.roll_back(intervention)
             elif run.progress.step < cfg.train.n_steps:
-                run.leave_early()
+                run.stop_early()
                 return
     except DivergedError:  # on every rank at the same step, so what is being saved can still be
-        run.see_saved()
+        run.wait_saved()
         raise
     run.finish()
 
@@ -90,7 +90,7 @@ class Run:
         run_dir: Path,
         groups: Groups,
         observer: Observer | None,
-        owner: Owner,
+        fencing_token: FencingToken,
         attached: Attached,
         stop_file: StopFile,
     ) -> None:
@@ -101,41 +101,41 @@ class Run:
         self._engine, self._decoder = build_engine(cfg, groups)
         self.progress = Progress(RouterState.initial(cfg.model, groups.device))
         layout = groups.layout
-        self._saved_at = SavedAt(
+        self._saved_layout = SavedLayout(
             world_size=layout.world_size, tp=layout.tp, ep=layout.ep, zero_stage=cfg.parallel.zero_stage
         )
-        self._saver = Saver(run_dir, groups, cfg.checkpoint, owner, attached, self._saved_at)
+        self._saver = Saver(run_dir, groups, cfg.checkpoint, fencing_token, attached, self._saved_layout)
         self._metrics: MetricsLog | None = None
         peak = peak_flops(groups.device, DTYPES[cfg.train.precision])
-        self._clock = Clock(cfg.model, groups, peak)
-        self._stop_file, self._gap = stop_file, Longest()
+        self._throughput = Throughput(cfg.model, groups, peak)
+        self._stop_file, self._gap = stop_file, MaxTimer()
         _log_choices(cfg, groups, peak)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Go on from the newest intact checkpoint, where there is one. Collective. Raises CheckpointError."""
         skipped = read_skips(self.run_dir / SKIPPED_FILE)
-        found = self._saver.find_intact(self._tell)
+        found = self._saver.find_intact(self._report)
         if found is None:
             self.progress = replace(self.progress, skipped=skipped, n_interventions=len(skipped))
             self._open_metrics()
         else:
-            self._take_up(*found, skipped)
+            self._restore(*found, skipped)
 
-    def _take_up(self, path: Path, manifest: Manifest, skipped: tuple[SkippedWindow, ...]) -> None:
+    def _restore(self, path: Path, manifest: Manifest, skipped: tuple[SkippedWindow, ...]) -> None:
         reader = TensorReader(path, manifest)
         router_state = restore(reader, self._engine, self.progress.router_state, self.groups)
         self.progress = Progress.restored(router_state, manifest.state, skipped)
-        saved, now = manifest.saved_at, self._saved_at
-        self._tell(f"going on from {path}" + ("" if saved == now else f", saved at {saved}, now {now}"))
+        saved, now = manifest.saved_layout, self._saved_layout
+        self._report(f"going on from {path}" + ("" if saved == now else f", saved at {saved}, now {now}"))
         self._open_metrics()
 
-    def train_on(self) -> Trouble | None:
+    def train_on(self) -> Intervention | None:
         """Train to the last step, to a step after which the run must go back, and return why, or to where it
         is asked to stop.
         """
         cfg, progress = self.cfg, self.progress
-        watch = Watch(cfg, self.groups, progress)
-        self._clock.restart()
+        policy = GuardPolicy(cfg, self.groups, progress)
+        self._throughput.restart()
         self._gap.begin()
         with prefetch(
             self._loader,
@@ -147,19 +147,21 @@ class Run:
         ) as batches:
             for step, microbatches in batches:
                 with _naming_step(step + 1):
-                    result, trouble = self._step(step, microbatches, watch)
-                    if trouble is not None and trouble.action == "rollback":
-                        return trouble
+                    result, intervention = self._step(step, microbatches, policy)
+                    if intervention is not None and intervention.action == "rollback":
+                        return intervention
                     self._record(result)
                     self._save_if_due()
                     self._gap.end()
                     if self._stop_file.is_there():
                         return None
                     self._gap.begin()
-                    self.groups.ledger.at(progress.step, "data")
+                    self.groups.recorder.enter_phase(progress.step, "data")
         return None
 
-    def _step(self, step: int, microbatches: list[Batch], watch: Watch) -> tuple[StepResult, Trouble | None]:
+    def _step(
+        self, step: int, microbatches: list[Batch], policy: GuardPolicy
+    ) -> tuple[StepResult, Intervention | None]:
         """Take one step and note its outcome."""
         cfg, progress = self.cfg, self.progress
         self._saver.poll()
@@ -170,70 +172,72 @@ class Run:
             step=step + 1,
             lr=self._lr_at(step),
             groups=self.groups,
-            is_wanted=watch.is_wanted,
+            is_wanted=policy.is_wanted,
         )
-        trouble = watch.trouble(result)
+        intervention = policy.intervention(result)
         progress.step, was_applied = step + 1, result.outcome.was_applied
         progress.router_state = advance_router_state(progress.router_state, result, cfg.model.balance)
         progress.tokens_seen += cfg.train.batch_tokens
         progress.n_skipped += not was_applied
         progress.n_skipped_in_a_row = 0 if was_applied else progress.n_skipped_in_a_row + 1
-        if trouble is not None and trouble.action == "skip":
+        if intervention is not None and intervention.action == "skip":
             progress.n_interventions += 1
-            self._tell(f"step {step + 1}: {trouble.finding.text}; its update was skipped")
-        self._clock.count(cfg.train.batch_tokens)
-        return result, trouble
+            self._report(f"step {step + 1}: {intervention.finding.text}; its update was skipped")
+        self._throughput.count(cfg.train.batch_tokens)
+        return result, intervention
 
-    def roll_back(self, trouble: Trouble) -> None:
+    def roll_back(self, intervention: Intervention) -> None:
         """Go back to the newest intact checkpoint, and leave out the data that led here. Collective."""
         here, step = self.progress, self.progress.step
         last = data_step_at(step - 1, here.skipped)
-        found = self._saver.find_intact(self._tell)
+        found = self._saver.find_intact(self._report)
         if found is None:
             raise DivergedError(
-                f"step {step}: {trouble.finding.text}, but there is no checkpoint to go back to yet; lower "
+                f"step {step}: {intervention.finding.text}, but there is no checkpoint to go back to yet; lower "
                 "checkpoint.every_steps, or lower optim.lr"
             )
         # Not before the checkpoint: the data up to there has been read, and stays where it is in the order.
         first_unread = data_step_at(found[1].state.step, here.skipped)
         assert self.cfg.guard.skip_window_steps is not None, "GuardConfig fills it in"
         first = max(first_unread, last + 1 - self.cfg.guard.skip_window_steps)
-        window = SkippedWindow(first, last, f"step {step}: {trouble.finding.text}")
+        window = SkippedWindow(first, last, f"step {step}: {intervention.finding.text}")
         skipped = merged(here.skipped, [window])
         # On disk before training goes on, so that a kill does not lead back into the same data.
         if self.groups.is_first:
             write_skips(self.run_dir / SKIPPED_FILE, skipped)
-        self._tell(f"step {step}: {trouble.finding.text}; going back, without data steps {first} to {last}")
-        self._take_up(*found, skipped)
+        self._report(
+            f"step {step}: {intervention.finding.text}; going back, without data steps {first} to {last}"
+        )
+        self._restore(*found, skipped)
         self.progress.n_interventions = here.n_interventions + 1
 
-    def see_saved(self) -> None:
+    def wait_saved(self) -> None:
         """Wait for the save under way, in a run that ends for another reason."""
         try:
             self._saver.wait()
         except (SaveError, TakenOverError) as err:
-            self._tell(str(err))
+            self._report(str(err))
 
-    def leave_early(self) -> None:
+    def stop_early(self) -> None:
         """Save where the run is, and end; whoever asked for it lets it go on later."""
         if self._saver.newest_step != self.progress.step:
             self._save()
-        self.groups.ledger.at(self.progress.step, "last checkpoint")
+        self.groups.recorder.enter_phase(self.progress.step, "last checkpoint")
         self._saver.close()
-        self._tell(f"stopped after step {self.progress.step}, as asked; saved, and can be gone on with")
-        self._tell_status("saved")
+        self._report(f"stopped after step {self.progress.step}, as asked; saved, and can be gone on with")
+        self._report_status("saved")
         self._close()
 
     def finish(self) -> None:
         """Sample from the trained model, and see the last checkpoint written."""
-        self.groups.ledger.at(self.progress.step, "sampling")
+        self.groups.recorder.enter_phase(self.progress.step, "sampling")
         for prompt, text in self._samples():
             if self._metrics is not None and self._observer is not None:
                 self._metrics.write_text("sample", f"**{prompt}**{text}", self.progress.step)
                 self._observer.on_text(prompt, text)
-        self.groups.ledger.at(self.progress.step, "last checkpoint")
+        self.groups.recorder.enter_phase(self.progress.step, "last checkpoint")
         self._saver.close()
-        self._tell_status("done")
+        self._report_status("done")
         self._close()
 
     def _close(self) -> None:
@@ -248,15 +252,15 @@ class Run:
         row: Row = {"step": progress.step}
         if is_last or progress.step % cfg.log.every_steps == 0:
             lr = self._lr_at(progress.step - 1)
-            row |= _step_row(result, progress, lr, self._engine.loss_scale) | self._clock.row()
+            row |= _step_row(result, progress, lr, self._engine.loss_scale) | self._throughput.row()
         if is_last or _is_due(progress.step, cfg.eval.every_steps):
-            self.groups.ledger.at(progress.step, "evaluation")
+            self.groups.recorder.enter_phase(progress.step, "evaluation")
             row |= self._evaluation_row()
-            self._clock.restart()
+            self._throughput.restart()
         if len(row) > 1 and self._metrics is not None and self._observer is not None:
             self._metrics.write(row)
             self._observer.on_row(row)
-            self._tell_status("training")
+            self._report_status("training")
 
     def _save_if_due(self) -> None:
         step = self.progress.step
@@ -264,8 +268,8 @@ class Run:
             self._save()
 
     def _save(self) -> None:
-        self.groups.ledger.at(self.progress.step, "checkpoint")
-        share = share_of(self._engine, self.progress.router_state, self.groups)
+        self.groups.recorder.enter_phase(self.progress.step, "checkpoint")
+        share = rank_state_of(self._engine, self.progress.router_state, self.groups)
         scalars, scaler = self._engine.optimizer_scalars(), self._engine.loss_scaler_state()
         self._saver.save(share, self.progress.to_state(optimizer=scalars, loss_scaler=scaler))
 
@@ -278,12 +282,12 @@ class Run:
                 self.run_dir, self.cfg.log.trackers, config, after_step=self.progress.step
             )
 
-    def _tell(self, event: str) -> None:
+    def _report(self, event: str) -> None:
         log.info(event)
         if self._observer is not None:
             self._observer.on_event(event)
 
-    def _tell_status(self, state: State) -> None:
+    def _report_status(self, state: State) -> None:
         if self._observer is not None:
             longest = (self._gap.longest_s, self._saver.longest_s)
             self._observer.on_status(Status(state, self.progress.step, *longest))
@@ -343,8 +347,8 @@ def _step_row(result: StepResult, progress: Progress, lr: float, loss_scale: flo
         "train/loss_scale": loss_scale,
         "router/max_load_frac": float(load_fractions(result.counts_ME).max()),
         "router/entropy_nats": float(result.entropy),
-        "router/dropped_tokens": int(result.n_dropped),
-        "perf/extra_trips": int(result.n_extra_trips),
+        "router/dropped_rows": int(result.n_dropped),
+        "perf/extra_chunks": int(result.n_extra_chunks),
     }
 
 

@@ -27,20 +27,20 @@ def take_over(run_dir: Path) -> str:
     return token
 
 
-class Owner:
+class FencingToken:
     """One start of a run."""
 
     def __init__(self, run_dir: Path, token: str) -> None:
         self._path, self.token = run_dir / OWNER_FILE, token
 
     @classmethod
-    def of_start(cls, run_dir: Path, start_dir: Path) -> Self:
+    def of_attempt(cls, run_dir: Path, attempt_dir: Path) -> Self:
         """Return a start that has taken over before, perhaps in another process or on another node."""
-        return cls(run_dir, (start_dir / OWNER_FILE).read_text(encoding="utf-8").strip())
+        return cls(run_dir, (attempt_dir / OWNER_FILE).read_text(encoding="utf-8").strip())
 
-    def hand_to(self, start_dir: Path) -> None:
+    def hand_over(self, attempt_dir: Path) -> None:
         """Leave the token where all processes of this start, and only they, look for it."""
-        write_atomically(start_dir / OWNER_FILE, f"{self.token}\n".encode())
+        write_atomically(attempt_dir / OWNER_FILE, f"{self.token}\n".encode())
 
     def check(self) -> None:
         """Raise TakenOverError where a later start owns the run directory."""
@@ -55,16 +55,16 @@ class Owner:
 STOP_FILE = "stop"
 
 
-def ask_to_stop(start_dir: Path) -> None:
+def ask_to_stop(attempt_dir: Path) -> None:
     """Ask the ranks of one start of a run to save at the next step boundary, and end."""
-    (start_dir / STOP_FILE).touch()
+    (attempt_dir / STOP_FILE).touch()
 
 
 class StopFile:
     """The file of one start, looked at by the first rank alone."""
 
-    def __init__(self, start_dir: Path, groups: "Groups") -> None:
-        self._path, self._groups = start_dir / STOP_FILE, groups
+    def __init__(self, attempt_dir: Path, groups: "Groups") -> None:
+        self._path, self._groups = attempt_dir / STOP_FILE, groups
 
     def is_there(self) -> bool:
         """Return whether the ranks are to stop; the same on all of them. Collective."""
@@ -72,7 +72,7 @@ class StopFile:
         return not self._groups.all_agree(not is_asked)
 
 
-STATUS_FILE = "status.json"  # in logs/start-00001/, written by the first rank
+STATUS_FILE = "status.json"  # in logs/attempt-00001/, written by the first rank
 
 State = Literal["training", "saved", "done"]
 
@@ -92,16 +92,16 @@ class Status:
     longest_save_s: float | None
 
 
-def write_status(start_dir: Path, status: Status) -> None:
+def write_status(attempt_dir: Path, status: Status) -> None:
     """Leave the status. Not flushed to the disk: training waits for this, and the next one is soon there."""
-    part = (start_dir / STATUS_FILE).with_suffix(".tmp")
+    part = (attempt_dir / STATUS_FILE).with_suffix(".tmp")
     part.write_text(json.dumps(asdict(status)), encoding="utf-8")
-    part.replace(start_dir / STATUS_FILE)
+    part.replace(attempt_dir / STATUS_FILE)
 
 
-def read_status(start_dir: Path) -> Status | None:
+def read_status(attempt_dir: Path) -> Status | None:
     """Return the newest status of a start; None where it took no step."""
     try:
-        return Status(**json.loads((start_dir / STATUS_FILE).read_bytes()))
+        return Status(**json.loads((attempt_dir / STATUS_FILE).read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):  # a power loss may leave half of one
         return None

@@ -39,7 +39,7 @@ class StepResult:
     entropy: Tensor
     counts_ME: Tensor
     n_dropped: Tensor
-    n_extra_trips: Tensor
+    n_extra_chunks: Tensor
     local_nll: Tensor
     outcome: StepOutcome
 
@@ -78,9 +78,9 @@ def accumulate(
     n_tokens = groups.sum_over_tokens(n_tokens.to(groups.device))
     sums: Tensor | None = None
     for i, microbatch in enumerate(microbatches):
-        groups.ledger.at(step, "forward")
+        groups.recorder.enter_phase(step, "forward")
         objective: ObjectiveSums = engine.forward(to_device(microbatch, groups.device), router_state)
-        groups.ledger.at(step, "backward")
+        groups.recorder.enter_phase(step, "backward")
         engine.backward(objective.total / n_tokens)
         packed = _pack(objective)
         sums = packed if sums is None else sums + packed
@@ -115,7 +115,7 @@ def train_step(
     totals = accumulate(engine, microbatches, router_state, step=step, groups=groups)
     if is_wanted is not None and not is_wanted(totals):
         engine.drop_step()
-    groups.ledger.at(step, "optimizer step")
+    groups.recorder.enter_phase(step, "optimizer step")
     return apply_update(engine, totals, router_state, lr=lr)
 
 
@@ -131,13 +131,13 @@ def _pack(objective: ObjectiveSums) -> Tensor:
     """Lay all sums of a micro-batch in one fp64 row, so that they cost one reduction."""
     stats = objective.stats
     scalars = [objective.nll, stats.balance_sum.mean(), stats.z_sum.mean(), stats.entropy_sum.mean()]
-    scalars += [stats.n_dropped.sum(), stats.n_extra_trips.sum()]
+    scalars += [stats.n_dropped.sum(), stats.n_extra_chunks.sum()]
     row = torch.stack([x.detach().double() for x in scalars])
     return torch.cat([row, stats.counts_E.flatten().double()])  # counts stay exact in fp64 up to 2**53
 
 
 def _unpack(totals: StepTotals, state: RouterState, outcome: StepOutcome) -> StepResult:
-    _, balance, z, entropy, n_dropped, n_extra_trips = totals.sums[:_N_SCALARS]
+    _, balance, z, entropy, n_dropped, n_extra_chunks = totals.sums[:_N_SCALARS]
     return StepResult(
         loss=totals.loss,
         balance_loss=balance / totals.n_tokens,
@@ -145,7 +145,7 @@ def _unpack(totals: StepTotals, state: RouterState, outcome: StepOutcome) -> Ste
         entropy=entropy / totals.n_tokens,
         counts_ME=totals.counts.view_as(state.bias_ME),
         n_dropped=n_dropped.long(),
-        n_extra_trips=n_extra_trips.long(),
+        n_extra_chunks=n_extra_chunks.long(),
         local_nll=totals.local_nll,
         outcome=outcome,
     )

@@ -11,7 +11,7 @@ from turnout.training.metrics import Row
 from turnout.training.parallel.groups import Groups
 
 
-class Longest:
+class MaxTimer:
     """The longest of some times, seconds."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Longest:
         self.longest_s = max(self.longest_s, time.monotonic() - self._start_s)
 
 
-class Clock:
+class Throughput:
     """Speed since the last row, over all ranks."""
 
     def __init__(self, model: ModelConfig, groups: Groups, peak: PeakFlops) -> None:

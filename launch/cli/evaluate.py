@@ -95,7 +95,7 @@ def lm_eval(
     )
 
 
-def routes(
+def experts(
     model: Model,
     text: Annotated[str | None, Parameter(help="Some words, in quotes.")] = None,
     /,
@@ -116,12 +116,12 @@ def routes(
     Of a text: one row per token, one column per expert layer, with ids and weights of its experts. Of a
     corpus: the share of each expert's rows by source and by class of token, against that of all tokens.
 
-    Example: turnout routes runs/first "def add(a, b): return a + b" --out routes.svg
+    Example: turnout experts runs/first "def add(a, b): return a + b" --out routes.svg
     """
     check_is_model(model)
-    from turnout.launch.commands.experts import run_routes
+    from turnout.launch.commands.experts import run_experts
 
-    run_routes(
+    run_experts(
         model,
         text,
         corpus=corpus,

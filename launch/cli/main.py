@@ -16,6 +16,7 @@ from turnout.launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
 from turnout.launch.ranks.launcher import waiting_threads
 from turnout.launch.slurm.client import SlurmError
 from turnout.training.errors import CheckpointError, ConfigError, ExportError, printable
+from turnout.training.renames import COMMANDS
 
 app = App(
     name="turnout",
@@ -34,7 +35,7 @@ for command in (
     export.export,
     evaluate.evaluate,
     evaluate.lm_eval,
-    evaluate.routes,
+    evaluate.experts,
     generate.generate,
 ):
     app.command(command)
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault(name, value)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale's encoding may not have a text's characters
         sys.stdout.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in COMMANDS:
+        _fail(f"`turnout {words[0]}` is called `turnout {COMMANDS[words[0]]}` now", BAD_CONFIG)
     try:
         app(arguments, exit_on_error=False, print_error=False, console=Console(soft_wrap=True))
     except CycloptsError as err:

@@ -32,7 +32,7 @@ from turnout.training.errors import CheckpointError, printable
 if TYPE_CHECKING:
     from turnout.training.checkpoint.tensor_files import TensorReader
 
-COLUMNS = ("step", "size", "saved at", "tokens seen", "written", "state")
+COLUMNS = ("step", "size", "saved layout", "tokens seen", "written", "state")
 
 
 def list_saved(run_dir: Path) -> None:
@@ -125,7 +125,7 @@ def _summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "tokens seen", f"{state.tokens_seen:,}"
     yield "written", _written(path)
     yield "size", f"{format_size(manifest.n_bytes)} in {len(manifest.files)} files"
-    yield "saved at", f"{_layout(manifest)} (it loads at any other)"
+    yield "saved layout", f"{_layout(manifest)} (it loads at any other)"
     yield "corpus", printable(data.corpus_hash)
     yield "tokenizer", printable(data.tokenizer_sha256)
     yield "config", str(path / CONFIG_FILE)
@@ -192,7 +192,7 @@ def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is
 
 
 def _layout(manifest: Manifest) -> str:
-    at = manifest.saved_at
+    at = manifest.saved_layout
     return f"world={at.world_size} tp={at.tp} ep={at.ep} zero={at.zero_stage}"
 
 

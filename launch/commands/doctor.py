@@ -20,9 +20,9 @@ from rich.table import Table
 
 from turnout.data.corpus import open_corpus
 from turnout.launch.exit_codes import DONE, OTHER
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
 from turnout.launch.ranks.failures import explain_failures
 from turnout.launch.ranks.launcher import launch_ranks, this_machine
-from turnout.launch.ranks.start_dir import make_start_dir
 from turnout.launch.settings import to_toml
 from turnout.training.batches import build_loader
 from turnout.training.config.run import RunConfig
@@ -37,7 +37,7 @@ from turnout.training.parallel.layout import Layout, name_ranks
 # Files in the ranks' directory: what to compare, and a line for each variant that was.
 PLAN, RESULTS = "doctor.json", "results.jsonl"
 # Two sources that are soon seen whole, so that the order of several epochs is compared.
-MADE_UP_ORDER = Order(n_samples_per_source=(37, 11), weights=(0.7, 0.3))
+SYNTHETIC_ORDER = Order(n_samples_per_source=(37, 11), weights=(0.7, 0.3))
 TABLE_WIDTH = 260  # where the output is no terminal
 
 
@@ -61,13 +61,13 @@ def examine(
     (directory / PLAN).write_text(json.dumps(plan), encoding="utf-8")
     # The ranks are CPU processes even where there are GPUs: fp32 is exact there, and no GPU is taken.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    start_dir = make_start_dir(directory / "logs")
-    ended = launch_ranks(directory, start_dir, this_machine(nproc), worker)
+    attempt_dir = make_attempt_dir(directory / "logs")
+    ended = launch_ranks(directory, attempt_dir, this_machine(nproc), worker)
     results, reasons = read_results(directory), []
     if ended.is_done:
         shutil.rmtree(directory)
     else:
-        reasons = explain_failures(start_dir, Layout(nproc), ended.stuck)[1]
+        reasons = explain_failures(attempt_dir, Layout(nproc), ended.stuck)[1]
         reasons.append(f"the ranks ended early; their logs are in {directory / 'logs'}")
     print_table(results, console)
     return conclude(results, reasons, n_wanted=len(list_variants(small, chosen)))
@@ -104,7 +104,7 @@ def order_of(cfg: RunConfig) -> Order:
     """Return what decides the order of samples: of the user's corpus where it is there, else made up."""
     path = Path(cfg.data.corpus)
     if not path.exists():
-        return MADE_UP_ORDER
+        return SYNTHETIC_ORDER
     corpus = open_corpus(path, verify="size")
     n_samples = build_loader(cfg, corpus).n_samples_per_source
     return Order(tuple(n_samples), tuple(stream.weight for stream in corpus.split("train")))

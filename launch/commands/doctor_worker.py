@@ -23,8 +23,8 @@ from turnout.launch.run_dir import read_config
 from turnout.training.doctor.compare import Comparison, compare
 from turnout.training.doctor.layouts_to_try import list_variants
 from turnout.training.doctor.parity import find_steady_batches, train_by_engine
-from turnout.training.doctor.synthetic_batches import MadeUpLoader, Order
-from turnout.training.parallel.flight_recorder import NoLedger
+from turnout.training.doctor.synthetic_batches import Order, SyntheticLoader
+from turnout.training.parallel.flight_recorder import NullRecorder
 from turnout.training.parallel.groups import Groups, join_groups, leave_groups
 from turnout.training.parallel.layout import Layout
 
@@ -48,10 +48,12 @@ def compare_all(directory: Path) -> None:
     cfg, plan = read_config(directory), json.loads((directory / PLAN).read_text(encoding="utf-8"))
     layouts = [Layout(**layout) for layout in plan["layouts"]]
     order = Order(tuple(plan["n_samples_per_source"]), tuple(plan["weights"]))
-    known = {layouts[0]: join_groups(layouts[0], torch.device("cpu"), timeout_s=TIMEOUT_S, ledger=NoLedger())}
+    known = {
+        layouts[0]: join_groups(layouts[0], torch.device("cpu"), timeout_s=TIMEOUT_S, recorder=NullRecorder())
+    }
     rank = known[layouts[0]].rank
     seed, want = find_steady_batches(cfg, order)
-    loader = MadeUpLoader(cfg, order, seed)
+    loader = SyntheticLoader(cfg, order, seed)
     variants = list_variants(cfg, layouts)
     bar = LiveBar("comparing", len(variants)) if rank == 0 else None
     for n_done, variant in enumerate(variants, 1):

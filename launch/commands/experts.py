@@ -1,4 +1,4 @@
-"""`turnout routes`: which experts each token of a text takes, and what the experts of a corpus are for."""
+"""`turnout experts`: which experts each token of a text takes, and what the experts of a corpus are for."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from turnout.data.tokenizer import Tokenizer
 from turnout.data.windows import EvaluationDocument, evaluation_documents
 from turnout.launch.arguments import check_at_least, check_out_file, check_text
 from turnout.launch.commands.evaluate import n_documents_of
-from turnout.launch.commands.figure import PICTURES, Picture, expert_colour, ratio_colour
+from turnout.launch.commands.figure import PICTURES, Figure, expert_colour, ratio_colour
 from turnout.launch.console import LiveBar, print_table
 from turnout.launch.models import DType, LoadedModel, load_model
 from turnout.training.errors import ConfigError, printable
@@ -30,7 +30,7 @@ COLUMNS = ("layer", "expert", "kind", "group", "rows", "share_of_expert", "share
 ROW, MARGIN, LABEL, CHOICE = 20, 12, 120, 34
 
 
-def run_routes(
+def run_experts(
     path: Path,
     text: str | None,
     *,
@@ -72,17 +72,17 @@ def _show_text(model: LoadedModel, text: str, microbatch_seqs: int, out: Path | 
     tokenizer = model.tokenizer
     token_ids = [tokenizer.bos_id, *tokenizer.encode(text)]
     cfg = model.decoder.cfg
-    picture = _text_canvas(cfg.n_moe_layers, len(token_ids), cfg.top_k)
+    figure = _text_canvas(cfg.n_moe_layers, len(token_ids), cfg.top_k)
     if out is not None:
-        picture.check_size(out)
+        figure.check_size(out)
     routes = route_text(model.decoder, model.state, token_ids, microbatch_seqs=microbatch_seqs)
     labels = [token_label(i, tokenizer) for i in token_ids]
     first_layer = cfg.n_layers - cfg.n_moe_layers
     for table in _text_tables(routes, labels, first_layer, Console()):
         print_table(table)
     if out is not None:
-        _draw_text(picture, routes, labels, first_layer)
-        picture.save(out)
+        _draw_text(figure, routes, labels, first_layer)
+        figure.save(out)
         print(f"figure: {out}")
 
 
@@ -128,18 +128,18 @@ def _choices(routes: TokenRoutes, layer: int, t: int) -> list[tuple[int, float, 
     return list(zip(*(part[layer, t].tolist() for part in parts), strict=True))
 
 
-def _text_canvas(n_layers: int, n_tokens: int, top_k: int) -> Picture:
+def _text_canvas(n_layers: int, n_tokens: int, top_k: int) -> Figure:
     width = 2 * MARGIN + LABEL + n_layers * (CHOICE * top_k + 6)
-    return Picture(width, 2 * MARGIN + (n_tokens + 1) * ROW)
+    return Figure(width, 2 * MARGIN + (n_tokens + 1) * ROW)
 
 
-def _draw_text(picture: Picture, routes: TokenRoutes, labels: list[str], first_layer: int) -> None:
+def _draw_text(figure: Figure, routes: TokenRoutes, labels: list[str], first_layer: int) -> None:
     """Draw one row per token, one column per layer; each cell is cut by the weights of its experts."""
     n_layers, n_tokens, top_k = routes.expert_ids_MTK.shape
     width = CHOICE * top_k
     for layer in range(n_layers):
         x = MARGIN + LABEL + layer * (width + 6)
-        picture.add_words(x + width / 2, MARGIN + ROW / 2, f"layer {first_layer + layer}", is_centred=True)
+        figure.add_words(x + width / 2, MARGIN + ROW / 2, f"layer {first_layer + layer}", is_centred=True)
         for t in range(n_tokens):
             y, left = MARGIN + (t + 1) * ROW, float(x)
             choices = _choices(routes, layer, t)
@@ -148,12 +148,12 @@ def _draw_text(picture: Picture, routes: TokenRoutes, labels: list[str], first_l
                 part = width * weight / total
                 tip = f"{labels[t]}, layer {first_layer + layer}: expert {expert}, weight {weight:.4f}"
                 fill = expert_colour(expert) if is_kept else "#dddddd"
-                picture.add_box(left, y, part, ROW - 2, fill, tip if is_kept else f"{tip}, full")
+                figure.add_box(left, y, part, ROW - 2, fill, tip if is_kept else f"{tip}, full")
                 if part >= 8 * len(str(expert)):
-                    picture.add_words(left + part / 2, y + ROW / 2 - 1, str(expert), size=11, is_centred=True)
+                    figure.add_words(left + part / 2, y + ROW / 2 - 1, str(expert), size=11, is_centred=True)
                 left += part
     for t, label in enumerate(labels):
-        picture.add_words(MARGIN, MARGIN + (t + 1.5) * ROW, label[:18])
+        figure.add_words(MARGIN, MARGIN + (t + 1.5) * ROW, label[:18])
 
 
 def _count_corpus(
@@ -184,7 +184,7 @@ def _count_corpus(
     }
     write_atomically(out / "routes.tsv", _tsv(found, first_layer).encode())
     write_atomically(out / "routes.json", (json.dumps(head | _tree(found, first_layer)) + "\n").encode())
-    _corpus_picture(found, first_layer).save(out / "routes.svg")
+    _corpus_figure(found, first_layer).save(out / "routes.svg")
     _print_summary(found, first_layer)
     print(f"figure and tables: {out / 'routes.svg'}, {out / 'routes.tsv'}, {out / 'routes.json'}")
 
@@ -252,39 +252,37 @@ def _print_summary(found: Specialisation, first_layer: int) -> None:
     print_table(table)
 
 
-def _corpus_picture(found: Specialisation, first_layer: int) -> Picture:
+def _corpus_figure(found: Specialisation, first_layer: int) -> Figure:
     """One panel per layer: groups against experts, coloured by the share in the expert over that of all."""
     n_layers, _, n_experts = found.counts_MGE.shape
     kinds = _told_apart(found)
     n_groups = sum(len(found.of_kind(kind)) for kind in kinds)
     width = max(8.0, min(40.0, 1200 / n_experts))
     panel = (n_groups + 3) * ROW
-    picture = Picture(2 * MARGIN + LABEL + max(480, n_experts * width), 2 * MARGIN + ROW + n_layers * panel)
+    figure = Figure(2 * MARGIN + LABEL + max(480, n_experts * width), 2 * MARGIN + ROW + n_layers * panel)
     legend = "share of an expert's rows / share of all tokens: "
-    picture.add_words(MARGIN, MARGIN + ROW / 2, legend + "red more (x8), white equal, blue less (x1/8)")
+    figure.add_words(MARGIN, MARGIN + ROW / 2, legend + "red more (x8), white equal, blue less (x1/8)")
     for layer in range(n_layers):
         top = MARGIN + ROW + layer * panel + ROW / 2
         told = ", ".join(f"{found.information_bits(kind)[layer]:.3f} bits of {kind}" for kind in kinds)
-        picture.add_words(MARGIN, top + ROW / 2, f"layer {first_layer + layer}: experts tell {told}")
+        figure.add_words(MARGIN, top + ROW / 2, f"layer {first_layer + layer}: experts tell {told}")
         y = top + ROW
         for kind in kinds:
             shares_MGE, shares_G = found.shares(kind)
             for place, g in enumerate(found.of_kind(kind)):
                 label = printable(found.groups[g][1])
-                picture.add_words(MARGIN, y + ROW / 2, label[:18])
+                figure.add_words(MARGIN, y + ROW / 2, label[:18])
                 for expert, share in enumerate(shares_MGE[layer, place]):
                     ratio = share / shares_G[place]
                     colour = "#dddddd" if math.isnan(ratio) else ratio_colour(math.log2(max(ratio, 2**-9)))
                     tip = f"expert {expert}, {label}: {share:.1%} against {shares_G[place]:.1%}"
                     x = MARGIN + LABEL + expert * width
-                    picture.add_box(x, y, width - 1, ROW - 1, colour, tip)
+                    figure.add_box(x, y, width - 1, ROW - 1, colour, tip)
                     if width >= 30 and not math.isnan(ratio):
-                        picture.add_words(
-                            x + width / 2, y + ROW / 2, f"{ratio:.1f}", size=10, is_centred=True
-                        )
+                        figure.add_words(x + width / 2, y + ROW / 2, f"{ratio:.1f}", size=10, is_centred=True)
                 y += ROW
         for expert in range(n_experts):
             if width >= 16 or expert % 8 == 0:
                 x = MARGIN + LABEL + (expert + 0.5) * width
-                picture.add_words(x, y + ROW / 2, str(expert), size=10, is_centred=True)
-    return picture
+                figure.add_words(x, y + ROW / 2, str(expert), size=10, is_centred=True)
+    return figure

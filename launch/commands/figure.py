@@ -38,7 +38,7 @@ class Words:
 
 
 @dataclass
-class Picture:
+class Figure:
     width: float
     height: float
     boxes: list[Box] = field(default_factory=list)

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from turnout.launch.console import format_duration
-from turnout.launch.ranks.start_records import StartRecord, read_starts
+from turnout.launch.ranks.attempt_records import AttemptRecord, read_attempts
 from turnout.launch.run_dir import SUBMISSIONS, has_run, read_config
 from turnout.launch.slurm.client import QueuedJob, SlurmError, jobs_of, queued_jobs
 from turnout.launch.verify import verified
 from turnout.training.checkpoint.directory import newest_readable, step_of
 from turnout.training.errors import CheckpointError, ConfigError
 from turnout.training.metrics import Row
+from turnout.training.renames import METRICS, rename_keys
 
 
 def show_status(run_dir: Path | None, *, is_verified: bool) -> None:
@@ -40,7 +41,7 @@ def show_queue() -> None:
 
 def status_lines(run_dir: Path, *, is_verified: bool) -> Iterator[tuple[str, str]]:
     """Yield (name, value) rows."""
-    starts, n_steps = read_starts(run_dir), read_config(run_dir).train.n_steps
+    starts, n_steps = read_attempts(run_dir), read_config(run_dir).train.n_steps
     yield "run", str(run_dir)
     yield from queue_lines(run_dir)
     if starts:
@@ -83,7 +84,7 @@ def job_words(job: QueuedJob) -> str:
     return f"{job.state.lower()} on {job.nodes}, {job.time_left} left"
 
 
-def start_words(starts: list[StartRecord]) -> str:
+def start_words(starts: list[AttemptRecord]) -> str:
     """Say which start is or was the last, and how it goes or ended."""
     newest = starts[-1]
     where = f"{len(starts)}, {newest.begin.n_ranks} ranks on {', '.join(newest.begin.nodes)}"
@@ -94,7 +95,7 @@ def start_words(starts: list[StartRecord]) -> str:
     return f"{where}, ended ({end.kind}): {end.decision or f'exit code {end.code}'}"
 
 
-def _is_alive_words(newest: StartRecord) -> str:
+def _is_alive_words(newest: AttemptRecord) -> str:
     begin = newest.begin
     if begin.job_id or begin.nodes != (os.uname().nodename,):
         return "no ending known"
@@ -109,7 +110,7 @@ def newest_row(run_dir: Path) -> Row | None:
         return None
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = rename_keys(json.loads(line), METRICS)
         except ValueError:  # it is being written
             continue
         if "train/loss" in row:
@@ -132,5 +133,5 @@ def checkpoint_words(run_dir: Path, *, is_verified: bool) -> str:
         return f"damaged: {err}"
 
 
-def last_failure(starts: list[StartRecord]) -> StartRecord | None:
+def last_failure(starts: list[AttemptRecord]) -> AttemptRecord | None:
     return next((s for s in reversed(starts) if s.ending is not None and s.ending.reasons), None)

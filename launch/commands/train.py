@@ -9,11 +9,9 @@ from pathlib import Path
 from turnout.launch.console import format_duration
 from turnout.launch.exit_codes import DONE
 from turnout.launch.preflight import check_corpus, check_machine
-from turnout.launch.ranks.hostfile import Hosts, launch_on_hosts
-from turnout.launch.ranks.launcher import Ended, launch_ranks, this_machine
-from turnout.launch.ranks.start import claim, is_finished, nothing_left, see_through, take_up
-from turnout.launch.ranks.start_dir import make_start_dir
-from turnout.launch.ranks.start_records import (
+from turnout.launch.ranks.attempt import claim, is_finished, nothing_left, resume_run, supervise
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
+from turnout.launch.ranks.attempt_records import (
     Ending,
     begin_here,
     ending,
@@ -21,6 +19,8 @@ from turnout.launch.ranks.start_records import (
     write_begin,
     write_ending,
 )
+from turnout.launch.ranks.hostfile import Hosts, launch_on_hosts
+from turnout.launch.ranks.launcher import Ended, launch_ranks, this_machine
 from turnout.launch.run_dir import (
     create_run_dir,
     has_run,
@@ -50,34 +50,36 @@ def start_run(
     check_machine(cfg, nproc)
     corpus = check_corpus(cfg)
     if is_resumed and has_run(run_dir):
-        newest = take_up(run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=allowed_changes)
+        newest = resume_run(run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=allowed_changes)
         if newest is not None and is_finished(*newest, cfg):
             print(nothing_left(run_dir, cfg))
             return DONE
     else:
         create_run_dir(run_dir, cfg, corpus, nproc=n_ranks)
-    start = claim(run_dir, make_start_dir(run_dir / "logs"), layout)
+    start = claim(run_dir, make_attempt_dir(run_dir / "logs"), layout)
     nodes = hosts.names if hosts else [socket.gethostname()]
-    write_begin(start.start_dir, begin_here(n_ranks, newest_step(run_dir), nodes))
+    write_begin(start.attempt_dir, begin_here(n_ranks, newest_step(run_dir), nodes))
     print(f"run directory {run_dir}, corpus {corpus.manifest.corpus_hash[:12]}, {n_ranks} ranks", flush=True)
     began_s = time.monotonic()
 
     def launch() -> Ended:
         if hosts is not None:
-            return launch_on_hosts(start.run_dir, start.start_dir, hosts, owner=start.owner)
-        return launch_ranks(start.run_dir, start.start_dir, this_machine(nproc), owner=start.owner)
+            return launch_on_hosts(start.run_dir, start.attempt_dir, hosts, fencing_token=start.fencing_token)
+        return launch_ranks(
+            start.run_dir, start.attempt_dir, this_machine(nproc), fencing_token=start.fencing_token
+        )
 
     try:
-        end = see_through(start, launch)
+        end = supervise(start, launch)
     except KeyboardInterrupt:
-        write_ending(start.start_dir, ending("failed", run_dir, ["interrupted"]))
+        write_ending(start.attempt_dir, ending("failed", run_dir, ["interrupted"]))
         raise
-    write_ending(start.start_dir, end)
-    tell(end, run_dir, time.monotonic() - began_s)
+    write_ending(start.attempt_dir, end)
+    report(end, run_dir, time.monotonic() - began_s)
     return end.code
 
 
-def tell(end: Ending, run_dir: Path, elapsed_s: float) -> None:
+def report(end: Ending, run_dir: Path, elapsed_s: float) -> None:
     """Say how a start ended: on stdout where nothing went wrong."""
     if end.kind == "done":
         duration = format_duration(elapsed_s)

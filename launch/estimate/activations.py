@@ -22,10 +22,10 @@ from turnout.moe.load_balancing import RouterState
 from turnout.moe.model import Decoder
 from turnout.moe.parallel.expert_parallel import (
     AllToAllDispatcher,
+    Chunk,
     Dispatcher,
     LocalDispatcher,
     Route,
-    Trip,
     Underway,
 )
 from turnout.moe.parallel.tensor_parallel import SplitOverGroup, TensorParallel, Unsplit
@@ -99,10 +99,10 @@ def _measure(cfg: RunConfig, layout: Layout, model: ModelConfig) -> int:
 def _materialise(decoder: Decoder, dtype: torch.dtype) -> None:
     """Give each parameter a fake tensor on the CPU, with a gradient that is there already."""
     for name, parameter in list(decoder.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
+        fencing_token, _, leaf = name.rpartition(".")
         fake = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
         fake.grad = torch.zeros_like(fake)
-        setattr(decoder.get_submodule(owner), leaf, fake)
+        setattr(decoder.get_submodule(fencing_token), leaf, fake)
 
 
 class _SortedLoop(torch.autograd.Function):
@@ -157,7 +157,7 @@ class _UniformOverGroup(AllToAllDispatcher):
         rows = tuple(n_rows // n_ranks + (rank < n_rows % n_ranks) for rank in range(n_ranks))
         order_R = counts_E.new_empty(n_rows)
         counts_L = counts_E.view(n_ranks, -1).sum(0)
-        return Route((Trip(counts_L, rows, rows, order_R, torch.empty_like(order_R)),))
+        return Route((Chunk(counts_L, rows, rows, order_R, torch.empty_like(order_R)),))
 
     def send(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> tuple[Underway, Tensor]:
         return _Arrived(), rows.new_empty(sum(received), *rows.shape[1:])

@@ -13,7 +13,7 @@ import torch
 from turnout.launch.ranks.failures import leave_stack_behind, record_failure
 from turnout.launch.ranks.parent import die_with_parent
 from turnout.training.errors import EngineError
-from turnout.training.parallel.flight_recorder import Ledger
+from turnout.training.parallel.flight_recorder import FlightRecorder
 from turnout.training.parallel.groups import Groups, join_groups, leave_groups, local_device
 from turnout.training.parallel.layout import Layout, name_ranks
 from turnout.training.run_control import Status, write_status
@@ -48,21 +48,21 @@ def measure_gb_per_s(groups: Groups) -> float:
 
 def main() -> None:
     die_with_parent()
-    start_dir, rank = Path(sys.argv[2]), int(os.environ["RANK"])
-    stack_file = (start_dir / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
+    attempt_dir, rank = Path(sys.argv[2]), int(os.environ["RANK"])
+    stack_file = (attempt_dir / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
     leave_stack_behind(stack_file)
     try:
         layout = Layout(int(os.environ["WORLD_SIZE"]))
-        ledger = Ledger(start_dir / f"rank-{rank:05d}.ledger", layout, rank)
-        groups = join_groups(layout, local_device(), timeout_s=TIMEOUT_S, ledger=ledger)
+        recorder = FlightRecorder(attempt_dir / f"rank-{rank:05d}.flight", layout, rank)
+        groups = join_groups(layout, local_device(), timeout_s=TIMEOUT_S, recorder=recorder)
         check_collective(groups)
         speed = measure_gb_per_s(groups)
         if groups.is_first:
             print(f"{layout.world_size} ranks: sums are right, {speed:.2f} GB/s for 64 MiB", flush=True)
-            write_status(start_dir, Status("done", 0, 0.0, None))
+            write_status(attempt_dir, Status("done", 0, 0.0, None))
         leave_groups()
     except BaseException as err:  # the peers wait in a collective until this process is gone
-        os._exit(record_failure(err, rank, start_dir))
+        os._exit(record_failure(err, rank, attempt_dir))
     Path(stack_file.name).unlink()
 
 

@@ -1,4 +1,4 @@
-"""How a rank tells why it ended: small files of its own in RUN/logs/start-00001/, read by `turnout train`.
+"""How a rank tells why it ended: small files of its own in RUN/logs/attempt-00001/, read by `turnout train`.
 
     rank-00001.failure.json   what it raised
     rank-00001.ledger         what it was doing (training/parallel/flight_recorder.py)
@@ -19,7 +19,7 @@ from typing import TextIO
 
 from turnout.data.errors import DataError
 from turnout.launch.exit_codes import OTHER, exit_code
-from turnout.launch.ranks.start_dir import FAILURE_FILES, TOLD_TO_END, read_ledgers
+from turnout.launch.ranks.attempt_dir import FAILURE_FILES, TOLD_TO_END, read_flight_records
 from turnout.training.errors import (
     CheckpointError,
     ConfigError,
@@ -28,7 +28,7 @@ from turnout.training.errors import (
     SaveError,
     TakenOverError,
 )
-from turnout.training.parallel.flight_recorder import LedgerView
+from turnout.training.parallel.flight_recorder import FlightRecord
 from turnout.training.parallel.hang_report import Ending, explain
 from turnout.training.parallel.layout import Layout, name_ranks
 
@@ -107,16 +107,20 @@ def leave_stack_behind(file: TextIO) -> None:
     faulthandler.register(TOLD_TO_END, file, chain=True)
 
 
-def explain_failures(start_dir: Path, layout: Layout, stuck: Set[int] = frozenset()) -> tuple[int, list[str]]:
+def explain_failures(
+    attempt_dir: Path, layout: Layout, stuck: Set[int] = frozenset()
+) -> tuple[int, list[str]]:
     """Return the exit code of a failed run and a few lines that say why; stuck ranks had to be killed."""
-    failures = _read_failures(start_dir)
-    stacks = {rank: _read_if_there(start_dir / f"rank-{rank:05d}.stack") for rank in range(layout.world_size)}
+    failures = _read_failures(attempt_dir)
+    stacks = {
+        rank: _read_if_there(attempt_dir / f"rank-{rank:05d}.stack") for rank in range(layout.world_size)
+    }
     failures += _crashes(stacks, {f.rank for f in failures})
     causes = [f for f in failures if f.kind == CAUSE]
     if causes:
         return causes[0].code, _by_message(causes)
     errors = [f for f in failures if f.kind == ERROR]
-    views = read_ledgers(start_dir)
+    views = read_flight_records(attempt_dir)
     endings = _endings(layout, {f.rank for f in failures}, stacks, views, stuck)
     is_lost = any(endings[rank] in (Ending.GONE, Ending.STUCK) for rank in views)
     # A rank that raised an error of its own needs no ledger to be found, unless another vanished before it.
@@ -126,18 +130,18 @@ def explain_failures(start_dir: Path, layout: Layout, stuck: Set[int] = frozense
     return OTHER, blamed + _by_message(errors) or _by_message(failures)
 
 
-def is_final(start_dir: Path) -> bool:
+def is_final(attempt_dir: Path) -> bool:
     """Return whether another start would fail in the same way: a user must mend it, or a guard stops."""
-    return any(f.kind == CAUSE and f.error in FINAL for f in _read_failures(start_dir))
+    return any(f.kind == CAUSE and f.error in FINAL for f in _read_failures(attempt_dir))
 
 
 def _says_any(message: str, phrases: tuple[str, ...]) -> bool:
     return any(words in message for words in phrases)
 
 
-def _read_failures(start_dir: Path) -> list[Failure]:
+def _read_failures(attempt_dir: Path) -> list[Failure]:
     failures = []
-    for path in sorted(start_dir.glob(FAILURE_FILES)):
+    for path in sorted(attempt_dir.glob(FAILURE_FILES)):
         with suppress(ValueError, TypeError):  # a node that lost its power may leave half of one
             failures.append(Failure(**json.loads(path.read_bytes())))
     return failures
@@ -170,7 +174,7 @@ def _crashes(stacks: dict[int, str], failed: Set[int]) -> list[Failure]:
 
 
 def _endings(
-    layout: Layout, failed: Set[int], stacks: dict[int, str], views: dict[int, LedgerView], stuck: Set[int]
+    layout: Layout, failed: Set[int], stacks: dict[int, str], views: dict[int, FlightRecord], stuck: Set[int]
 ) -> dict[int, Ending]:
     endings = {}
     for rank in range(layout.world_size):

@@ -22,7 +22,7 @@ from turnout.launch.ranks.launcher import (
     watch,
 )
 from turnout.training.errors import ConfigError
-from turnout.training.run_control import Owner
+from turnout.training.run_control import FencingToken
 
 ENVIRONMENT_FILE = "environment"  # in the directory of a start; read by DeepSpeed's launcher
 # The launcher ends the ranks on the other machines by pdsh when it is interrupted.
@@ -66,27 +66,27 @@ def read_hosts(path: Path) -> Hosts:
     return Hosts(path, tuple(slots), next(iter(slots.values())))
 
 
-def launch_on_hosts(run_dir: Path, start_dir: Path, hosts: Hosts, *, owner: Owner) -> Ended:
+def launch_on_hosts(run_dir: Path, attempt_dir: Path, hosts: Hosts, *, fencing_token: FencingToken) -> Ended:
     """Run the ranks on all hosts until they have ended, and say how. The paths must be the same on each.
 
     Raises ConfigError where a path would need quotes, or a program is missing.
     """
-    environment = start_dir.resolve() / ENVIRONMENT_FILE
+    environment = attempt_dir.resolve() / ENVIRONMENT_FILE
     settings = rank_environment(hosts.slots, has_gpus=count_gpus() > 0)
     lines = [f"{name}={value}\n" for name, value in settings.items()]
     environment.write_text("".join(lines), encoding="utf-8")
-    with interruptible(start_dir, owner):
+    with interruptible(attempt_dir, fencing_token):
         launcher = subprocess.Popen(
-            runner_command(run_dir, start_dir, hosts),
+            runner_command(run_dir, attempt_dir, hosts),
             env={**os.environ, "DS_ENV_FILE": str(environment)},
             start_new_session=True,
         )
         # No rank is a process of this machine's to look after; those that are, are the launcher's.
-        return watch(launcher, start_dir, range(0), owner, end_remote)
+        return watch(launcher, attempt_dir, range(0), fencing_token, end_remote)
 
 
-def runner_command(run_dir: Path, start_dir: Path, hosts: Hosts) -> list[str]:
-    paths = [str(path.resolve()) for path in (run_dir, start_dir)]
+def runner_command(run_dir: Path, attempt_dir: Path, hosts: Hosts) -> list[str]:
+    paths = [str(path.resolve()) for path in (run_dir, attempt_dir)]
     command = [
         sys.executable,
         "-m",

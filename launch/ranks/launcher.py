@@ -20,8 +20,8 @@ from rich.console import Console
 
 from turnout.launch.devices import count_gpus
 from turnout.launch.exit_codes import DONE
-from turnout.launch.ranks.start_dir import FAILURE_FILES, TOLD_TO_END, read_ledgers
-from turnout.training.run_control import Owner, ask_to_stop
+from turnout.launch.ranks.attempt_dir import FAILURE_FILES, TOLD_TO_END, read_flight_records
+from turnout.training.run_control import FencingToken, ask_to_stop
 
 # glibc gives blocks above 128 KiB back to the system at once, so each activation of each layer is
 # page-faulted anew. Keeping them makes a CPU step 1.7 times as fast (LOG.md).
@@ -78,11 +78,11 @@ class Ended:
 
 def launch_ranks(
     run_dir: Path,
-    start_dir: Path,
+    attempt_dir: Path,
     node: NodePlan,
     module: str = "turnout.launch.ranks.worker",
     *,
-    owner: Owner | None = None,
+    fencing_token: FencingToken | None = None,
 ) -> Ended:
     """Run `python -m module RUN_DIR START_DIR` in this node's ranks until all have ended.
 
@@ -90,26 +90,26 @@ def launch_ranks(
     death. owner: of a run that can be stopped; SIGTERM then asks its ranks to save and end. Where a later
     start has taken over the run, these ranks are killed, and TakenOverError raised.
     """
-    with interruptible(start_dir, owner):
+    with interruptible(attempt_dir, fencing_token):
         # A cluster ends a job by sending SIGTERM to each of its processes. Only the command acts on it. The
         # launcher and the ranks inherit it blocked, because they would die before they could save.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             launcher = subprocess.Popen(
-                launcher_command(run_dir, start_dir, node, module),
+                launcher_command(run_dir, attempt_dir, node, module),
                 env={**os.environ, **rank_environment(node.nproc, has_gpus=node.has_gpus)},
                 # A session of its own: a terminal's Ctrl-C reaches the ranks through this process, and once.
                 start_new_session=True,
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        return watch(launcher, start_dir, node.ranks, owner, kill_session)
+        return watch(launcher, attempt_dir, node.ranks, fencing_token, kill_session)
 
 
 @contextmanager
-def interruptible(start_dir: Path, owner: Owner | None) -> Iterator[None]:
+def interruptible(attempt_dir: Path, fencing_token: FencingToken | None) -> Iterator[None]:
     """Have SIGTERM ask a run to stop, where it has an owner, and else interrupt, as a hang-up does."""
-    on_term = partial(_stop, start_dir) if owner is not None else _interrupt
+    on_term = partial(_stop, attempt_dir) if fencing_token is not None else _interrupt
     wanted = {signal.SIGTERM: on_term, signal.SIGHUP: _interrupt}
     # Under nohup the hang-up is ignored, and stays so.
     wanted = {n: action for n, action in wanted.items() if signal.getsignal(n) != signal.SIG_IGN}
@@ -123,9 +123,9 @@ def interruptible(start_dir: Path, owner: Owner | None) -> Iterator[None]:
 
 def watch(
     launcher: subprocess.Popen[bytes],
-    start_dir: Path,
+    attempt_dir: Path,
     ranks: range,
-    owner: Owner | None,
+    fencing_token: FencingToken | None,
     kill: Callable[[int], None],
 ) -> Ended:
     """Wait until a launcher and its ranks have ended, soon after a first failure anywhere.
@@ -135,7 +135,7 @@ def watch(
     """
     ended = None
     try:
-        ended = _wait(launcher, start_dir, ranks, owner)
+        ended = _wait(launcher, attempt_dir, ranks, fencing_token)
         return ended
     finally:
         if launcher.returncode != DONE:
@@ -145,23 +145,25 @@ def watch(
             _restore_terminal()
 
 
-def _wait(launcher: subprocess.Popen[bytes], start_dir: Path, ranks: range, owner: Owner | None) -> Ended:
+def _wait(
+    launcher: subprocess.Popen[bytes], attempt_dir: Path, ranks: range, fencing_token: FencingToken | None
+) -> Ended:
     """Wait until the launcher has ended, or is to be: its ranks have ended well, or some do not end."""
     failed_s: float | None = None
     checked_s = time.monotonic()
     while True:
         with suppress(subprocess.TimeoutExpired):
             launcher.wait(POLL_S)
-        seen = _look(start_dir, ranks)
+        seen = _look(attempt_dir, ranks)
         if seen.are_done:
             # The launcher would find out within a second, and then sleep for another.
             return Ended(True, set())
         if launcher.poll() is not None:
             # What the ranks have said themselves says more.
             return Ended(launcher.returncode == DONE, set())
-        if owner is not None and time.monotonic() - checked_s > OWNER_CHECK_S:
+        if fencing_token is not None and time.monotonic() - checked_s > OWNER_CHECK_S:
             with suppress(OSError):  # the file system will answer again; the ranks look before they commit
-                owner.check()
+                fencing_token.check()
             checked_s = time.monotonic()
         if failed_s is None:
             if not seen.has_failed:
@@ -172,7 +174,7 @@ def _wait(launcher: subprocess.Popen[bytes], start_dir: Path, ranks: range, owne
             return Ended(False, set(seen.pids))
         if waited_s > TELL_S:
             for pid in seen.pids.values():
-                _tell_to_end(pid)
+                _ask_to_end(pid)
 
 
 @dataclass(frozen=True)
@@ -186,13 +188,15 @@ class _Seen:
     has_failed: bool
 
 
-def _look(start_dir: Path, ranks: range) -> _Seen:
-    views = {rank: view for rank, view in read_ledgers(start_dir).items() if rank in ranks}
+def _look(attempt_dir: Path, ranks: range) -> _Seen:
+    views = {rank: view for rank, view in read_flight_records(attempt_dir).items() if rank in ranks}
     pids = {rank: view.pid for rank, view in views.items() if _is_running(view.pid)}
     # Read again: the rank may have ended well between the two looks.
-    gone = [view for rank, view in read_ledgers(start_dir).items() if rank in views and rank not in pids]
+    gone = [
+        view for rank, view in read_flight_records(attempt_dir).items() if rank in views and rank not in pids
+    ]
     n_done = sum(view.has_ended for view in gone)
-    has_failed = n_done < len(gone) or any(start_dir.glob(FAILURE_FILES))
+    has_failed = n_done < len(gone) or any(attempt_dir.glob(FAILURE_FILES))
     return _Seen(pids, 0 < n_done == len(ranks) and not has_failed, has_failed)
 
 
@@ -204,7 +208,7 @@ def _is_running(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] not in "ZX"  # zombie or dead; stopped runs
 
 
-def _tell_to_end(pid: int) -> None:
+def _ask_to_end(pid: int) -> None:
     try:
         os.kill(pid, TOLD_TO_END)
     except ProcessLookupError:
@@ -215,8 +219,8 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _stop(start_dir: Path, signum: int, frame: FrameType | None) -> None:
-    ask_to_stop(start_dir)
+def _stop(attempt_dir: Path, signum: int, frame: FrameType | None) -> None:
+    ask_to_stop(attempt_dir)
 
 
 def _restore_terminal() -> None:
@@ -235,7 +239,7 @@ def kill_session(leader: int) -> None:
         return
 
 
-def launcher_command(run_dir: Path, start_dir: Path, node: NodePlan, module: str) -> list[str]:
+def launcher_command(run_dir: Path, attempt_dir: Path, node: NodePlan, module: str) -> list[str]:
     # The names tell nodes apart and nothing more; each node's launcher reads only its own devices.
     world = json.dumps({name: local_devices(node) for name in node.nodes}).encode()
     return [
@@ -252,7 +256,7 @@ def launcher_command(run_dir: Path, start_dir: Path, node: NodePlan, module: str
         "--module",
         module,
         str(run_dir),
-        str(start_dir),
+        str(attempt_dir),
     ]
 
 

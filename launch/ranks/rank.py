@@ -16,17 +16,17 @@ from turnout.launch.ranks.failures import leave_stack_behind, record_failure
 from turnout.launch.ranks.parent import die_with_parent
 from turnout.launch.run_dir import attachments, read_config
 from turnout.training.loop import Observer, train
-from turnout.training.parallel.flight_recorder import ENDED, Ledger
+from turnout.training.parallel.flight_recorder import ENDED, FlightRecorder
 from turnout.training.parallel.groups import join_groups, leave_groups, local_device
 from turnout.training.parallel.layout import plan_layout
-from turnout.training.run_control import Owner, write_status
+from turnout.training.run_control import FencingToken, write_status
 
 
 def main() -> None:
     die_with_parent()
-    run_dir, start_dir, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
+    run_dir, attempt_dir, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
     log_file = (run_dir / "logs" / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
-    stack_file = (start_dir / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
+    stack_file = (attempt_dir / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
     leave_stack_behind(stack_file)
     logging.basicConfig(stream=log_file, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("turnout").setLevel(logging.INFO)
@@ -35,11 +35,11 @@ def main() -> None:
     # Libraries' threads (TensorBoard's writer) fail apart from the run; their tracebacks belong in the log.
     threading.excepthook = log_thread_failure
     try:
-        run_rank(run_dir, start_dir, rank)
+        run_rank(run_dir, attempt_dir, rank)
     except BaseException as err:  # whatever it is, the peers wait in a collective until this process is gone
         code = OTHER
         try:
-            code = record_failure(err, rank, start_dir)
+            code = record_failure(err, rank, attempt_dir)
         finally:
             # Not sys.exit: its clean-up joins threads and process groups, which may wait for peers for ever.
             os._exit(code)
@@ -55,23 +55,39 @@ def log_thread_failure(failure: threading.ExceptHookArgs) -> None:
     logging.error("%s failed:\n%s", name, "".join(details))
 
 
-def run_rank(run_dir: Path, start_dir: Path, rank: int) -> None:
+def run_rank(run_dir: Path, attempt_dir: Path, rank: int) -> None:
     cfg = read_config(run_dir)
     layout = plan_layout(cfg, int(os.environ["WORLD_SIZE"]))
-    ledger = Ledger(start_dir / f"rank-{rank:05d}.ledger", layout, rank)
-    groups = join_groups(layout, local_device(), timeout_s=cfg.parallel.timeout_s, ledger=ledger)
+    recorder = FlightRecorder(attempt_dir / f"rank-{rank:05d}.flight", layout, rank)
+    groups = join_groups(layout, local_device(), timeout_s=cfg.parallel.timeout_s, recorder=recorder)
     check_collective(groups)
-    owner, attached = Owner.of_start(run_dir, start_dir), attachments(run_dir, cfg)
+    fencing_token, attached = FencingToken.of_attempt(run_dir, attempt_dir), attachments(run_dir, cfg)
     if groups.is_first:
         console = TrainConsole(cfg.train.n_steps)
         try:
-            on_status = partial(write_status, start_dir)
+            on_status = partial(write_status, attempt_dir)
             observer = Observer(console.on_row, console.on_text, console.on_event, on_status)
-            train(cfg, run_dir, groups, observer, owner=owner, attached=attached, start_dir=start_dir)
+            train(
+                cfg,
+                run_dir,
+                groups,
+                observer,
+                fencing_token=fencing_token,
+                attached=attached,
+                attempt_dir=attempt_dir,
+            )
         finally:
             console.close()
     else:
-        train(cfg, run_dir, groups, None, owner=owner, attached=attached, start_dir=start_dir)
+        train(
+            cfg,
+            run_dir,
+            groups,
+            None,
+            fencing_token=fencing_token,
+            attached=attached,
+            attempt_dir=attempt_dir,
+        )
     groups.barrier()
     leave_groups()
-    ledger.at(cfg.train.n_steps, ENDED)
+    recorder.enter_phase(cfg.train.n_steps, ENDED)

@@ -21,20 +21,20 @@ from turnout.data.errors import DataError
 from turnout.data.manifest import read_manifest
 from turnout.launch.exit_codes import DONE, OTHER, exit_code
 from turnout.launch.preflight import check_corpus, check_machine
-from turnout.launch.ranks.launcher import Ended, free_port
-from turnout.launch.ranks.start import Start, claim, is_finished, nothing_left, see_through, take_up
-from turnout.launch.ranks.start_dir import make_start_dir
-from turnout.launch.ranks.start_records import (
+from turnout.launch.ranks.attempt import Attempt, claim, is_finished, nothing_left, resume_run, supervise
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
+from turnout.launch.ranks.attempt_records import (
+    AttemptRecord,
     Begin,
     Ending,
-    StartRecord,
     begin_here,
     ending,
     newest_step,
-    read_starts,
+    read_attempts,
     write_begin,
     write_ending,
 )
+from turnout.launch.ranks.launcher import Ended, free_port
 from turnout.launch.settings import load_config
 from turnout.launch.slurm.client import (
     SlurmError,
@@ -84,19 +84,19 @@ class Job:
         n_ranks = len(nodes) * self._submission.ranks_per_node
         job = {"job_id": self._job_id, "restart": self._restart, "submission": self._directory.name}
         begin = begin_here(n_ranks, newest_step(self._run_dir), nodes, **job)
-        start_dir = make_start_dir(self._run_dir / "logs")
-        write_begin(start_dir, begin)
-        say(f"{start_dir.name}: job {self._job_id}, restart {self._restart}, on {', '.join(nodes)}")
-        end = self._see_through(start_dir, begin)
-        decision = self._decide(StartRecord(start_dir, begin, end))
+        attempt_dir = make_attempt_dir(self._run_dir / "logs")
+        write_begin(attempt_dir, begin)
+        say(f"{attempt_dir.name}: job {self._job_id}, restart {self._restart}, on {', '.join(nodes)}")
+        end = self._supervise(attempt_dir, begin)
+        decision = self._decide(AttemptRecord(attempt_dir, begin, end))
         for reason in end.reasons:
             say(reason)
-        return self._act(decision, end, start_dir)
+        return self._act(decision, end, attempt_dir)
 
-    def _see_through(self, start_dir: Path, begin: Begin) -> Ending:
+    def _supervise(self, attempt_dir: Path, begin: Begin) -> Ending:
         """Check the nodes, take up the run and start its ranks; return how that ended."""
         try:
-            return self._start(start_dir, begin)
+            return self._start(attempt_dir, begin)
         except UnreadableError as err:  # the disk may answer again
             return ending("failed", self._run_dir, [str(err)], failed_step=0)
         except (CheckpointError, ConfigError, DataError) as err:
@@ -106,14 +106,14 @@ class Job:
         except (OSError, SlurmError) as err:
             return ending("failed", self._run_dir, [str(err)], failed_step=0)
 
-    def _start(self, start_dir: Path, begin: Begin) -> Ending:
+    def _start(self, attempt_dir: Path, begin: Begin) -> Ending:
         nodes, port = begin.nodes, free_port()
         # First: ranks of an earlier start may still run on a node that was cut off.
-        start = claim(self._run_dir, start_dir, Layout(1))
+        start = claim(self._run_dir, attempt_dir, Layout(1))
         cfg = load_config(str(self._directory / RECIPE_FILE))
         read_manifest(Path(cfg.data.corpus))  # where it is gone, no node is to blame
         blamed, reasons = check_nodes(
-            self._run_dir, self._directory, start_dir, nodes, port, self._submission
+            self._run_dir, self._directory, attempt_dir, nodes, port, self._submission
         )
         if self._is_out_of_time():
             words = "the time limit came before ranks could start: raise --time"
@@ -126,11 +126,11 @@ class Job:
         used, n_ranks = nodes[:n_nodes], n_nodes * self._submission.ranks_per_node
         if n_nodes < len(nodes):
             say(f"{n_nodes} of {len(nodes)} nodes are used: the batch and the layout fit no more")
-            write_begin(start_dir, replace(begin, nodes=used, n_ranks=n_ranks))
-        start.owner.check()  # checking took a while, and what follows writes to the run's directory
+            write_begin(attempt_dir, replace(begin, nodes=used, n_ranks=n_ranks))
+        start.fencing_token.check()  # checking took a while, and what follows writes to the run's directory
         check_machine(cfg, self._submission.ranks_per_node)
         corpus = check_corpus(cfg)
-        newest = take_up(
+        newest = resume_run(
             self._run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=self._submission.allowed_changes
         )
         if newest is not None and is_finished(*newest, cfg):
@@ -138,37 +138,37 @@ class Job:
             return ending("done", self._run_dir)
         start = replace(start, layout=plan_layout(cfg, n_ranks))
         plan = plan_nodes(used, self._submission, port, "turnout.launch.ranks.worker")
-        return self._told_apart(see_through(start, lambda: self._launch(start, plan)), plan)
+        return self._told_apart(supervise(start, lambda: self._launch(start, plan)), plan)
 
-    def _launch(self, start: Start, plan: JobPlan) -> Ended:
+    def _launch(self, start: Attempt, plan: JobPlan) -> Ended:
         """Run the ranks under srun until they have ended, and have them stop before the time limit."""
-        write_plan(start.start_dir, plan)
+        write_plan(start.attempt_dir, plan)
         say(f"{len(plan.nodes) * plan.nproc} ranks on {', '.join(plan.nodes)}")
         command = srun_command(
             plan.nodes,
             "turnout.launch.slurm.node",
-            [str(start.run_dir), str(start.start_dir)],
+            [str(start.run_dir), str(start.attempt_dir)],
             log="node",
             options=self._submission.srun_options,
         )
-        step = subprocess.Popen(command, cwd=start.start_dir)
+        step = subprocess.Popen(command, cwd=start.attempt_dir)
         try:
-            while step.poll() is None and not self._must_go(start.start_dir):
+            while step.poll() is None and not self._must_go(start.attempt_dir):
                 time.sleep(POLL_S)
                 self._look_around(start)
         finally:
             step.kill()
             step.wait()
         # What the ranks left tells how it went, not srun's code, which is that of the last task killed.
-        return Ended(is_done=True, stuck=read_stuck(start.start_dir))
+        return Ended(is_done=True, stuck=read_stuck(start.attempt_dir))
 
-    def _must_go(self, start_dir: Path) -> bool:
+    def _must_go(self, attempt_dir: Path) -> bool:
         """Return whether there is no time to wait for the processes of a start."""
         if self._told_s is None:
             return False
-        return is_over(start_dir) or (self._is_out_of_time() and time.time() - self._told_s > GRACE_S)
+        return is_over(attempt_dir) or (self._is_out_of_time() and time.time() - self._told_s > GRACE_S)
 
-    def _look_around(self, start: Start) -> None:
+    def _look_around(self, start: Attempt) -> None:
         """Have the ranks stop where it is time to. Raises TakenOverError where the run has a later start."""
         # Not once told to end: SLURM then gives the present as the end.
         is_near = self._told_s is None and self._limit.is_near()
@@ -179,12 +179,12 @@ class Job:
         # Here and not in a signal handler: a disk that refuses now may take it at the next look.
         if self._must_stop:
             with suppress(OSError):
-                ask_to_stop(start.start_dir)
+                ask_to_stop(start.attempt_dir)
         with suppress(OSError):
-            start.owner.check()
+            start.fencing_token.check()
 
     def _margin_s(self) -> float | None:
-        return measured_margin_s([record.directory for record in read_starts(self._run_dir)])
+        return measured_margin_s([record.directory for record in read_attempts(self._run_dir)])
 
     def _told_apart(self, end: Ending, plan: JobPlan) -> Ending:
         """Tell an end from outside, or a node that went away, from a failure of the run."""
@@ -204,7 +204,7 @@ class Job:
         words = f"node {', '.join(lost)} does not answer"
         return replace(end, kind="lost", nodes=tuple(lost), reasons=(words, *reasons))
 
-    def _decide(self, this: StartRecord) -> Decision:
+    def _decide(self, this: AttemptRecord) -> Decision:
         records = [r for r in self._records() if r.directory != this.directory]
         is_told = self._told_s is not None and not self._is_out_of_time()
         decision = decide([*records, this], max_failures=self._submission.max_failures, is_told=is_told)
@@ -216,18 +216,18 @@ class Job:
             return Decision("leave", words)
         return decision
 
-    def _records(self) -> list[StartRecord]:
+    def _records(self) -> list[AttemptRecord]:
         name = self._directory.name
-        return [record for record in read_starts(self._run_dir) if record.begin.submission == name]
+        return [record for record in read_attempts(self._run_dir) if record.begin.submission == name]
 
     def _is_out_of_time(self) -> bool:
         """Return whether SLURM ends the job because of its time limit, after which it requeues nothing."""
         return self._told_s is not None and self._limit.is_reached(self._told_s)
 
-    def _act(self, decision: Decision, end: Ending, start_dir: Path) -> int:
+    def _act(self, decision: Decision, end: Ending, attempt_dir: Path) -> int:
         """Do as was decided, and write it down before; return the exit code."""
         say(decision.words)
-        write_ending(start_dir, replace(end, action=decision.action, decision=decision.words))
+        write_ending(attempt_dir, replace(end, action=decision.action, decision=decision.words))
         if decision.action == "finish":
             return DONE
         if decision.action == "requeue":
@@ -238,7 +238,7 @@ class Job:
                     say(words)
             except SlurmError as err:
                 say(str(err))
-                write_ending(start_dir, replace(end, action="stop", decision=str(err)))
+                write_ending(attempt_dir, replace(end, action="stop", decision=str(err)))
         return end.code
 
     def _on_warning(self, signum: int, frame: FrameType | None) -> None:
@@ -251,8 +251,8 @@ class Job:
         self._told_s = self._told_s or time.time()
 
 
-def is_over(start_dir: Path) -> bool:
-    status = read_status(start_dir)
+def is_over(attempt_dir: Path) -> bool:
+    status = read_status(attempt_dir)
     return status is not None and status.state != "training"
 
 
@@ -270,27 +270,27 @@ def named_nodes(reasons: Sequence[str], plan: JobPlan) -> list[str]:
 def preflight(run_dir: Path, directory: Path) -> int:
     """Check the nodes, and that all ranks reach one another; say what is wrong."""
     submission, nodes = read_submission(directory), hostnames(os.environ["SLURM_JOB_NODELIST"])
-    start_dir, port = make_start_dir(directory / "logs"), free_port()
-    signal.signal(signal.SIGTERM, partial(_give_up, start_dir))
-    _, reasons = check_nodes(run_dir, directory, start_dir, nodes, port, submission)
+    attempt_dir, port = make_attempt_dir(directory / "logs"), free_port()
+    signal.signal(signal.SIGTERM, partial(_give_up, attempt_dir))
+    _, reasons = check_nodes(run_dir, directory, attempt_dir, nodes, port, submission)
     layout = Layout(len(nodes) * submission.ranks_per_node)
     if not reasons:
-        start = claim(directory, start_dir, layout)
+        start = claim(directory, attempt_dir, layout)
         plan = plan_nodes(nodes, submission, port, "turnout.launch.ranks.collective_check")
-        write_plan(start_dir, plan)
+        write_plan(attempt_dir, plan)
         command = srun_command(
             nodes,
             "turnout.launch.slurm.node",
-            [str(directory), str(start_dir)],
+            [str(directory), str(attempt_dir)],
             log=None,
             options=submission.srun_options,
         )
 
         def launch() -> Ended:
-            subprocess.run(command, cwd=start_dir, check=False)
-            return Ended(is_done=True, stuck=read_stuck(start_dir))
+            subprocess.run(command, cwd=attempt_dir, check=False)
+            return Ended(is_done=True, stuck=read_stuck(attempt_dir))
 
-        reasons = list(see_through(start, launch).reasons)
+        reasons = list(supervise(start, launch).reasons)
         reasons += named_nodes(reasons, plan)
     for reason in reasons:
         say(reason)
@@ -301,8 +301,8 @@ def preflight(run_dir: Path, directory: Path) -> int:
     return DONE
 
 
-def _give_up(start_dir: Path, signum: int, frame: FrameType | None) -> None:
-    say(f"ended by SLURM before all was checked; {start_dir} tells how far it came")
+def _give_up(attempt_dir: Path, signum: int, frame: FrameType | None) -> None:
+    say(f"ended by SLURM before all was checked; {attempt_dir} tells how far it came")
     os._exit(OTHER)
 
 

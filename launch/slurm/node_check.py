@@ -122,13 +122,13 @@ def gpu_problems(n_wanted: int) -> Iterator[Problem]:
 
 
 def main() -> None:
-    run_dir, directory, start_dir, head = (*map(Path, sys.argv[1:4]), sys.argv[4])
+    run_dir, directory, attempt_dir, head = (*map(Path, sys.argv[1:4]), sys.argv[4])
     problems = list(find_problems(run_dir, directory, head, int(sys.argv[5])))
     node = os.environ["SLURMD_NODENAME"]
     for problem in problems:
         print(f"{node}: {problem.words}", flush=True)
     answer = {"time_s": time.time(), "problems": [[problem.of, problem.words] for problem in problems]}
-    write_atomically(start_dir / CHECKS / f"{node}.json", json.dumps(answer).encode())
+    write_atomically(attempt_dir / CHECKS / f"{node}.json", json.dumps(answer).encode())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ CLOCK_S = 5.0
 def check_nodes(
     run_dir: Path,
     directory: Path,
-    start_dir: Path,
+    attempt_dir: Path,
     nodes: Sequence[str],
     port: int,
     submission: Submission,
@@ -29,8 +29,8 @@ def check_nodes(
 
     Raises SlurmError where none answers: that is srun's doing.
     """
-    (start_dir / CHECKS).mkdir()
-    arguments = [str(run_dir), str(directory), str(start_dir), nodes[0], str(port)]
+    (attempt_dir / CHECKS).mkdir()
+    arguments = [str(run_dir), str(directory), str(attempt_dir), nodes[0], str(port)]
     command = srun_command(
         nodes,
         "turnout.launch.slurm.node_check",
@@ -45,19 +45,19 @@ def check_nodes(
         socket.create_server(("", port), backlog=len(nodes) + 8),
         suppress(subprocess.TimeoutExpired),  # those that have not answered are told of below
     ):
-        subprocess.run(command, cwd=start_dir, timeout=CHECK_S, check=False)
-    if not any((start_dir / CHECKS).iterdir()):
-        raise SlurmError(f"no node answered when it was checked; see {start_dir}/check-*.log")
-    found = {node: read_answer(start_dir, node, began_s, time.time()) for node in nodes}
+        subprocess.run(command, cwd=attempt_dir, timeout=CHECK_S, check=False)
+    if not any((attempt_dir / CHECKS).iterdir()):
+        raise SlurmError(f"no node answered when it was checked; see {attempt_dir}/check-*.log")
+    found = {node: read_answer(attempt_dir, node, began_s, time.time()) for node in nodes}
     return judge(found)
 
 
-def read_answer(start_dir: Path, node: str, began_s: float, ended_s: float) -> list[Problem]:
+def read_answer(attempt_dir: Path, node: str, began_s: float, ended_s: float) -> list[Problem]:
     """Return what a node found wrong, or that it did not answer; its clock is compared with this one's."""
     try:
-        answer = json.loads((start_dir / CHECKS / f"{node}.json").read_bytes())
+        answer = json.loads((attempt_dir / CHECKS / f"{node}.json").read_bytes())
     except FileNotFoundError:
-        log = start_dir / f"check-{node}.log"
+        log = attempt_dir / f"check-{node}.log"
         said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
         last = f": {said[-1]}" if said else ""
         return [Problem("node", f"did not answer; {log}{last}")]

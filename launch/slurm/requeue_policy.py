@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from turnout.launch.ranks.start_records import Ending, StartRecord
+from turnout.launch.ranks.attempt_records import AttemptRecord, Ending
 
 # A node that goes away is nobody's fault, but a run that gets nowhere is not put back for ever.
 MAX_IDLE_STARTS = 10
@@ -29,7 +29,7 @@ class Decision:
     excluded: tuple[str, ...] = ()
 
 
-def decide(records: Sequence[StartRecord], *, max_failures: int, is_told: bool) -> Decision:
+def decide(records: Sequence[AttemptRecord], *, max_failures: int, is_told: bool) -> Decision:
     """Return what to do after the last of a submission's starts, which has just ended.
 
     is_told: SLURM has told the job to end (cancelled, preempted, requeued, out of time), so it decides.
@@ -65,7 +65,7 @@ def decide(records: Sequence[StartRecord], *, max_failures: int, is_told: bool) 
 
 
 def _after_failure(
-    end: Ending, records: Sequence[StartRecord], failures: Sequence[StartRecord], max_failures: int
+    end: Ending, records: Sequence[AttemptRecord], failures: Sequence[AttemptRecord], max_failures: int
 ) -> Decision:
     before = next((r for r in reversed(records[:-1]) if _kind(r) == "failed"), None)
     if before is not None and _failure(before) == _failure(records[-1]):
@@ -77,12 +77,12 @@ def _after_failure(
     return Decision("requeue", f"failure {len(failures)} of {max_failures} without progress: requeued")
 
 
-def idle_starts(records: Sequence[StartRecord]) -> list[StartRecord]:
+def idle_starts(records: Sequence[AttemptRecord]) -> list[AttemptRecord]:
     """Return the last starts in a row after which no newer checkpoint was there, newest first.
 
     Starts that were told to end are passed over: they say nothing of the run.
     """
-    idle: list[StartRecord] = []
+    idle: list[AttemptRecord] = []
     newest = None
     for record in reversed(records):
         # What a start without an ending saved shows in where the next one began.
@@ -95,16 +95,16 @@ def idle_starts(records: Sequence[StartRecord]) -> list[StartRecord]:
     return idle
 
 
-def _is_short(record: StartRecord) -> bool:
+def _is_short(record: AttemptRecord) -> bool:
     end = record.ending
     return end is not None and end.kind == "saved" and end.saved_step <= record.begin.from_step + 1
 
 
-def _failure(record: StartRecord) -> tuple[int, str]:
+def _failure(record: AttemptRecord) -> tuple[int, str]:
     """Return at which step a start failed, and of what; one that took no step failed where it began."""
     assert record.ending is not None
     return max(record.ending.failed_step or 0, record.begin.from_step), record.ending.cause
 
 
-def _kind(record: StartRecord) -> str:
+def _kind(record: AttemptRecord) -> str:
     return record.ending.kind if record.ending else "lost"

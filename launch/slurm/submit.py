@@ -11,9 +11,9 @@ from turnout.data.corpus import Corpus
 from turnout.launch.arguments import check_at_least
 from turnout.launch.exit_codes import DONE, OTHER
 from turnout.launch.preflight import check_corpus
-from turnout.launch.ranks.start import is_finished, nothing_left, take_up
-from turnout.launch.ranks.start_dir import make_numbered
-from turnout.launch.ranks.start_records import read_starts
+from turnout.launch.ranks.attempt import is_finished, nothing_left, resume_run
+from turnout.launch.ranks.attempt_dir import make_numbered
+from turnout.launch.ranks.attempt_records import read_attempts
 from turnout.launch.run_dir import SUBMISSIONS, create_run_dir, has_run
 from turnout.launch.settings import check_setting_paths, to_toml
 from turnout.launch.slurm.batch_script import (
@@ -100,20 +100,20 @@ def submit_run(wanted_cfg: RunConfig, wanted: Wanted) -> int:
             f"--run-dir {run_dir}: job {going_on[0].job_id} of this run is {going_on[0].state.lower()}; wait "
             f"for it, or end it: scancel {going_on[0].job_id}"
         )
-    if not wanted.is_preflight and not begin_or_take_up(wanted, fitted, corpus, n_fit * ranks_per_node):
+    if not wanted.is_preflight and not begin_or_resume(wanted, fitted, corpus, n_fit * ranks_per_node):
         return DONE
     request = replace(request, submission=make_numbered(run_dir / SUBMISSIONS, "submit"))
     write_down(request, cfg, wanted, ranks_per_node)
     return hand_over(request, wanted)
 
 
-def begin_or_take_up(wanted: Wanted, cfg: RunConfig, corpus: Corpus, n_ranks: int) -> bool:
+def begin_or_resume(wanted: Wanted, cfg: RunConfig, corpus: Corpus, n_ranks: int) -> bool:
     """Make the run's directory, or take up the run in it; return whether anything is left to do."""
     run_dir = wanted.run_dir.absolute()
     if not has_run(run_dir):
         create_run_dir(run_dir, cfg, corpus, nproc=n_ranks)
         return True
-    newest = take_up(run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=wanted.allowed_changes)
+    newest = resume_run(run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=wanted.allowed_changes)
     if newest is None or not is_finished(*newest, cfg):
         return True
     print(nothing_left(run_dir, cfg))
@@ -174,7 +174,7 @@ def check_script(script: str) -> None:
 
 def check_margin(run_dir: Path, warn_s: int) -> None:
     """Raise ConfigError where the warning comes too late for what the run's own saves took."""
-    margin_s = measured_margin_s([record.directory for record in read_starts(run_dir)])
+    margin_s = measured_margin_s([record.directory for record in read_attempts(run_dir)])
     if margin_s is not None and warn_s < margin_s:
         raise ConfigError(
             f"--warn-s {warn_s} is below the {margin_s:.0f} s that the longest step and save of this run ask "

@@ -58,12 +58,12 @@ SAFETY, REQUEUE_S = 1.5, 15.0
 N_RECENT = 10
 
 
-def measured_margin_s(start_dirs: Sequence[Path]) -> float | None:
+def measured_margin_s(attempt_dirs: Sequence[Path]) -> float | None:
     """Return the seconds that the longest gap between two step boundaries and the longest save ask for.
 
     start_dirs: oldest first. None where none of the recent ones has saved.
     """
-    found = [status for status in map(read_status, start_dirs[-N_RECENT:]) if status is not None]
+    found = [status for status in map(read_status, attempt_dirs[-N_RECENT:]) if status is not None]
     saves = [status.longest_save_s for status in found if status.longest_save_s is not None]
     if not saves:
         return None

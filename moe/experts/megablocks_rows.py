@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from turnout.moe.experts.requirements import check_places
+from turnout.moe.experts.requirements import check_element_count
 
 # What `import megablocks` wants to find compiled. gather and scatter never call any of it.
 COMPILED = "megablocks_ops"
@@ -71,7 +71,7 @@ def _check(rows: Tensor, order_N: Tensor) -> None:
             f"expert backend 'megablocks' runs Triton kernels, which need a GPU, and these rows are on "
             f"{rows.device}; use another backend there, or Triton's interpreter (TRITON_INTERPRET=1)"
         )
-    check_places("megablocks", rows=(order_N.numel(), rows.size(1)))
+    check_element_count("megablocks", rows=(order_N.numel(), rows.size(1)))
 
 
 def _is_interpreted() -> bool:

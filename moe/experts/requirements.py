@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class Requirements:
     """What a backend cannot do without.
 
     width_multiple     of which d_model and d_expert must be
@@ -20,7 +20,7 @@ class Needs:
     width_multiple: int = 1
     packages: tuple[str, ...] = ()
     is_half_precision: bool = False
-    has_32_bit_places: bool = False
+    indexes_int32: bool = False
 
     @property
     def gpu(self) -> bool:
@@ -28,21 +28,23 @@ class Needs:
         return "triton" in self.packages
 
 
-MAX_PLACES = 2**31  # that an int32 can count
+INT32_ELEMENTS = 2**31  # that an int32 can count
 
-NEEDS: dict[str, Needs] = {
-    "reference": Needs(),
-    "sorted_loop": Needs(),
-    "compiled_loop": Needs(),
-    "torch_grouped": Needs(width_multiple=8),  # rows of whole 16 bytes
-    "megablocks": Needs(width_multiple=8, packages=("triton", "megablocks", "stk"), has_32_bit_places=True),
-    "triton_grouped": Needs(packages=("triton",), is_half_precision=True, has_32_bit_places=True),
+REQUIREMENTS: dict[str, Requirements] = {
+    "reference": Requirements(),
+    "sorted_loop": Requirements(),
+    "compiled_loop": Requirements(),
+    "torch_grouped": Requirements(width_multiple=8),  # rows of whole 16 bytes
+    "megablocks": Requirements(
+        width_multiple=8, packages=("triton", "megablocks", "stk"), indexes_int32=True
+    ),
+    "triton_grouped": Requirements(packages=("triton",), is_half_precision=True, indexes_int32=True),
 }
 
 
 def check_widths(backend: str, d_model: int, d_expert: int) -> None:
     """Raise ValueError where a backend cannot take experts of these widths."""
-    multiple = NEEDS[backend].width_multiple
+    multiple = REQUIREMENTS[backend].width_multiple
     if d_model % multiple or d_expert % multiple:
         raise ValueError(
             f"expert backend {backend!r} needs rows of whole 16 bytes: d_model={d_model} and "
@@ -50,15 +52,15 @@ def check_widths(backend: str, d_model: int, d_expert: int) -> None:
         )
 
 
-def check_places(backend: str, **sizes: tuple[int, ...]) -> None:
+def check_element_count(backend: str, **sizes: tuple[int, ...]) -> None:
     """Raise ValueError where a matrix of these sizes is too large for a kernel that counts by int32.
 
     It would read and write elsewhere, without a word.
     """
     for name, size in sizes.items():
-        if math.prod(size) >= MAX_PLACES:
+        if math.prod(size) >= INT32_ELEMENTS:
             raise ValueError(
-                f"expert backend {backend!r} takes matrices of less than {MAX_PLACES:,} numbers, but {name} "
+                f"expert backend {backend!r} takes matrices of less than {INT32_ELEMENTS:,} numbers, but {name} "
                 f"would have {' x '.join(map(str, size))}; use fewer train.microbatch_seqs or more ranks, or "
                 "backend 'torch_grouped'"
             )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turnout.moe.experts.requirements import check_places
+from turnout.moe.experts.requirements import check_element_count
 
 
 def triton_grouped_experts(
@@ -30,7 +30,9 @@ def triton_grouped_experts(
             "use backend 'sorted_loop', or half precision"
         )
     n_rows, d_model, inner = rows_RD.size(0), *gate_up_LDJ.shape[1:]
-    check_places("triton_grouped", rows=(n_rows, max(d_model, inner)), weights=tuple(gate_up_LDJ.shape))
+    check_element_count(
+        "triton_grouped", rows=(n_rows, max(d_model, inner)), weights=tuple(gate_up_LDJ.shape)
+    )
     multiply, offsets_L = _grouped_product(), counts_L.cumsum(0).to(torch.int32)
     gates_RF, ups_RF = multiply(rows_RD, gate_up_LDJ, offsets_L, trans_b=False).chunk(2, dim=1)
     hidden_RF = F.silu(gates_RF) * ups_RF * weights_R.to(rows_RD.dtype).unsqueeze(1)

@@ -54,7 +54,7 @@ def no_record(
 
 
 @dataclass(frozen=True)
-class Trip:
+class Chunk:
     """How rows travel at once.
 
     counts_L     [L] int64 rows of each local expert, sum R
@@ -83,7 +83,7 @@ class Route:
     n_extra        trips that are made for this limit alone
     """
 
-    trips: tuple[Trip, ...]
+    chunks: tuple[Chunk, ...]
     order_N: Tensor | None = None
     is_over_limit: bool = False
     n_extra: int = 0
@@ -112,13 +112,13 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def dispatch(self, rows: Tensor, trip: Trip) -> Arrival:
+    def dispatch(self, rows: Tensor, chunk: Chunk) -> Arrival:
         """Move each row to its expert's rank: [M, ...] sorted by expert id to [R, ...] sorted by local
         expert. R differs per rank, trip and step; zero is legal.
         """
         ...
 
-    def combine(self, rows: Tensor, trip: Trip) -> Arrival:
+    def combine(self, rows: Tensor, chunk: Chunk) -> Arrival:
         """Bring rows [R, ...] back to where they were sent from, [M, ...]."""
         ...
 
@@ -134,12 +134,12 @@ class LocalDispatcher:
 
     def plan(self, counts_E: Tensor, n_rows: int, *, is_dropless: bool) -> Route:
         n_kept = n_rows if is_dropless else int(counts_E.sum())
-        return Route((Trip(counts_E, (n_kept,), (n_kept,)),))
+        return Route((Chunk(counts_E, (n_kept,), (n_kept,)),))
 
-    def dispatch(self, rows: Tensor, trip: Trip) -> Arrival:
+    def dispatch(self, rows: Tensor, chunk: Chunk) -> Arrival:
         return Arrival(lambda: rows)
 
-    def combine(self, rows: Tensor, trip: Trip) -> Arrival:
+    def combine(self, rows: Tensor, chunk: Chunk) -> Arrival:
         return Arrival(lambda: rows)
 
 
@@ -155,7 +155,7 @@ class AllToAllDispatcher:
     record: Record = no_record
     layer: int | None = None
     max_load: float | None = None
-    min_trips: int = 1
+    min_chunks: int = 1
 
     def n_local_experts(self, n_experts: int) -> int:
         return n_experts // self.group.size()
@@ -175,47 +175,47 @@ class AllToAllDispatcher:
         numbers = torch.cat([rows_PP[rank], rows_PP[:, rank], loads_P.max()[None], loads_P.sum()[None]])
         *both, busiest, total = numbers.tolist()
         sent, received = both[:n_ranks], both[n_ranks:]
-        n_needed = self._n_trips(busiest, total / n_ranks)
-        n_trips = max(n_needed, self.min_trips)
-        trips = tuple(self._trip(counts_PPL[:, rank], sent, received, i, n_trips) for i in range(n_trips))
-        order_N = _by_trip(sent, n_trips, n_rows).to(counts_E.device) if n_trips > 1 else None
-        return Route(trips, order_N, is_over_limit=n_needed > 1, n_extra=n_trips - self.min_trips)
+        n_needed = self._n_chunks(busiest, total / n_ranks)
+        n_chunks = max(n_needed, self.min_chunks)
+        chunks = tuple(self._chunk(counts_PPL[:, rank], sent, received, i, n_chunks) for i in range(n_chunks))
+        order_N = _by_chunk(sent, n_chunks, n_rows).to(counts_E.device) if n_chunks > 1 else None
+        return Route(chunks, order_N, is_over_limit=n_needed > 1, n_extra=n_chunks - self.min_chunks)
 
-    def _n_trips(self, busiest: int, mean: float) -> int:
+    def _n_chunks(self, busiest: int, mean: float) -> int:
         """Return the trips in which the busiest rank stays within the limit, but for a row of each sender."""
         if self.max_load is None or not busiest:
             return 1
         return min(busiest, math.ceil(busiest / (self.max_load * mean)))
 
-    def _trip(self, counts_PL: Tensor, sent: list[int], received: list[int], i: int, n_trips: int) -> Trip:
+    def _chunk(self, counts_PL: Tensor, sent: list[int], received: list[int], i: int, n_chunks: int) -> Chunk:
         """Return the trip in which part i of each sender's rows for each receiver goes."""
         stop_PL = counts_PL.cumsum(1)
         total_P1 = stop_PL[:, -1:]
-        first_P1, last_P1 = total_P1 * i // n_trips, total_P1 * (i + 1) // n_trips
+        first_P1, last_P1 = total_P1 * i // n_chunks, total_P1 * (i + 1) // n_chunks
         part_PL = stop_PL.minimum(last_P1) - (stop_PL - counts_PL).maximum(first_P1)
         part_PL = part_PL.clamp(min=0)
-        arriving = [_end(n, i, n_trips) - _end(n, i - 1, n_trips) for n in received]
+        arriving = [_end(n, i, n_chunks) - _end(n, i - 1, n_chunks) for n in received]
         expert_R = torch.arange(part_PL.size(1), device=part_PL.device).repeat(part_PL.size(0))
         expert_R = expert_R.repeat_interleave(part_PL.flatten(), output_size=sum(arriving))
         order_R = expert_R.sort(stable=True).indices
-        return Trip(
+        return Chunk(
             counts_L=part_PL.sum(0),
-            sent=tuple(_end(n, i, n_trips) - _end(n, i - 1, n_trips) for n in sent),
+            sent=tuple(_end(n, i, n_chunks) - _end(n, i - 1, n_chunks) for n in sent),
             received=tuple(arriving),
             order_R=order_R,
             inverse_R=invert(order_R),
         )
 
-    def dispatch(self, rows: Tensor, trip: Trip) -> Arrival:
-        order_R, inverse_R = trip.order_R, trip.inverse_R
+    def dispatch(self, rows: Tensor, chunk: Chunk) -> Arrival:
+        order_R, inverse_R = chunk.order_R, chunk.inverse_R
         assert order_R is not None and inverse_R is not None
-        arrival = self._exchange(rows, trip.sent, trip.received)
+        arrival = self._exchange(rows, chunk.sent, chunk.received)
         return Arrival(lambda: permute_rows(arrival.wait(), order_R, inverse_R))
 
-    def combine(self, rows: Tensor, trip: Trip) -> Arrival:
-        assert trip.order_R is not None and trip.inverse_R is not None
-        rows = permute_rows(rows, trip.inverse_R, trip.order_R)
-        return self._exchange(rows, trip.received, trip.sent)
+    def combine(self, rows: Tensor, chunk: Chunk) -> Arrival:
+        assert chunk.order_R is not None and chunk.inverse_R is not None
+        rows = permute_rows(rows, chunk.inverse_R, chunk.order_R)
+        return self._exchange(rows, chunk.received, chunk.sent)
 
     def send(
         self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]
@@ -298,17 +298,17 @@ class _Arrive(torch.autograd.Function):
         return grads[0].new_empty(0), None
 
 
-def _end(n_rows: int, i: int, n_trips: int) -> int:
+def _end(n_rows: int, i: int, n_chunks: int) -> int:
     """Return where part i of rows ends that are cut into n_trips equal parts."""
-    return n_rows * (i + 1) // n_trips
+    return n_rows * (i + 1) // n_chunks
 
 
-def _by_trip(sent: list[int], n_trips: int, n_rows: int) -> Tensor:
+def _by_chunk(sent: list[int], n_chunks: int, n_rows: int) -> Tensor:
     """Return the order [N] in which rows sorted by receiver are sorted by trip; dropped rows stay last."""
     first_of = [0, *itertools.accumulate(sent)]
     parts = [
-        torch.arange(first + _end(n, i - 1, n_trips), first + _end(n, i, n_trips))
-        for i in range(n_trips)
+        torch.arange(first + _end(n, i - 1, n_chunks), first + _end(n, i, n_chunks))
+        for i in range(n_chunks)
         for first, n in zip(first_of, sent, strict=False)
     ]
     return torch.cat([*parts, torch.arange(first_of[-1], n_rows)])

@@ -70,8 +70,7 @@ def passages(name: str) -> Iterator[tuple[int, str]]:
         run = list(group)
         marks = r"^#|\s#" if kind == "comment" else r"^[rbfRBF]*[\"']+|[\"']+$"
         # A line of a comment, and a piece of a string, go on where the last one ended.
-        joined = "\n" * 0
-        line = run[0].start[0]
+        joined, line = "", run[0].start[0]
         for token in run:
             joined += "\n" * (token.start[0] - line) + " " + re.sub(marks, "", token.string)
             line = token.end[0]

@@ -20,7 +20,7 @@ from turnout.launch.settings import load_config
 from turnout.moe.flops import n_params
 from turnout.moe.load_balancing import RouterState
 from turnout.training.checkpoint.directory import list_checkpoints, verify_checkpoint
-from turnout.training.checkpoint.rank_state import share_of
+from turnout.training.checkpoint.rank_state import rank_state_of
 from turnout.training.config.run import RunConfig
 from turnout.training.engine.build import build_engine
 from turnout.training.parallel.layout import plan_layout
@@ -63,14 +63,14 @@ def measure(rank: int, cfg: RunConfig, place: Path, token: str) -> dict[str, lis
     engine.make_optimizer_state(KINDS, {"step": 1.0})
     router_state = RouterState.initial(cfg.model)
     run_dir = place / "run"
-    sync_cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"is_async": False})})
+    sync_cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"async_save": False})})
     waiting = saver_of(run_dir, groups, sync_cfg, token=token)
     saver = saver_of(run_dir, groups, cfg, token=token)
     found: dict[str, list[float]] = {
         name: [] for name in ("copy", "stall", "written", "sync", "bare", "first")
     }
     buffers: dict = {}
-    share = share_of(engine, router_state, groups)
+    share = rank_state_of(engine, router_state, groups)
     # The first save makes the buffers, which later ones use again.
     with PeakMemory() as memory:
         saver.save(share, state_at(1))

@@ -68,7 +68,7 @@ def skew_row(n_rounds: int) -> Row:
     x, out = leaf(T, D, dtype=dtype), torch.randn(T, D).to(dtype)
     ways = {}
     for name, skew in (("even", 0.0), ("skewed", 1.15)):
-        routing = made_up_routing(T, n_experts, top_k, skew)
+        routing = synthetic_routing(T, n_experts, top_k, skew)
         loads = routing.expert_ids_TK.flatten().bincount(minlength=n_experts)
         ways[name] = step(
             lambda routing=routing: layer._mix(x, routing, RoutingMemo()), out, [x, *layer.parameters()]
@@ -92,10 +92,10 @@ def beside_dense(
     ways = {
         "dense": step(lambda: dense(x, dense_in, dense_out), out, [x, dense_in, dense_out]),
     }
-    routing = made_up_routing(T, n_experts, top_k, 0.0)
+    routing = synthetic_routing(T, n_experts, top_k, 0.0)
     for i, backend in enumerate(("compiled_loop", "sorted_loop", "torch_grouped")):
         layer, seeds = build_layer(cfg, backend, dtype), range(i * N_ROUTINGS, (i + 1) * N_ROUTINGS)
-        changing = itertools.cycle([made_up_routing(T, n_experts, top_k, 0.0, seed) for seed in seeds])
+        changing = itertools.cycle([synthetic_routing(T, n_experts, top_k, 0.0, seed) for seed in seeds])
         ways[backend] = mix_step(layer, itertools.repeat(routing), x, out)
         ways[f"{backend}, other routings"] = mix_step(layer, changing, x, out)
     ways["with router"] = layer_step(build_layer(cfg, "compiled_loop", dtype), cfg, x, out)
@@ -127,7 +127,7 @@ def build_layer(cfg: ModelConfig, backend: str, dtype: torch.dtype) -> MoELayer:
     return layer
 
 
-def made_up_routing(n_tokens: int, n_experts: int, top_k: int, skew: float, seed: int = 0) -> Routing:
+def synthetic_routing(n_tokens: int, n_experts: int, top_k: int, skew: float, seed: int = 0) -> Routing:
     """Return choices of which some experts get more the larger skew is."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(n_tokens, n_experts, generator=generator)

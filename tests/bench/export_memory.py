@@ -33,7 +33,7 @@ SMALL = {**LARGE, "n_layers": 3, "d_model": 512, "d_expert": 1024}
 MANY = {**LARGE, "n_layers": 1, "d_model": 512, "vocab_size": 300, "n_experts": 120, "d_expert": 1024}
 
 
-class MadeUpWeights:
+class SyntheticWeights:
     """Weights that are numbered when they are read, and nowhere else."""
 
     def __init__(self, cfg: ModelConfig, tokenizer_path: Path) -> None:
@@ -48,9 +48,9 @@ class MadeUpWeights:
         return torch.zeros(self.cfg.n_moe_layers, self.cfg.n_experts)
 
 
-def save_made_up(place: Path, sizes: dict[str, int]) -> Path:
+def save_synthetic(place: Path, sizes: dict[str, int]) -> Path:
     """Write a checkpoint of these sizes, and a Hugging Face directory beside it for `import`."""
-    weights = MadeUpWeights(tiny_config(**sizes), write_tokenizer(place))
+    weights = SyntheticWeights(tiny_config(**sizes), write_tokenizer(place))
     (place / "source").mkdir()
     write_huggingface(weights, "mixtral", place / "source", dtype=torch.float32)
     return save_weights(weights, place / "run")
@@ -92,7 +92,7 @@ def _write(form: str, weights: CheckpointWeights, checkpoint: Path, out: Path) -
 def export_memory_rows() -> list[Row]:
     largest = largest_bytes(LARGE)
     with tempfile.TemporaryDirectory() as place:
-        checkpoint = save_made_up(Path(place), LARGE)
+        checkpoint = save_synthetic(Path(place), LARGE)
         rows = []
         for form in FORMS:
             extra, seconds = measure(checkpoint, LARGE, form)

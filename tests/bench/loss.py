@@ -27,7 +27,7 @@ T, D, V = 4096, 512, 50_304
 
 def loss_rows(n_rounds: int = 7) -> list[Row]:
     torch.set_num_threads(1)
-    tensors, targets = made_up()
+    tensors, targets = synthetic()
     hidden, weight = (tensor.detach().float() for tensor in tensors)
     exact = float(F.cross_entropy(hidden @ weight.T, targets))
     losses: dict[str, float] = {}
@@ -51,10 +51,10 @@ def loss_rows(n_rounds: int = 7) -> list[Row]:
 def peak_bytes(way: str) -> int:
     """Return the bytes that a way takes; in a process of its own, which holds no freed memory."""
     torch.set_num_threads(1)
-    return peak_extra_bytes(build(way, *made_up()))
+    return peak_extra_bytes(build(way, *synthetic()))
 
 
-def made_up() -> tuple[list[Tensor], Tensor]:
+def synthetic() -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(0)
     values = (torch.randn(T, D), torch.randn(V, D) / D**0.5)
     return [value.bfloat16().requires_grad_() for value in values], torch.randint(V, (T,))

@@ -12,7 +12,7 @@ import torch
 from tests.bench.engine import engine_step
 from tests.bench.rows import Row
 from tests.bench.side_by_side import in_ms, time_in_turn
-from tests.bench.step import made_up_batch
+from tests.bench.step import synthetic_batch
 from tests.layouts import groups_of
 from tests.ranks import join_alone
 from turnout.launch.settings import load_config
@@ -35,7 +35,7 @@ def mfu_rows(n_rounds: int = 3) -> list[Row]:
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, and there is no launcher
     cfg = load_config("small", SETTINGS)
     groups = groups_of(plan_layout(cfg, 1), rank=0)
-    batch = made_up_batch(cfg.model, cfg.batch_seqs)
+    batch = synthetic_batch(cfg.model, cfg.batch_seqs)
     ways = {}
     for way, chosen in WAYS.items():
         ways[way] = engine_step(load_config("small", [*SETTINGS, *chosen]), groups, batch)

@@ -26,7 +26,7 @@ from turnout.launch.settings import load_config
 from turnout.training.config.run import RunConfig
 from turnout.training.loop import Observer, Run
 from turnout.training.parallel.layout import plan_layout
-from turnout.training.run_control import Owner, StopFile, take_over, write_status
+from turnout.training.run_control import FencingToken, StopFile, take_over, write_status
 from turnout.training.step import StepResult
 
 # Never at its last step, after which a run evaluates and saves.
@@ -129,8 +129,8 @@ class TimedRun(Run):
         observer = None
         if groups.is_first:
             observer = Observer(ignore, ignore, ignore, partial(write_status, run_dir))
-        owner, attached = Owner(run_dir, token), attachments(run_dir, cfg)
-        super().__init__(cfg, run_dir, groups, observer, owner, attached, self._stop_after)
+        fencing_token, attached = FencingToken(run_dir, token), attachments(run_dir, cfg)
+        super().__init__(cfg, run_dir, groups, observer, fencing_token, attached, self._stop_after)
         self._timed_loader, self._recording_s = TimedLoader(self._loader), 0.0
         self._loader = self._timed_loader
 

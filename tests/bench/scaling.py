@@ -15,8 +15,8 @@ from tests.bench.experts import (
     layer_config,
     layer_step,
     leaf,
-    made_up_routing,
     mix_step,
+    synthetic_routing,
 )
 from tests.bench.rows import Row
 from tests.bench.side_by_side import GLIBC_DEFAULTS, in_own_process, over, peak_extra_bytes, time_in_turn
@@ -55,7 +55,7 @@ def token_rows(
         if has_router:
             ways[n] = layer_step(layer, cfg, x, out)
         else:
-            ways[n] = mix_step(layer, repeat(made_up_routing(n_tokens[n], n, TOP_K, 0.0)), x, out)
+            ways[n] = mix_step(layer, repeat(synthetic_routing(n_tokens[n], n, TOP_K, 0.0)), x, out)
     seconds = time_in_turn({str(n): way for n, way in ways.items()}, n_rounds=n_rounds)
     per_token = {n: [s / n_tokens[n] for s in seconds[str(n)]] for n in n_experts}
     fewest = n_experts[0]
@@ -89,7 +89,7 @@ def peak_bytes(n_tokens: int) -> int:
     torch.set_num_threads(1)
     dtype = DTYPES["bf16"]
     layer = build_layer(layer_config(N_MEMORY_EXPERTS, TOP_K, D_EXPERT, n_tokens), "compiled_loop", dtype)
-    routing = made_up_routing(n_tokens, N_MEMORY_EXPERTS, TOP_K, 0.0)
+    routing = synthetic_routing(n_tokens, N_MEMORY_EXPERTS, TOP_K, 0.0)
     x, out = leaf(n_tokens, D, dtype=dtype), torch.randn(n_tokens, D).to(dtype)
     run = mix_step(layer, repeat(routing), x, out)
     # Compiles, and has oneDNN make its kernels and buffers, which are of the process and not of the rows.

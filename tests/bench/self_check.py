@@ -10,7 +10,7 @@ from tests.bench.rows import Row
 from tests.bench.side_by_side import in_ms, over
 from tests.layouts import groups_of, with_parallel
 from tests.ranks import run_ranks
-from tests.runs import rank_share, uneven_batch
+from tests.runs import rank_state, uneven_batch
 from turnout.launch.settings import load_config
 from turnout.moe.load_balancing import RouterState
 from turnout.training.batches import split_microbatches
@@ -53,7 +53,7 @@ def time_steps(rank: int, cfg: RunConfig, world_size: int) -> tuple[list[float],
     groups = groups_of(layout, rank)
     engine, _ = build_engine(cfg, groups)
     state = RouterState.initial(cfg.model)
-    share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
+    share = rank_state(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
     microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
     of_steps, of_checks = [], []
     for i in range(N_STEPS):

@@ -104,7 +104,7 @@ def built_decoder(shape: str, backend: str) -> Decoder:
     return tiny_decoder(cfg, dtype=torch.float32, backend=backend, gain=1.0)
 
 
-def made_up_batch(cfg: ModelConfig, n_seqs: int) -> Batch:
+def synthetic_batch(cfg: ModelConfig, n_seqs: int) -> Batch:
     """Return sequences of one document each."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(cfg.vocab_size, (n_seqs, cfg.seq_len + 1), generator=generator)
@@ -115,7 +115,7 @@ def made_up_batch(cfg: ModelConfig, n_seqs: int) -> Batch:
 def our_step(decoder: Decoder) -> Step:
     objective, state = Objective(decoder), RouterState.initial(decoder.cfg)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4, fused=True)
-    batch = made_up_batch(decoder.cfg, N_SEQS)
+    batch = synthetic_batch(decoder.cfg, N_SEQS)
 
     def run() -> Tensor:
         optimizer.zero_grad()
@@ -142,7 +142,7 @@ def their_step(shape: str, experts: str) -> Step:
         )
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    batch = made_up_batch(decoder.cfg, N_SEQS)
+    batch = synthetic_batch(decoder.cfg, N_SEQS)
 
     def run() -> Tensor:
         optimizer.zero_grad()

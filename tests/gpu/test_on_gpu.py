@@ -19,14 +19,14 @@ from tests.unit.data_fixtures import make_corpus, make_texts
 from turnout.launch.ranks.launcher import free_port
 from turnout.moe.attention import attend, find_documents, takes_any_lengths
 from turnout.moe.experts.experts import EXPERT_BACKENDS, reference_experts
-from turnout.moe.experts.requirements import NEEDS
+from turnout.moe.experts.requirements import REQUIREMENTS
 from turnout.moe.load_balancing import RouterState
 from turnout.moe.model import build_decoder
 from turnout.moe.moe_layer import MoELayer
 from turnout.moe.parallel.expert_parallel import AllToAllDispatcher, LocalDispatcher
 from turnout.moe.parallel.tensor_parallel import Unsplit
 from turnout.moe.recompute import RoutingMemo
-from turnout.training.parallel.flight_recorder import NoLedger
+from turnout.training.parallel.flight_recorder import NullRecorder
 from turnout.training.parallel.groups import Groups, join_groups, leave_groups
 from turnout.training.parallel.layout import Layout
 
@@ -41,9 +41,9 @@ KERNELS = ["torch_grouped", "megablocks", "triton_grouped"]
 
 def need(backend: str, dtype: torch.dtype) -> None:
     """Skip what a backend does not compute, or what this machine lacks for it."""
-    if NEEDS[backend].is_half_precision and dtype.itemsize != 2:
+    if REQUIREMENTS[backend].is_half_precision and dtype.itemsize != 2:
         pytest.skip(f"{backend} computes in half precision only")
-    missing = [name for name in NEEDS[backend].packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in REQUIREMENTS[backend].packages if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{backend} needs {' and '.join(missing)}; README.md says how to install it")
 
@@ -163,7 +163,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
     launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**launched, "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
-    yield join_groups(Layout(1), CUDA, timeout_s=60, ledger=NoLedger())
+    yield join_groups(Layout(1), CUDA, timeout_s=60, recorder=NullRecorder())
     forget_groups()
     leave_groups()
 
@@ -205,7 +205,7 @@ def test_an_expert_layer_waits_for_the_device_once(name: str, one_rank: Groups) 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(
-    "parallel", ["ep=2", "ep=2 ep_trips=2 ep_max_load=0.7", "tp=2 sequence_parallel=true ep=2"]
+    "parallel", ["ep=2", "ep=2 ep_chunks=2 ep_max_load=0.7", "tp=2 sequence_parallel=true ep=2"]
 )
 def test_two_gpus_log_what_one_does(parallel: str, tmp_path: Path) -> None:
     make_corpus(tmp_path, {"text": make_texts(100)}, valid_frac=0.05, shard_tokens=5000)

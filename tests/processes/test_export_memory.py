@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.export_memory import CONSTANT_BYTES, MANY, SMALL, largest_bytes, measure, save_made_up
+from tests.bench.export_memory import CONSTANT_BYTES, MANY, SMALL, largest_bytes, measure, save_synthetic
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_made_up(tmp_path_factory.mktemp("made-up"), SMALL)
+    return save_synthetic(tmp_path_factory.mktemp("made-up"), SMALL)
 
 
 @pytest.mark.parametrize("form", ["hf bfloat16", "gguf float32", "import"])
@@ -24,7 +24,7 @@ def test_memory_is_bounded(form: str, checkpoint: Path) -> None:
 @pytest.mark.long
 def test_an_expert_is_a_tensor(tmp_path: Path) -> None:
     """One is in memory at a time: a layer holds nearly twice the bound in each of its three matrices."""
-    checkpoint = save_made_up(tmp_path, MANY)
+    checkpoint = save_synthetic(tmp_path, MANY)
     bound = largest_bytes(MANY) // MANY["n_experts"] + CONSTANT_BYTES
     assert bound < 0.6 * largest_bytes(MANY), "a writer that holds a layer's would pass"
     for form in ("hf bfloat16", "gguf float32", "import"):

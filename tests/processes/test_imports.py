@@ -10,9 +10,9 @@ import pytest
 
 from tests.runs import run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
+from turnout.launch.ranks.attempt import claim
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
 from turnout.launch.ranks.launcher import free_port
-from turnout.launch.ranks.start import claim
-from turnout.launch.ranks.start_dir import make_start_dir
 from turnout.launch.run_dir import create_run_dir
 from turnout.training.parallel.layout import Layout
 
@@ -30,7 +30,7 @@ WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # how threads wait for each oth
 # Runs a command and prints which of HEAVY it has imported, and its exit code, as JSON on the last line.
 ASK = """
 import json, sys
-from launch.cli import main
+from turnout.launch.cli.main import main
 try:
     main(sys.argv[1:])
 except SystemExit as end:
@@ -43,7 +43,7 @@ print(json.dumps([code, sorted({name.partition(".")[0] for name in sys.modules})
 RANK = """
 import json, sys
 from pathlib import Path
-from launch.rank import run_rank
+from turnout.launch.ranks.rank import run_rank
 run_rank(Path(sys.argv[1]), Path(sys.argv[2]), 0)
 print()
 print(json.dumps(sorted(sys.modules)))
@@ -116,11 +116,11 @@ def begun(tmp_path: Path) -> Path:
 
 def test_a_rank_and_status_import_nothing_that_they_do_without(begun: Path, tmp_path: Path) -> None:
     """A rank does without torch's compiler, which takes two seconds to import."""
-    start = claim(begun, make_start_dir(begun / "logs"), Layout(1))
+    start = claim(begun, make_attempt_dir(begun / "logs"), Layout(1))
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
-        [sys.executable, "-c", RANK, str(begun), str(start.start_dir)],
+        [sys.executable, "-c", RANK, str(begun), str(start.attempt_dir)],
         env={**os.environ, **ranks},
         capture_output=True,
         text=True,

@@ -9,32 +9,32 @@ from pathlib import Path
 
 import pytest
 
-from turnout.launch.ranks.start_dir import TOLD_TO_END, make_start_dir
+from turnout.launch.ranks.attempt_dir import TOLD_TO_END, make_attempt_dir
 from turnout.training.export.publish import LOCK, publish_export
-from turnout.training.parallel.flight_recorder import read_ledger
+from turnout.training.parallel.flight_recorder import read_flight_record
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    return make_start_dir(tmp_path / "logs")
+    return make_attempt_dir(tmp_path / "logs")
 
 
 def test_the_ledger_of_a_killed_process_tells_where_it_was(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from training.ledger import Ledger
-from training.layout import Layout
-ledger = Ledger(Path({str(tmp_path / "a.ledger")!r}), Layout(2), 1)
-ledger.at(7, "optimizer step")
-with ledger.collective("all-reduce", "dp"):
+from turnout.training.parallel.flight_recorder import FlightRecorder
+from turnout.training.parallel.layout import Layout
+recorder = FlightRecorder(Path({str(tmp_path / "a.flight")!r}), Layout(2), 1)
+recorder.enter_phase(7, "optimizer step")
+with recorder.collective("all-reduce", "dp"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=120)
     assert ended.returncode == -signal.SIGKILL
-    entry = read_ledger(tmp_path / "a.ledger").current
+    entry = read_flight_record(tmp_path / "a.flight").current
     assert entry is not None and entry.is_waiting
     assert (entry.step, entry.phase, entry.operation) == (7, "optimizer step", "all-reduce")
 
@@ -43,7 +43,7 @@ with ledger.collective("all-reduce", "dp"):
 def test_a_rank_told_to_end_leaves_its_stack_and_ends_wherever_it_is(library: str, start: Path) -> None:
     code = f"""
 import ctypes
-from launch.failures import leave_stack_behind
+from turnout.launch.ranks.failures import leave_stack_behind
 leave_stack_behind(file := open({str(start / "stack")!r}, "w"))
 def stuck():
     print("there", flush=True)
@@ -61,10 +61,10 @@ stuck()
 
 KILLED = """
 import os, pathlib, sys
-from training.export.publish import LOCK, publish_export
-from training.export.read_back import check_huggingface
-from training.export.to_checkpoint import write_first_checkpoint
-from training.weights import CheckpointWeights
+from turnout.training.export.publish import LOCK, publish_export
+from turnout.training.export.read_back import check_huggingface
+from turnout.training.export.to_checkpoint import write_first_checkpoint
+from turnout.training.checkpoint.weights import CheckpointWeights
 
 def write(directory: pathlib.Path) -> None:
     (directory / "half").touch()

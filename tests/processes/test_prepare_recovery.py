@@ -25,8 +25,8 @@ from turnout.data.sources import Source
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from data.prepare import prepare_corpus
-from data.sources import Source
+from turnout.data.prepare import prepare_corpus
+from turnout.data.sources import Source
 if __name__ == "__main__":
     call = json.loads(sys.argv[1])
     prepare_corpus(
@@ -208,9 +208,9 @@ def test_a_full_disk_leaves_no_partial_file_and_a_rerun_works(
 KILL_WORKERS = """
 import multiprocessing, sys
 from pathlib import Path
-from data.encode import encode_documents
-from data.sources import Source, iterate_documents
-from data.tokenizer import load_tokenizer
+from turnout.data.encode import encode_documents
+from turnout.data.sources import Source, iterate_documents
+from turnout.data.tokenizer import load_tokenizer
 
 tokenizer, source = load_tokenizer(Path(sys.argv[1])), Source("a", Path(sys.argv[2]))
 encoded = encode_documents(iterate_documents(source), tokenizer=tokenizer, n_workers=2)

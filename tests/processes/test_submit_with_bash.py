@@ -8,8 +8,8 @@ import pytest
 
 from tests.unit.launch.slurm.test_batch_script import NASTY, PLAIN
 from tests.unit.launch.slurm.test_submit import CPUS, NODES, make_place, refused
-from turnout.launch.ranks.start_dir import make_start_dir
-from turnout.launch.ranks.start_records import begin_here, write_begin
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
+from turnout.launch.ranks.attempt_records import begin_here, write_begin
 from turnout.launch.slurm.batch_script import job_name, job_script
 from turnout.training.run_control import Status, write_status
 
@@ -58,7 +58,7 @@ def test_a_machine_without_slurm_is_told_as_such(place: Path, capsys: pytest.Cap
 
 def test_a_warning_that_comes_too_late_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By what the starts of the run have measured: 1.5 times 100 s and twice 300 s, and 15 s."""
-    start = make_start_dir(place / "run" / "logs")
+    start = make_attempt_dir(place / "run" / "logs")
     write_begin(start, begin_here(1, 0, ["n1"]))
     write_status(start, Status("training", 10, longest_gap_s=100.0, longest_save_s=300.0))
     submit = ["submit", "run.toml", "--run-dir", "run", *NODES, *CPUS, "--warn-s"]

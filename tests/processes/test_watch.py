@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
 from turnout.launch.ranks.failures import record_failure
 from turnout.launch.ranks.launcher import Ended, kill_session, watch
-from turnout.launch.ranks.start_dir import make_start_dir
 from turnout.training.errors import TakenOverError
 from turnout.training.parallel.flight_recorder import ENDED
-from turnout.training.run_control import Owner, take_over
+from turnout.training.run_control import FencingToken, take_over
 
 ROOT = Path(__file__).parents[2]
 A_RANK = """
 import sys
 from pathlib import Path
-from training.layout import Layout
-from training.ledger import Ledger
-start_dir, rank, phase = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-Ledger(start_dir / f"rank-{rank:05d}.ledger", Layout(3), rank).at(7, phase)
+from turnout.training.parallel.layout import Layout
+from turnout.training.parallel.flight_recorder import FlightRecorder
+attempt_dir, rank, phase = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+FlightRecorder(attempt_dir / f"rank-{rank:05d}.flight", Layout(3), rank).enter_phase(7, phase)
 """
 
 
@@ -37,21 +37,21 @@ def launcher() -> Iterator[subprocess.Popen[bytes]]:
 def test_ranks_of_a_start_that_was_overtaken_are_ended(
     launcher: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    start_dir = make_start_dir(tmp_path / "logs")
-    owner = Owner(tmp_path, take_over(tmp_path))
+    attempt_dir = make_attempt_dir(tmp_path / "logs")
+    fencing_token = FencingToken(tmp_path, take_over(tmp_path))
     take_over(tmp_path)
     with pytest.raises(TakenOverError, match="another start of this run has taken over"):
-        watch(launcher, start_dir, range(2), owner, kill_session)
+        watch(launcher, attempt_dir, range(2), fencing_token, kill_session)
     assert launcher.returncode  # it was killed
 
 
 def test_a_failure_on_another_node_ends_the_ranks_of_this_one(
     launcher: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    start_dir = make_start_dir(tmp_path / "logs")
-    record_failure(KeyError("there"), 7, start_dir)
+    attempt_dir = make_attempt_dir(tmp_path / "logs")
+    record_failure(KeyError("there"), 7, attempt_dir)
     begun_s = time.monotonic()
-    ended = watch(launcher, start_dir, range(2), None, kill_session)
+    ended = watch(launcher, attempt_dir, range(2), None, kill_session)
     assert not ended.is_done and launcher.returncode is not None
     assert time.monotonic() - begun_s < 20
 
@@ -61,11 +61,11 @@ def test_a_run_has_ended_when_all_its_ranks_have_and_its_launcher_has_not(
     n_ranks: int, n_ended: int, is_done: bool, launcher: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     """Two ranks have begun, and both are gone."""
-    start_dir = make_start_dir(tmp_path / "logs")
+    attempt_dir = make_attempt_dir(tmp_path / "logs")
     for rank in range(2):
         phase = ENDED if rank < n_ended else "forward"
-        subprocess.run([sys.executable, "-c", A_RANK, start_dir, str(rank), phase], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-c", A_RANK, attempt_dir, str(rank), phase], cwd=ROOT, check=True)
     if not is_done:
         threading.Timer(3, launcher.terminate).start()
-    assert watch(launcher, start_dir, range(n_ranks), None, kill_session) == Ended(is_done, set())
+    assert watch(launcher, attempt_dir, range(n_ranks), None, kill_session) == Ended(is_done, set())
     assert launcher.returncode  # it was killed

@@ -29,7 +29,7 @@ COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
 ]
 # What a training after the first has to show shows in few steps; it is checked whole in a dry run.
-FEWER_STEPS = ["train.n_steps=20", "optim.schedule.warmup_steps=5", "sample.n_tokens=8"]
+FEWER_STEPS = ["train.n_steps=10", "optim.schedule.warmup_steps=2", "sample.n_tokens=8"]
 FEWER_STEPS += ["eval.max_documents=5"]
 MAX_FILE_BYTES = 8_000  # of the reader's files
 # What each command prints when it has done its work.
@@ -45,7 +45,7 @@ SAYS = {
     "generate": r"\S",
     "evaluate": r"(?m)total +\W +40 \W .*\d\.\d{4} \W*$",
     "lm-eval": r"own_text",
-    "routes": r"layer|wrote",
+    "experts": r"layer|wrote",
     "checkpoint list": r"(?m)^80 .*readable$",
     "checkpoint show": r"(?m)^step +80$",
     "checkpoint verify": r"(?m)step-00000080: intact, ",

@@ -13,7 +13,7 @@ import psutil
 
 from tests.distributed.runs.test_train_command import RECIPE
 from tests.unit.data_fixtures import make_corpus, make_texts
-from turnout.launch.ranks.start_records import StartRecord, read_starts
+from turnout.launch.ranks.attempt_records import AttemptRecord, read_attempts
 from turnout.training.checkpoint.directory import list_checkpoints, step_of
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -153,13 +153,13 @@ class JobRun:
         return "".join(path.read_text() for path in paths if path.exists())
 
     @property
-    def starts(self) -> list[StartRecord]:
-        return read_starts(self.run_dir)
+    def starts(self) -> list[AttemptRecord]:
+        return read_attempts(self.run_dir)
 
     def newest_step(self) -> int:
         return max(map(step_of, list_checkpoints(self.run_dir)), default=0)
 
-    def wait_for_start(self, n: int) -> StartRecord:
+    def wait_for_start(self, n: int) -> AttemptRecord:
         """Wait until the n-th start of the run has begun."""
         self.wait_for(lambda: len(self.starts) >= n, f"start {n}")
         return self.starts[n - 1]
@@ -170,7 +170,7 @@ class JobRun:
         wanted = max(step, start.begin.from_step + 1)
         self.wait_for(lambda: self.newest_step() >= wanted, f"a checkpoint of start {n}")
 
-    def wait_for_ending(self, n: int) -> StartRecord:
+    def wait_for_ending(self, n: int) -> AttemptRecord:
         self.wait_for(lambda: self.starts[n - 1].ending is not None, f"the ending of start {n}")
         return self.starts[n - 1]
 
@@ -178,7 +178,7 @@ class JobRun:
         try:
             wait_for(condition, what)
         except AssertionError as err:
-            logs = "".join(f"\n== {p}\n{p.read_text()}" for p in self.run_dir.glob("logs/start-*/*.log"))
+            logs = "".join(f"\n== {p}\n{p.read_text()}" for p in self.run_dir.glob("logs/attempt-*/*.log"))
             cluster = ""  # which may be what is broken
             with suppress(AssertionError, subprocess.TimeoutExpired):
                 cluster = "\n".join([*self._lab.nodes(), self._lab.run("squeue", "--all")])
@@ -219,7 +219,7 @@ class JobRun:
 
     def processes(self, n: int) -> list[psutil.Process]:
         """Return the ranks of the n-th start."""
-        start = f"start-{n:05d}"
+        start = f"attempt-{n:05d}"
         return [
             p
             for p in psutil.process_iter(["cmdline"])

@@ -93,7 +93,7 @@ def test_a_failure_on_hosts_is_told_and_leaves_no_rank(lab: Lab, ssh: dict[str, 
     run_dir = lab.place / "hosts-fail"
     train = ["turnout", "train", "run.toml", *SHORT, "--run-dir", run_dir.name, "--hostfile", "hosts"]
     command = start_on_first_node(lab, ssh, *train)
-    wait_for((run_dir / "logs" / "start-00001").exists, "the start")
+    wait_for((run_dir / "logs" / "attempt-00001").exists, "the start")
     (run_dir / "checkpoints").touch()
     _, stderr = command.communicate(timeout=WAIT_S)
     assert command.returncode == 1, stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.lab import JobRun, Lab, wait_for
-from turnout.launch.ranks.start_records import Ending
+from turnout.launch.ranks.attempt_records import Ending
 
 ONE_RANK = ["--set", "parallel.ep=1", "--set", "train.n_steps=40"]
 
@@ -88,7 +88,7 @@ def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, 
         lab.in_node(bad, "umount", str(installed / "METADATA"))
     assert (ending(run, 2).kind, ending(run, 2).nodes) == ("unfit", (bad,)), run.log
     assert ending(run, 2).reasons == (f"node {bad}: has numpy 9.9.9, not {metadata.version('numpy')}",)
-    assert not list(run.starts[1].directory.glob("*.ledger")), "no rank was started"
+    assert not list(run.starts[1].directory.glob("*.flight")), "no rank was started"
     assert bad not in run.starts[2].begin.nodes
 
 
@@ -128,7 +128,7 @@ def test_a_crash_loop_stops_with_its_reason(lab: Lab, tmp_path: Path) -> None:
     assert "nowhere0" in log
     assert run.state() == "FAILED"
     shown = lab.turnout("status", "loop")
-    assert re.search(r"^failure +start-00002: .*nowhere0", shown, re.MULTILINE), shown
+    assert re.search(r"^failure +attempt-00002: .*nowhere0", shown, re.MULTILINE), shown
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(lab: Lab) -> None:

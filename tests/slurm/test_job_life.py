@@ -39,8 +39,8 @@ def without_speed(row: dict[str, float]) -> dict[str, float]:
 
 def check_logs_kept(run: JobRun, n_starts: int) -> None:
     """See that the job's log tells of every start, and that each start's own logs are there."""
-    said = re.findall(r"(start-\d+): job", run.log)
-    assert said == [f"start-{n:05d}" for n in range(1, n_starts + 1)]
+    said = re.findall(r"(attempt-\d+): job", run.log)
+    assert said == [f"attempt-{n:05d}" for n in range(1, n_starts + 1)]
     for start in run.starts:
         assert {path.name for path in start.directory.glob("check-*.log")} >= {
             f"check-{node}.log" for node in start.begin.nodes
@@ -219,4 +219,4 @@ def test_a_run_goes_on_with_fewer_nodes_at_the_same_batch(lab: Lab) -> None:
     rows = read_rows(run.run_dir)
     assert [row["train/tokens_seen"] for row in rows] == [256 * row["step"] for row in rows]
     provenance = json.loads((run.run_dir / "provenance.json").read_text())
-    assert [start["nproc"] for start in provenance["starts"]] == [4, 4, 2]
+    assert [start["nproc"] for start in provenance["attempts"]] == [4, 4, 2]

@@ -89,7 +89,7 @@ def read_checkpoint(directory: Path) -> Manifest:
     return manifest
 
 
-def verify_share(
+def verify_files(
     directory: Path,
     manifest: Manifest,
     share: int = 0,
@@ -113,7 +113,7 @@ def verify_share(
 def verify_checkpoint(directory: Path, on_read: Callable[[int], None] | None = None) -> Manifest:
     """Read all of a checkpoint and return its manifest. Raises CheckpointError naming a damaged file."""
     manifest = read_checkpoint(directory)
-    verify_share(directory, manifest, on_read=on_read)
+    verify_files(directory, manifest, on_read=on_read)
     return manifest
 
 
@@ -166,7 +166,7 @@ def publish(unfinished: Path, run_dir: Path, step: int, disk: Disk) -> Path:
     replaced = _unname(final, disk) if final.exists() else None
     disk.rename(unfinished, final)
     with suppress(OSError):  # the checkpoint is safe; what stays is swept by the next start
-        disk.at("pointer", final.parent / POINTER_FILE)
+        disk.boundary("pointer", final.parent / POINTER_FILE)
         write_atomically(final.parent / POINTER_FILE, f"{final.name}\n".encode())
         if replaced is not None:
             disk.remove(replaced)

@@ -15,25 +15,25 @@ Buffer = bytes | memoryview
 class Disk:
     """Writes files that are on the disk when a call returns, and renames that stay after a power loss."""
 
-    def at(self, boundary: str, path: Path) -> None:
+    def boundary(self, name: str, path: Path) -> None:
         """Stand before a boundary."""
 
     def make_directory(self, path: Path) -> None:
         """Make a directory, unless another rank was first."""
-        self.at("mkdir", path)
+        self.boundary("mkdir", path)
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, chunks: Iterable[Buffer]) -> None:
         """Write a new file and flush it to the disk. Raises OSError, which names the file; what was written
         then stays.
         """
-        self.at("create", path)
+        self.boundary("create", path)
         try:
             with path.open("xb") as file:
                 for chunk in chunks:
-                    self.at("write", path)
+                    self.boundary("write", path)
                     file.write(chunk)
-                self.at("fsync", path)
+                self.boundary("fsync", path)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as err:
@@ -42,7 +42,7 @@ class Disk:
 
     def flush_directory(self, path: Path) -> None:
         """Flush the names in a directory."""
-        self.at("fsync", path)
+        self.boundary("fsync", path)
         directory = os.open(path, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -51,13 +51,13 @@ class Disk:
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename within one file system: atomic, and lasting once the call returns."""
-        self.at("rename", target)
+        self.boundary("rename", target)
         source.replace(target)
         self.flush_directory(target.parent)
 
     def remove(self, path: Path) -> None:
         """Remove a directory whose name says that nobody reads it."""
-        self.at("remove", path)
+        self.boundary("remove", path)
         shutil.rmtree(path)
 
     def discard(self, path: Path) -> None:

@@ -25,12 +25,14 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_valid
 from turnout.data.files import sha256_of
 from turnout.data.skips import SkippedWindow
 from turnout.moe.config import STRICT
-from turnout.training.checkpoint.resharding import Matrix, Piece, tiling_fault
+from turnout.training.checkpoint.resharding import Matrix, Shard, tiling_fault
 from turnout.training.config.optim import MASTER
 from turnout.training.errors import CheckpointError, UnreadableError, printable
 from turnout.training.guard import GuardState
+from turnout.training.renames import rename_manifest
 
-FORMAT_VERSION = 2  # 1 held gate and up of the experts apart
+# 1 held gate and up of the experts apart, which is not read; 2 had other names for two keys.
+FORMAT_VERSION, READ_VERSIONS = 3, (2, 3)
 MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 ROUTER_FILE, CONFIG_FILE, PROVENANCE_FILE = "router.safetensors", "config.toml", "provenance.json"
 MAX_MANIFEST_BYTES = 1 << 30
@@ -64,18 +66,18 @@ class TensorEntry(BaseModel):
     shape: Annotated[tuple[Size, ...], Field(max_length=8)]
     n_rows: Size
     row_width: Size
-    pieces: tuple[tuple[Count, Count, Size, Count, Size], ...]
+    shards: tuple[tuple[Count, Count, Size, Count, Size], ...]
 
     @property
     def matrix(self) -> Matrix:
         return Matrix(self.n_rows, self.row_width)
 
-    def held_pieces(self) -> list[tuple[int, Piece]]:
+    def held_shards(self) -> list[tuple[int, Shard]]:
         """Return (rank, piece) of each piece."""
-        return [(rank, Piece(*numbers)) for rank, *numbers in self.pieces]
+        return [(rank, Shard(*numbers)) for rank, *numbers in self.shards]
 
 
-class SavedAt(BaseModel):
+class SavedLayout(BaseModel):
     """The layout that saved the checkpoint. Only to be told: it binds nobody who loads it."""
 
     model_config = STRICT
@@ -140,7 +142,7 @@ class Manifest(BaseModel):
     model_config = STRICT
 
     format_version: Count
-    saved_at: SavedAt
+    saved_layout: SavedLayout
     data: DataIdentity
     state: TrainingState
     kinds: Annotated[tuple[Name, ...], Field(max_length=8)]
@@ -173,9 +175,9 @@ class Manifest(BaseModel):
             numel = entry.n_rows * entry.row_width
             if numel != _product(entry.shape):
                 raise ValueError(f"{name}: {entry.n_rows} x {entry.row_width} is not its shape {entry.shape}")
-            if fault := tiling_fault(entry.matrix, [piece for _, piece in entry.held_pieces()]):
+            if fault := tiling_fault(entry.matrix, [shard for _, shard in entry.held_shards()]):
                 raise ValueError(f"{name}: {fault}")
-            missing = {rank_file(rank) for rank, *_ in entry.pieces} - self.files.keys()
+            missing = {rank_file(rank) for rank, *_ in entry.shards} - self.files.keys()
             if missing:
                 raise ValueError(f"{name}: lies in {sorted(missing)}, which is not among the files")
         return self
@@ -217,7 +219,7 @@ def read_manifest(directory: Path) -> Manifest:
         # Python's json takes NaN and Infinity, which JSON does not have, and makes infinity of 1e999.
         tree = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_each_key_once)
         _check_version(path, tree)
-        manifest = Manifest.model_validate(tree)
+        manifest = Manifest.model_validate(rename_manifest(tree) if isinstance(tree, dict) else tree)
     except (ValueError, RecursionError) as err:
         if isinstance(err, CheckpointError):
             raise
@@ -230,9 +232,9 @@ def read_manifest(directory: Path) -> Manifest:
 def _check_version(path: Path, tree: Any) -> None:
     # Before the fields: another version may have others.
     found = tree.get("format_version", FORMAT_VERSION) if isinstance(tree, dict) else FORMAT_VERSION
-    if found != FORMAT_VERSION:
+    if found not in READ_VERSIONS:
         raise CheckpointError(
-            f"{path}: format_version={printable(repr(found), 20)} where {FORMAT_VERSION} is read; "
+            f"{path}: format_version={printable(repr(found), 20)} where {list(READ_VERSIONS)} are read; "
             "use the Turnout that wrote it"
         )
 

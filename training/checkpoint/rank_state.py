@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from turnout.moe.load_balancing import RouterState
 from turnout.moe.parallel.sharding import Split, split_of
 from turnout.training.checkpoint.manifest import BIAS, LOAD_FRAC, ROUTER_FILE
-from turnout.training.checkpoint.resharding import Matrix, Piece
+from turnout.training.checkpoint.resharding import Matrix, Shard
 from turnout.training.checkpoint.tensor_files import TensorReader, key_of
 from turnout.training.config.optim import MASTER
 from turnout.training.engine.engine import Engine, Fragment
@@ -21,16 +21,16 @@ MODULE_PREFIX = "decoder."  # of the engine's module, which is training/objectiv
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where a fragment lies in its whole tensor, whose shape this is."""
 
     shape: tuple[int, ...]
     matrix: Matrix
-    piece: Piece
+    shard: Shard
 
 
 @dataclass(frozen=True)
-class Share:
+class RankState:
     """One rank's part of a checkpoint.
 
     places    by parameter name, what this rank writes of it
@@ -39,11 +39,11 @@ class Share:
     """
 
     kinds: tuple[str, ...]
-    places: Mapping[str, Place]
+    places: Mapping[str, Placement]
     tensors: Mapping[str, Tensor]
     router: Mapping[str, Tensor]
 
-    def copied_to(self, buffers: dict[str, Tensor]) -> "Share":
+    def copied_to(self, buffers: dict[str, Tensor]) -> "RankState":
         """Return the share with its tensors copied into host buffers, which are made once and used again."""
         for key, live in self.tensors.items():
             if key not in buffers or buffers[key].shape != live.shape:
@@ -61,17 +61,17 @@ class Share:
                 place.shape,
                 place.matrix.n_rows,
                 place.matrix.row_width,
-                (place.piece.first_col, place.piece.width, place.piece.start, place.piece.stop),
+                (place.shard.first_col, place.shard.width, place.shard.start, place.shard.stop),
             )
             for name, place in self.places.items()
         }
 
 
-def share_of(engine: Engine, router_state: RouterState, groups: Groups) -> Share:
+def rank_state_of(engine: Engine, router_state: RouterState, groups: Groups) -> RankState:
     """Return what this rank writes: together the ranks write each element once. The tensors are live."""
     layout = groups.layout
     names = [name for name, _ in engine.module.named_parameters()]
-    places: dict[str, Place] = {}
+    places: dict[str, Placement] = {}
     tensors: dict[str, Tensor] = {}
     for fragment in engine.fragments():
         # All tensor-parallel ranks hold an unsplit parameter; they take turns in writing them.
@@ -82,17 +82,17 @@ def share_of(engine: Engine, router_state: RouterState, groups: Groups) -> Share
         places[name] = place_of(fragment, groups)
         tensors |= {key_of(kind, name): values for kind, values in fragment.values.items()}
     router = {BIAS: router_state.bias_ME, LOAD_FRAC: router_state.load_frac_ME}
-    return Share(engine.state_kinds(), places, tensors, router)
+    return RankState(engine.state_kinds(), places, tensors, router)
 
 
-def place_of(fragment: Fragment, groups: Groups) -> Place:
+def place_of(fragment: Fragment, groups: Groups) -> Placement:
     split = split_of(fragment.name)
     size, index = _part_of(split, groups)
     shape = _whole_shape(fragment.part_shape, split, size)
     matrix = Matrix.of(shape, split)
     width = matrix.row_width // size
     n = fragment.values[MASTER].numel()
-    return Place(shape, matrix, Piece(index * width, width, fragment.start, fragment.start + n))
+    return Placement(shape, matrix, Shard(index * width, width, fragment.start, fragment.start + n))
 
 
 def _part_of(split: Split | None, groups: Groups) -> tuple[int, int]:
@@ -121,7 +121,7 @@ def restore(reader: TensorReader, engine: Engine, router_state: RouterState, gro
     for fragment in engine.fragments():
         name, place = fragment.name.removeprefix(MODULE_PREFIX), place_of(fragment, groups)
         for kind, values in fragment.values.items():
-            reader.read_piece(name, kind, place.piece, values)
+            reader.read_shard(name, kind, place.shard, values)
     engine.adopt_masters()
     engine.restore_loss_scaler(state.loss_scaler)
     bias_ME, load_frac_ME = (

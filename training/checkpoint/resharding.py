@@ -36,7 +36,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, order=True)
-class Piece:
+class Shard:
     """Elements [start, stop) of the flattened block of columns [first_col, first_col + width)."""
 
     first_col: int
@@ -64,15 +64,15 @@ class _Rectangle:
         return self.right - self.left
 
 
-def _rectangles(piece: Piece) -> Iterator[_Rectangle]:
+def _rectangles(shard: Shard) -> Iterator[_Rectangle]:
     """Cut a piece into at most three rectangles: a rest of a row, whole rows, the beginning of a row."""
-    at, left, width = piece.start, piece.first_col, piece.width
-    while at < piece.stop:
+    at, left, width = shard.start, shard.first_col, shard.width
+    while at < shard.stop:
         row, col = divmod(at, width)
-        n_whole = (piece.stop - at) // width if col == 0 else 0
-        n_cols = width if n_whole else min(width - col, piece.stop - at)
+        n_whole = (shard.stop - at) // width if col == 0 else 0
+        n_cols = width if n_whole else min(width - col, shard.stop - at)
         n_rows = max(1, n_whole)
-        yield _Rectangle(row, row + n_rows, left + col, left + col + n_cols, at - piece.start)
+        yield _Rectangle(row, row + n_rows, left + col, left + col + n_cols, at - shard.start)
         at += n_rows * n_cols
 
 
@@ -105,7 +105,7 @@ class Overlap:
         rows.narrow(1, self.target_col, self.n_cols).copy_(block)
 
 
-def overlaps(source: Piece, target: Piece) -> Iterator[Overlap]:
+def overlaps(source: Shard, target: Shard) -> Iterator[Overlap]:
     """Yield what the target can take from the source; nothing where they do not touch."""
     for theirs in _rectangles(source):
         for ours in _rectangles(target):
@@ -126,18 +126,18 @@ def overlaps(source: Piece, target: Piece) -> Iterator[Overlap]:
             )
 
 
-def tiling_fault(matrix: Matrix, pieces: Sequence[Piece]) -> str | None:
+def tiling_fault(matrix: Matrix, shards: Sequence[Shard]) -> str | None:
     """Say where the pieces fail to cover every element exactly once; None where they do."""
-    blocks: dict[tuple[int, int], list[Piece]] = {}
-    for piece in sorted(pieces):
-        blocks.setdefault((piece.first_col, piece.width), []).append(piece)
+    blocks: dict[tuple[int, int], list[Shard]] = {}
+    for shard in sorted(shards):
+        blocks.setdefault((shard.first_col, shard.width), []).append(shard)
     next_col = 0
     for (first_col, width), ranges in blocks.items():
         if first_col != next_col or width < 1:
             return f"columns {next_col} to {first_col} are held by no rank, or by two"
         next_col += width
-        starts = [*(piece.start for piece in ranges), matrix.n_rows * width]
-        stops = [0, *(piece.stop for piece in ranges)]
-        if starts != stops or any(piece.numel < 1 for piece in ranges):
+        starts = [*(shard.start for shard in ranges), matrix.n_rows * width]
+        stops = [0, *(shard.stop for shard in ranges)]
+        if starts != stops or any(shard.numel < 1 for shard in ranges):
             return f"elements of columns {first_col} to {next_col} are held by no rank, or by two"
     return None if next_col == matrix.row_width else f"columns from {next_col} on are held by no rank"

@@ -33,7 +33,7 @@ from turnout.training.checkpoint.directory import (
     set_aside,
     sweep_unfinished,
     unfinished_path,
-    verify_share,
+    verify_files,
 )
 from turnout.training.checkpoint.durable_io import Disk
 from turnout.training.checkpoint.manifest import (
@@ -44,19 +44,19 @@ from turnout.training.checkpoint.manifest import (
     Attached,
     FileEntry,
     Manifest,
-    SavedAt,
+    SavedLayout,
     TensorEntry,
     TrainingState,
     check_size,
     rank_file,
     to_bytes,
 )
-from turnout.training.checkpoint.rank_state import Share
+from turnout.training.checkpoint.rank_state import RankState
 from turnout.training.checkpoint.tensor_files import write_bytes, write_tensors
 from turnout.training.config.checkpoint import CheckpointConfig
 from turnout.training.errors import CheckpointError, SaveError, TakenOverError, UnreadableError
 from turnout.training.parallel.groups import Groups
-from turnout.training.run_control import Owner
+from turnout.training.run_control import FencingToken
 
 log = logging.getLogger("turnout")
 
@@ -122,15 +122,15 @@ class Saver:
         run_dir: Path,
         groups: Groups,
         cfg: CheckpointConfig,
-        owner: Owner,
+        fencing_token: FencingToken,
         attached: Attached,
-        saved_at: SavedAt,
+        saved_layout: SavedLayout,
         disk: Disk | None = None,
     ) -> None:
-        self._run_dir, self._groups, self._cfg, self._owner = run_dir, groups, cfg, owner
-        self._attached, self._saved_at, self._disk = attached, saved_at, disk or Disk()
+        self._run_dir, self._groups, self._cfg, self._fencing_token = run_dir, groups, cfg, fencing_token
+        self._attached, self._saved_layout, self._disk = attached, saved_layout, disk or Disk()
         if groups.is_first:  # before the others can get past the next line, and begin to write
-            owner.check()
+            fencing_token.check()
             sweep_unfinished(run_dir)
         self._messages = Messages(groups)
         self._host: dict[str, Tensor] = {}
@@ -139,10 +139,10 @@ class Saver:
         self.newest_step: int | None = None  # of this start's saves, under way or done
         self.longest_s: float | None = None  # that a save took, until it had its name
 
-    def save(self, share: Share, state: TrainingState) -> None:
+    def save(self, share: RankState, state: TrainingState) -> None:
         """Copy what this rank holds and write it in the background. Waits for an earlier save. Collective.
 
-        Raises SaveError or TakenOverError of the earlier save; of this one where cfg.is_async is off.
+        Raises SaveError or TakenOverError of the earlier save; of this one where cfg.async_save is off.
         """
         start_s = time.perf_counter()
         self.wait()
@@ -151,7 +151,7 @@ class Saver:
         stall_ms = 1000 * (time.perf_counter() - start_s)
         self._thread = threading.Thread(target=self._work, args=(share, state, stall_ms), name="checkpoint")
         self._thread.start()
-        if not self._cfg.is_async:
+        if not self._cfg.async_save:
             self.wait()
 
     def poll(self) -> None:
@@ -189,7 +189,7 @@ class Saver:
         """
         self.wait()
         self._check_owner()
-        self._disk.at("find", self._run_dir)
+        self._disk.boundary("find", self._run_dir)
         names = self._messages.tell("\n".join(path.name for path in list_checkpoints(self._run_dir)))
         faults: dict[Path, Fault] = {}
         for name in names.split():
@@ -220,7 +220,7 @@ class Saver:
         words = ""
         if self._groups.is_first:
             try:
-                self._owner.check()
+                self._fencing_token.check()
             except TakenOverError as err:
                 words = str(err)
         if words := self._messages.tell(words):
@@ -231,27 +231,27 @@ class Saver:
         told = ""
         try:
             manifest = read_checkpoint(path)
-            verify_share(path, manifest, self._groups.rank, self._groups.layout.world_size)
+            verify_files(path, manifest, self._groups.rank, self._groups.layout.world_size)
         except (CheckpointError, OSError) as err:
             told = json.dumps([str(err), not isinstance(err, UnreadableError | OSError)])
         told = self._messages.tell(next(filter(None, self._messages.gather(told)), ""))
         return Fault(*json.loads(told)) if told else manifest
 
-    def _work(self, share: Share, state: TrainingState, stall_ms: float) -> None:
+    def _work(self, share: RankState, state: TrainingState, stall_ms: float) -> None:
         try:
             self._write(share, state, stall_ms)
         except BaseException as err:  # raised again by wait, on the thread that trains
             self._failure = err
 
-    def _write(self, share: Share, state: TrainingState, stall_ms: float) -> None:
+    def _write(self, share: RankState, state: TrainingState, stall_ms: float) -> None:
         start_s = time.perf_counter()
-        directory = unfinished_path(self._run_dir, state.step, self._owner.token)
+        directory = unfinished_path(self._run_dir, state.step, self._fencing_token.token)
         report = self._report(share, directory)
-        self._disk.at("report", directory)
+        self._disk.boundary("report", directory)
         reports = self._messages.gather(report)
-        self._disk.at("reported", directory)
+        self._disk.boundary("reported", directory)
         verdict = self._commit(directory, reports, share, state) if self._groups.is_first else ""
-        self._disk.at("verdict", directory)
+        self._disk.boundary("verdict", directory)
         kind, _, words = self._messages.tell(verdict).partition(":")
         if kind == "taken over":
             raise TakenOverError(words)
@@ -263,25 +263,25 @@ class Saver:
             "saved step %d: %s, training waited %.0f ms, written in %.2f s",
             state.step,
             words,
-            stall_ms if self._cfg.is_async else stall_ms + 1000 * elapsed_s,
+            stall_ms if self._cfg.async_save else stall_ms + 1000 * elapsed_s,
             elapsed_s,
         )
 
-    def _report(self, share: Share, directory: Path) -> str:
+    def _report(self, share: RankState, directory: Path) -> str:
         """Write this rank's file, and return its size, hash and pieces as JSON, or what went wrong."""
         try:
             self._disk.make_directory(directory)
             entry = write_tensors(self._disk, directory / rank_file(self._groups.rank), share.tensors)
         except OSError as err:
             return json.dumps({"error": f"rank {self._groups.rank}: {err}"})
-        return json.dumps({"file": entry.model_dump(), "kinds": share.kinds, "pieces": share.described()})
+        return json.dumps({"file": entry.model_dump(), "kinds": share.kinds, "shards": share.described()})
 
-    def _commit(self, directory: Path, reports: list[str], share: Share, state: TrainingState) -> str:
+    def _commit(self, directory: Path, reports: list[str], share: RankState, state: TrainingState) -> str:
         """Finish the checkpoint and give it its name; return `ok:`, `failed:` or `taken over:` and why."""
         shares = [json.loads(report) for report in reports]
         errors = [share["error"] for share in shares if "error" in share]
         try:
-            self._owner.check()  # first: what a later start swept away cannot be written to
+            self._fencing_token.check()  # first: what a later start swept away cannot be written to
             if errors:
                 raise OSError("; ".join(errors))
             router = write_tensors(self._disk, directory / ROUTER_FILE, share.router)
@@ -289,7 +289,7 @@ class Saver:
             text, check_sum = to_bytes(manifest)
             write_bytes(self._disk, directory / MANIFEST, text)
             write_bytes(self._disk, directory / MANIFEST_SUM, check_sum)
-            self._owner.check()
+            self._fencing_token.check()
             for name, entry in manifest.files.items():
                 check_size(directory / name, entry)
             final = publish(directory, self._run_dir, state.step, self._disk)
@@ -309,7 +309,7 @@ class Saver:
         """Return the verdict on a commit that failed."""
         try:
             # A file may be missing because a later start has taken over and swept the directory.
-            self._owner.check()
+            self._fencing_token.check()
         except TakenOverError as taken_over:
             err = taken_over
         except OSError:
@@ -324,14 +324,14 @@ class Saver:
             files[name] = write_bytes(self._disk, directory / name, content)
         tensors: dict[str, dict] = {}
         for rank, share in enumerate(shares):
-            for name, (shape, n_rows, row_width, piece) in share["pieces"].items():
+            for name, (shape, n_rows, row_width, shard) in share["shards"].items():
                 entry = tensors.setdefault(
-                    name, {"shape": shape, "n_rows": n_rows, "row_width": row_width, "pieces": []}
+                    name, {"shape": shape, "n_rows": n_rows, "row_width": row_width, "shards": []}
                 )
-                entry["pieces"].append((rank, *piece))
+                entry["shards"].append((rank, *shard))
         return Manifest(
             format_version=FORMAT_VERSION,
-            saved_at=self._saved_at,
+            saved_layout=self._saved_layout,
             data=self._attached.data,
             state=state,
             kinds=tuple(shares[0]["kinds"]),

@@ -23,7 +23,7 @@ from turnout.training.checkpoint.manifest import (
     naming_unreadable,
     rank_file,
 )
-from turnout.training.checkpoint.resharding import Piece, overlaps
+from turnout.training.checkpoint.resharding import Shard, overlaps
 from turnout.training.checkpoint.safetensors_stream import CHUNK_BYTES, Stored, safetensors_chunks
 from turnout.training.errors import CheckpointError, printable
 
@@ -69,15 +69,15 @@ class TensorReader:
         self.directory, self.manifest = directory, manifest
         self._files: dict[str, Any] = {}
 
-    def read_piece(self, name: str, kind: str, wanted: Piece, out: Tensor) -> None:
+    def read_shard(self, name: str, kind: str, wanted: Shard, out: Tensor) -> None:
         """Fill out [wanted.numel] with a piece of a parameter, from whatever pieces were saved.
 
         Raises CheckpointError where the checkpoint does not hold all of it.
         """
         n_read = 0
-        for rank, piece in self._entry(name).held_pieces():
-            for overlap in overlaps(piece, wanted):
-                source = self._read(rank_file(rank), key_of(kind, name), overlap.read, piece.numel)
+        for rank, shard in self._entry(name).held_shards():
+            for overlap in overlaps(shard, wanted):
+                source = self._read(rank_file(rank), key_of(kind, name), overlap.read, shard.numel)
                 overlap.copy(source, out)
                 n_read += overlap.numel
         if n_read != wanted.numel:
@@ -100,18 +100,18 @@ class TensorReader:
     def chunks(self, name: str, kind: str) -> Iterator[Tensor]:
         """Yield all elements of a parameter, each once and in no order, as flat tensors of CHUNK_BYTES."""
         n = CHUNK_BYTES // 4
-        for rank, piece in self._entry(name).held_pieces():
-            for start in range(0, piece.numel, n):
-                elements = (start, min(start + n, piece.numel))
-                yield self._read(rank_file(rank), key_of(kind, name), elements, piece.numel)
+        for rank, shard in self._entry(name).held_shards():
+            for start in range(0, shard.numel, n):
+                elements = (start, min(start + n, shard.numel))
+                yield self._read(rank_file(rank), key_of(kind, name), elements, shard.numel)
 
     @cached_property
     def _promised(self) -> dict[str, list[tuple[str, int]]]:
         """Return (name, numel) of each piece, by the file that holds it."""
         promised: dict[str, list[tuple[str, int]]] = {}
         for name, entry in self.manifest.tensors.items():
-            for rank, piece in entry.held_pieces():
-                promised.setdefault(rank_file(rank), []).append((name, piece.numel))
+            for rank, shard in entry.held_shards():
+                promised.setdefault(rank_file(rank), []).append((name, shard.numel))
         return promised
 
     def _entry(self, name: str) -> TensorEntry:

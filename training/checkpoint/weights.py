@@ -17,7 +17,7 @@ from turnout.moe.model import Decoder, build_decoder
 from turnout.moe.parallel.sharding import is_expert
 from turnout.training.checkpoint.directory import read_checkpoint
 from turnout.training.checkpoint.manifest import BIAS, ROUTER_FILE
-from turnout.training.checkpoint.resharding import Piece
+from turnout.training.checkpoint.resharding import Shard
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.config.optim import MASTER
 from turnout.training.errors import CheckpointError
@@ -87,7 +87,7 @@ class CheckpointWeights:
         for start in range(0, out.numel(), MAPPED_BYTES // 4):
             stop = min(start + MAPPED_BYTES // 4, out.numel())
             self._let_go()
-            self._reader.read_piece(name, MASTER, Piece(first_col, width, start, stop), out[start:stop])
+            self._reader.read_shard(name, MASTER, Shard(first_col, width, start, stop), out[start:stop])
             self._n_mapped += 4 * (stop - start)
         return out.view(shape)
 

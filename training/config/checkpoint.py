@@ -13,7 +13,7 @@ class CheckpointConfig(BaseModel):
     every_steps: PositiveInt | None = None  # None: only after the last step
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None  # those of these steps are kept for ever
-    is_async: bool = True
+    async_save: bool = True
 
     @model_validator(mode="after")
     def _check_kept(self) -> Self:

@@ -11,7 +11,7 @@ from typing import Self
 from pydantic import BaseModel, model_validator
 
 from turnout.moe.config import STRICT, ModelConfig
-from turnout.moe.experts.requirements import MAX_PLACES, NEEDS
+from turnout.moe.experts.requirements import INT32_ELEMENTS, REQUIREMENTS
 from turnout.training.config.checkpoint import CheckpointConfig
 from turnout.training.config.data import DataConfig
 from turnout.training.config.eval import EvalConfig
@@ -76,7 +76,7 @@ class RunConfig(BaseModel):
         name, model = self.train.expert_backend, self.model
         if name == "auto":
             return self
-        needs, widths = NEEDS[name], (model.d_model, model.d_expert)
+        needs, widths = REQUIREMENTS[name], (model.d_model, model.d_expert)
         if any(width % needs.width_multiple for width in widths):
             raise ValueError(
                 f"train.expert_backend={name} needs multiples of {needs.width_multiple}, not model.d_model="
@@ -89,12 +89,12 @@ class RunConfig(BaseModel):
                 "train.expert_backend=sorted_loop"
             )
         if self._overflows_int32(name):
-            most = (MAX_PLACES - 1) // self._places_of_sequence(name)
+            most = (INT32_ELEMENTS - 1) // self._elements_of_sequence(name)
             remedy = f"use at most {most}, or" if most else "use"
             seqs = self.train.microbatch_seqs
             raise ValueError(
-                f"train.expert_backend={name} takes less than {MAX_PLACES:,} numbers of routed rows at once, "
-                f"and train.microbatch_seqs={seqs} gives {seqs * self._places_of_sequence(name):,}; {remedy} "
+                f"train.expert_backend={name} takes less than {INT32_ELEMENTS:,} numbers of routed rows at once, "
+                f"and train.microbatch_seqs={seqs} gives {seqs * self._elements_of_sequence(name):,}; {remedy} "
                 "train.expert_backend=torch_grouped"
             )
         return self
@@ -105,14 +105,14 @@ class RunConfig(BaseModel):
         """
         model = self.model
         n_weights = model.n_experts // self.parallel.ep * model.d_model * 2 * model.d_expert
-        has_few_weights = not NEEDS[backend].has_32_bit_places or n_weights < MAX_PLACES
+        has_few_weights = not REQUIREMENTS[backend].indexes_int32 or n_weights < INT32_ELEMENTS
         return has_few_weights and not self._overflows_int32(backend)
 
     def _overflows_int32(self, backend: str) -> bool:
-        n_places = self.train.microbatch_seqs * self._places_of_sequence(backend)
-        return NEEDS[backend].has_32_bit_places and n_places >= MAX_PLACES
+        n_elements = self.train.microbatch_seqs * self._elements_of_sequence(backend)
+        return REQUIREMENTS[backend].indexes_int32 and n_elements >= INT32_ELEMENTS
 
-    def _places_of_sequence(self, backend: str) -> int:
+    def _elements_of_sequence(self, backend: str) -> int:
         """Return the numbers of a sequence's rows on the rank that has most of them."""
         model, parallel = self.model, self.parallel
         width = max(model.d_model, 2 * model.d_expert) if backend == "triton_grouped" else model.d_model

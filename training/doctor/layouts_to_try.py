@@ -17,7 +17,7 @@ TIGHT = 0.4  # parallel.ep_max_load: below 1 any routing makes further trips, he
 class Variant:
     """One way to train the same batches.
 
-    n_microbatches: per rank and step. n_trips, max_load: parallel.ep_trips and parallel.ep_max_load; None:
+    n_microbatches: per rank and step. n_trips, max_load: parallel.ep_chunks and parallel.ep_max_load; None:
     the config's own.
     """
 
@@ -25,7 +25,7 @@ class Variant:
     zero_stage: Literal[1, 2] = 1
     sequence_parallel: bool = False
     n_microbatches: int = 1
-    n_trips: int = 1
+    n_chunks: int = 1
     max_load: float | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -37,8 +37,8 @@ class Variant:
             words.append("sequence-parallel")
         if self.n_microbatches > 1:
             words.append(f"micro-batches={self.n_microbatches}")
-        if self.n_trips > 1:
-            words.append(f"trips={self.n_trips}")
+        if self.n_chunks > 1:
+            words.append(f"trips={self.n_chunks}")
         if self.max_load is not None:
             words.append(f"max-load={self.max_load}")
         if self.recompute != "none":
@@ -54,7 +54,7 @@ class Variant:
             "ep": self.layout.ep,
             "zero_stage": self.zero_stage,
             "sequence_parallel": self.sequence_parallel,
-            "ep_trips": self.n_trips,
+            "ep_chunks": self.n_chunks,
             "ep_max_load": cfg.parallel.ep_max_load if self.max_load is None else self.max_load,
         }
         train = {
@@ -115,7 +115,7 @@ def list_variants(cfg: RunConfig, layouts: Sequence[Layout]) -> list[Variant]:
     cuts += [replace(rich, recompute=recompute) for recompute in ("selective", "full")]
     cuts.append(replace(rich, n_microbatches=2, recompute="full", sequence_parallel=rich.layout.tp > 1))
     if rich.layout.ep > 1:
-        cuts += [replace(rich, n_trips=2), replace(rich, max_load=TIGHT)]
+        cuts += [replace(rich, n_chunks=2), replace(rich, max_load=TIGHT)]
     half = []
     if cfg.train.precision == "bf16":
         plain = [v for v in base if not v.sequence_parallel]

@@ -16,7 +16,7 @@ from turnout.moe.model import build_decoder
 from turnout.training.batches import prefetch
 from turnout.training.config.run import RunConfig
 from turnout.training.doctor.compare import CHECKS, Evidence, compare_check
-from turnout.training.doctor.synthetic_batches import MadeUpLoader, Order
+from turnout.training.doctor.synthetic_batches import Order, SyntheticLoader
 from turnout.training.engine.build import build_local_decoder, put_under_engine
 from turnout.training.objective import Objective, ObjectiveSums
 from turnout.training.optimizers.adamw import ParamGroups, param_groups
@@ -192,7 +192,7 @@ def find_steady_batches(cfg: RunConfig, order: Order) -> tuple[int, Evidence]:
     what follows differs by much more than rounding although nothing is wrong.
     """
     for seed in range(N_SEEDS):
-        loader = MadeUpLoader(cfg, order, seed)
+        loader = SyntheticLoader(cfg, order, seed)
         evidence, nudged = train_plainly(cfg, loader), train_plainly(cfg, loader, nudge=NUDGE)
         limits = NUDGED_LIMITS.items()
         if all(compare_check(check, nudged[check], evidence[check], limit).agrees for check, limit in limits):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from turnout.moe.config import ModelConfig
-from turnout.moe.experts.requirements import NEEDS
+from turnout.moe.experts.requirements import REQUIREMENTS
 from turnout.training.config.run import RunConfig
 
 N_STEPS = 3  # what training/doctor/parity.py takes: one of balancing alone, and two updates
@@ -22,13 +22,13 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
     A batch gives every data-parallel rank at least 4 sequences, so that it can be cut into micro-batches.
     """
     backend = cpu_backend(cfg.train.expert_backend)
-    multiple = 1 if backend == "auto" else NEEDS[backend].width_multiple
+    multiple = 1 if backend == "auto" else REQUIREMENTS[backend].width_multiple
     model = shrink_model(cfg.model, world_size, multiple=multiple)
     batch_seqs = 4 * world_size if world_size > 1 else 8
     schedule = {"warmup_steps": 0, "decay_frac": 1.0 if cfg.optim.schedule.kind == "wsd" else None}
     tree = cfg.model_dump()
     tree["model"] = model.model_dump()
-    tree["parallel"] |= {"tp": 1, "ep": 1, "sequence_parallel": False, "ep_trips": 1}
+    tree["parallel"] |= {"tp": 1, "ep": 1, "sequence_parallel": False, "ep_chunks": 1}
     tree["train"] |= {
         "n_steps": N_STEPS,
         "batch_tokens": batch_seqs * model.seq_len,
@@ -45,7 +45,7 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
 
 def cpu_backend(name: str) -> str:
     """Return an expert backend, or where it needs a GPU what a CPU has in its place."""
-    return "auto" if name != "auto" and NEEDS[name].gpu else name
+    return "auto" if name != "auto" and REQUIREMENTS[name].gpu else name
 
 
 def shrink_model(model: ModelConfig, world_size: int, *, multiple: int = 8) -> ModelConfig:

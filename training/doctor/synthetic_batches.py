@@ -17,7 +17,7 @@ class Order:
     weights: tuple[float, ...]
 
 
-class MadeUpLoader(Loader):
+class SyntheticLoader(Loader):
     """Serves random tokens, under the sample ids that training would serve in this place of the order.
 
     Sequences keep unequal shares of their targets and hold two documents, the border of which moves, so the

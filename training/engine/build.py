@@ -22,7 +22,7 @@ def build_local_decoder(cfg: RunConfig, groups: Groups, dtype: torch.dtype = tor
         cfg.model,
         device=groups.device,
         dtype=dtype,
-        dispatcher=groups.dispatcher(max_load=cfg.parallel.ep_max_load, min_trips=cfg.parallel.ep_trips),
+        dispatcher=groups.dispatcher(max_load=cfg.parallel.ep_max_load, min_chunks=cfg.parallel.ep_chunks),
         tp=groups.tensor_parallel(sequence_parallel=cfg.parallel.sequence_parallel),
         expert_backend=expert_backend_of(cfg, groups.device),
         recompute=cfg.train.recompute,

@@ -11,6 +11,7 @@ from turnout.moe.config import ModelConfig
 from turnout.moe.flops import n_active_params, n_params
 from turnout.training.checkpoint.manifest import CONFIG_FILE, PROVENANCE_FILE, Manifest
 from turnout.training.errors import printable
+from turnout.training.renames import PROVENANCE, rename_keys
 
 CARD = "README.md"
 METRICS = "metrics.jsonl"
@@ -97,7 +98,7 @@ def _listing(text: str) -> str:
 
 def _training_command(path: Path) -> str | None:
     try:
-        command = json.loads(path.read_bytes())["starts"][-1]["command"]
+        command = rename_keys(json.loads(path.read_bytes()), PROVENANCE)["attempts"][-1]["command"]
         return shlex.join(map(str, command))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -24,7 +24,7 @@ from turnout.training.checkpoint.manifest import (
     Attached,
     FileEntry,
     Manifest,
-    SavedAt,
+    SavedLayout,
     TensorEntry,
     TrainingState,
     rank_file,
@@ -66,7 +66,7 @@ def write_first_checkpoint(
             matrix = Matrix.of(shapes[name], split_of(name))
             whole = (number, 0, matrix.row_width, 0, prod(shapes[name]))
             tensors[name] = TensorEntry(
-                shape=shapes[name], n_rows=matrix.n_rows, row_width=matrix.row_width, pieces=(whole,)
+                shape=shapes[name], n_rows=matrix.n_rows, row_width=matrix.row_width, shards=(whole,)
             )
     router = {BIAS: weights.read_bias(), LOAD_FRAC: RouterState.initial(weights.cfg).load_frac_ME}
     flat = {name: values.flatten() for name, values in router.items()}
@@ -75,7 +75,7 @@ def write_first_checkpoint(
         files[name] = write_bytes(disk, directory / name, content)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        saved_at=SavedAt(world_size=len(parts), tp=1, ep=1, zero_stage=1),
+        saved_layout=SavedLayout(world_size=len(parts), tp=1, ep=1, zero_stage=1),
         data=attached.data,
         state=_first_state(),
         kinds=(MASTER,),

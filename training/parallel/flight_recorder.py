@@ -1,4 +1,4 @@
-"""What each rank is doing, in a small file that outlives it: RUN/logs/start-00001/rank-00001.ledger.
+"""What each rank is doing, in a small file that outlives it: RUN/logs/attempt-00001/rank-00001.ledger.
 
 The file is mapped into memory, so an entry costs no system call, anybody may read it at any time, and the
 last entry is there even if the rank was killed or stopped in the middle of it. training/parallel/hang_report.py makes
@@ -79,7 +79,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class LedgerView:
+class FlightRecord:
     """A ledger as it was read. entries: the last ones, oldest first; none if it was killed at its start."""
 
     rank: int
@@ -99,10 +99,10 @@ class LedgerView:
         return next((e for e in self.entries if e.group == group and e.index == index), None)
 
 
-class NoLedger:
+class NullRecorder:
     """Takes the same calls and keeps nothing: for tests, and for what runs apart from a run."""
 
-    def at(self, step: int, phase: str) -> None:
+    def enter_phase(self, step: int, phase: str) -> None:
         """Note that this rank begins a phase of a step."""
 
     def collective(
@@ -122,7 +122,7 @@ class NoLedger:
         return nullcontext()
 
 
-class Ledger(NoLedger):
+class FlightRecorder(NullRecorder):
     """One rank's ledger. One thread at a time may use it."""
 
     def __init__(self, path: Path, layout: Layout, rank: int) -> None:
@@ -134,9 +134,9 @@ class Ledger(NoLedger):
         _FILE.pack_into(self._map, 0, _MAGIC, rank, layout.world_size, layout.tp, layout.ep, os.getpid())
         self._n, self._step, self._phase = 0, 0, b""
         self._entered = [0] * len(GROUPS)
-        self.at(0, "start")
+        self.enter_phase(0, "start")
 
-    def at(self, step: int, phase: str) -> None:
+    def enter_phase(self, step: int, phase: str) -> None:
         self._step, self._phase = step, phase.encode()
         self._write(AT, -1, -1, b"", (), ())
 
@@ -198,13 +198,13 @@ class Ledger(NoLedger):
 
 
 class _Waiting(AbstractContextManager[None]):
-    __slots__ = ("_call", "_ledger", "_n")
+    __slots__ = ("_call", "_recorder", "_n")
 
-    def __init__(self, ledger: Ledger, *call: object) -> None:
-        self._ledger, self._call = ledger, call
+    def __init__(self, recorder: FlightRecorder, *call: object) -> None:
+        self._recorder, self._call = recorder, call
 
     def __enter__(self) -> None:
-        self._n = self._ledger._enter(*self._call)  # type: ignore[arg-type]
+        self._n = self._recorder._enter(*self._call)  # type: ignore[arg-type]
 
     def __exit__(
         self,
@@ -213,21 +213,21 @@ class _Waiting(AbstractContextManager[None]):
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._ledger._leave(self._n)
+            self._recorder._leave(self._n)
 
 
-def read_ledger(path: Path) -> LedgerView:
+def read_flight_record(path: Path) -> FlightRecord:
     """Read a ledger, also one that is being written. Entries caught half-written are left out.
 
     Raises ValueError where the file is no ledger; a rank killed while it made one leaves such a file.
     """
     data = path.read_bytes()
     if len(data) != _FILE_BYTES + N_ENTRIES * _ENTRY_BYTES or not data.startswith(_MAGIC):
-        raise ValueError(f"{path} is not a ledger")
+        raise ValueError(f"{path} is not a flight record")
     _, rank, _, _, _, pid = _FILE.unpack_from(data)
     found = [_read_entry(data, _FILE_BYTES + i * _ENTRY_BYTES) for i in range(N_ENTRIES)]
     entries = sorted((e for e in found if e is not None), key=lambda e: e.n)
-    return LedgerView(rank, pid, tuple(entries))
+    return FlightRecord(rank, pid, tuple(entries))
 
 
 def _read_entry(data: bytes, start: int) -> Entry | None:

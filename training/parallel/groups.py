@@ -10,7 +10,7 @@ from torch import Tensor
 from turnout.moe.parallel.expert_parallel import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from turnout.moe.parallel.sharding import split_of
 from turnout.moe.parallel.tensor_parallel import SplitOverGroup, TensorParallel, Unsplit
-from turnout.training.parallel.flight_recorder import NoLedger
+from turnout.training.parallel.flight_recorder import NullRecorder
 from turnout.training.parallel.layout import Layout
 
 
@@ -27,10 +27,10 @@ class Groups:
         device: torch.device,
         *,
         timeout_s: float = 600,
-        ledger: NoLedger | None = None,
+        recorder: NullRecorder | None = None,
     ) -> None:
         self.layout, self.rank, self.device = layout, rank, device
-        self.ledger = ledger or NoLedger()
+        self.recorder = recorder or NullRecorder()
         timeout = timedelta(seconds=timeout_s)
         self.dp = _join(layout.dp_groups(), rank, timeout)
         self.tp = _join(layout.tp_groups(), rank, timeout)
@@ -73,7 +73,7 @@ class Groups:
 
     def barrier(self) -> None:
         if self.layout.world_size > 1:
-            with self.ledger.collective("barrier", "world"):
+            with self.recorder.collective("barrier", "world"):
                 dist.barrier()
 
     def close(self) -> None:
@@ -81,17 +81,17 @@ class Groups:
         for group in (self.dp, self.tp, self.ep, self.edp):
             dist.destroy_process_group(group)
 
-    def dispatcher(self, *, max_load: float | None = None, min_trips: int = 1) -> Dispatcher:
+    def dispatcher(self, *, max_load: float | None = None, min_chunks: int = 1) -> Dispatcher:
         """Return how routed rows reach their experts; AllToAllDispatcher says what the settings mean."""
         if self.layout.ep == 1:
             return LocalDispatcher()
-        return AllToAllDispatcher(self.ep, self.ledger.collective, max_load=max_load, min_trips=min_trips)
+        return AllToAllDispatcher(self.ep, self.recorder.collective, max_load=max_load, min_chunks=min_chunks)
 
     def tensor_parallel(self, *, sequence_parallel: bool = False) -> TensorParallel:
         """Return how matrices are split."""
         if self.layout.tp == 1:
             return Unsplit()
-        return SplitOverGroup(self.tp, sequence_parallel, self.ledger.collective)
+        return SplitOverGroup(self.tp, sequence_parallel, self.recorder.collective)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """Return the whole tensor of a parameter's name from the ranks' parts. Collective.
@@ -103,7 +103,7 @@ class Groups:
             return part
         group = self.tp if split.over == "tp" else self.ep
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        with self.ledger.collective("all-gather", split.over):
+        with self.recorder.collective("all-gather", split.over):
             dist.all_gather(parts, part.contiguous(), group=group)
         return torch.cat(parts, split.dim)
 
@@ -116,7 +116,7 @@ class Groups:
     ) -> Tensor:
         n_ranks = self.layout.world_size if group is None else group.size()
         if n_ranks > 1:
-            with self.ledger.collective("all-reduce", name):
+            with self.recorder.collective("all-reduce", name):
                 dist.all_reduce(values, op, group=group)
         return values
 
@@ -134,7 +134,7 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def join_groups(layout: Layout, device: torch.device, *, timeout_s: float, ledger: NoLedger) -> Groups:
+def join_groups(layout: Layout, device: torch.device, *, timeout_s: float, recorder: NullRecorder) -> Groups:
     """Join the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR,
     ...).
     """
@@ -143,7 +143,7 @@ def join_groups(layout: Layout, device: torch.device, *, timeout_s: float, ledge
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return Groups(layout, dist.get_rank(), device, timeout_s=timeout_s, ledger=ledger)
+    return Groups(layout, dist.get_rank(), device, timeout_s=timeout_s, recorder=recorder)
 
 
 def leave_groups() -> None:

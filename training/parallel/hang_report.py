@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from itertools import permutations
 
-from turnout.training.parallel.flight_recorder import MAX_COUNTS, Entry, LedgerView
+from turnout.training.parallel.flight_recorder import MAX_COUNTS, Entry, FlightRecord
 from turnout.training.parallel.layout import Layout, name_ranks
 
-MAX_PLACES = 8  # lines about where the others waited
+INT32_ELEMENTS = 8  # lines about where the others waited
 MAX_ROW_MISMATCHES = 4
 
 
@@ -25,7 +25,7 @@ class Ending(Enum):
     STUCK = "it was told to end, did not, and was killed"
 
 
-Views = Mapping[int, LedgerView]
+Views = Mapping[int, FlightRecord]
 Waits = dict[int, set[int]]
 
 
@@ -156,8 +156,8 @@ def _places(
         place = _place(entry, layout, rank, "" if entry.is_waiting else "after ")
         ranks_at.setdefault(f"{did} {place}", []).append(rank)
     lines = [f"{name_ranks(ranks)} {place}" for place, ranks in ranks_at.items()]
-    if len(lines) > MAX_PLACES:
-        lines[MAX_PLACES:] = [f"and other ranks in {len(lines) - MAX_PLACES} more places"]
+    if len(lines) > INT32_ELEMENTS:
+        lines[INT32_ELEMENTS:] = [f"and other ranks in {len(lines) - INT32_ELEMENTS} more places"]
     return lines
 
 
@@ -183,7 +183,9 @@ def _disagreements(views: Views, layout: Layout) -> list[str]:
         found = {r: e for r in ranks if r in views and (e := views[r].collective(group, index)) is not None}
         if len({(e.step, e.phase, e.layer, e.operation) for e in found.values()}) > 1:
             places = [f"rank {r} in {_place(e, layout, r)}" for r, e in found.items()]
-            lines.append(f"ranks of one group are in different collectives: {'; '.join(places[:MAX_PLACES])}")
+            lines.append(
+                f"ranks of one group are in different collectives: {'; '.join(places[:INT32_ELEMENTS])}"
+            )
         else:
             lines += _row_mismatches(found, ranks, layout)
     return lines

@@ -112,9 +112,9 @@ def plan_layout(cfg: RunConfig, world_size: int) -> Layout:
         raise ConfigError(
             "parallel.sequence_parallel=true has no effect with parallel.tp=1; raise parallel.tp, or drop it"
         )
-    if cfg.parallel.ep_trips > 1 and layout.ep == 1:
+    if cfg.parallel.ep_chunks > 1 and layout.ep == 1:
         raise ConfigError(
-            f"parallel.ep_trips={cfg.parallel.ep_trips} has no effect with parallel.ep=1, where no rows "
+            f"parallel.ep_chunks={cfg.parallel.ep_chunks} has no effect with parallel.ep=1, where no rows "
             "travel; raise parallel.ep, or drop it"
         )
     n_microbatches(cfg, layout)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import turnout.training.checkpoint.manifest
-from tests.checkpoints import ALL_KEPT, save_alone, saver_of, small_numbers, small_share, state_at
+from tests.checkpoints import ALL_KEPT, save_alone, saver_of, small_numbers, small_rank_state, state_at
 from tests.ranks import RankFailed, RankPool
 from tests.runs import run_config
 from turnout.data.files import sha256_of
@@ -29,7 +29,7 @@ from turnout.training.checkpoint.directory import (
 )
 from turnout.training.checkpoint.durable_io import Disk
 from turnout.training.checkpoint.manifest import MANIFEST_SUM, rank_file
-from turnout.training.checkpoint.resharding import Piece
+from turnout.training.checkpoint.resharding import Shard
 from turnout.training.checkpoint.saver import Saver
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.errors import CheckpointError, SaveError, TakenOverError
@@ -38,7 +38,7 @@ from turnout.training.parallel.layout import Layout
 from turnout.training.run_control import take_over
 
 CFG = run_config().model_copy(update={"checkpoint": ALL_KEPT})
-ASYNC = run_config().model_copy(update={"checkpoint": ALL_KEPT.model_copy(update={"is_async": True})})
+ASYNC = run_config().model_copy(update={"checkpoint": ALL_KEPT.model_copy(update={"async_save": True})})
 
 
 class ScriptedDisk(Disk):
@@ -106,7 +106,7 @@ def test_a_start_whose_unfinished_save_was_swept_is_told_that_it_was_overtaken(r
             shutil.rmtree(path.parent)
 
     with pytest.raises(TakenOverError):
-        alone(run_dir, sweep).save(small_share(3, 0, 1), state_at(3))
+        alone(run_dir, sweep).save(small_rank_state(3, 0, 1), state_at(3))
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
 
@@ -116,26 +116,26 @@ def test_a_checkpoint_of_which_a_file_was_lost_gets_no_name(run_dir: Path) -> No
             path.with_name(rank_file(0)).unlink()
 
     with pytest.raises(SaveError, match=f"{rank_file(0)}: is missing; the newest checkpoint is .*00000002"):
-        alone(run_dir, lose).save(small_share(3, 0, 1), state_at(3))
+        alone(run_dir, lose).save(small_rank_state(3, 0, 1), state_at(3))
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
 
 def test_a_pointer_that_cannot_be_written_fails_no_checkpoint(run_dir: Path) -> None:
     (run_dir / CHECKPOINTS / POINTER_FILE).unlink()
     (run_dir / CHECKPOINTS / POINTER_FILE).mkdir()
-    alone(run_dir).save(small_share(3, 0, 1), state_at(3))
+    alone(run_dir).save(small_rank_state(3, 0, 1), state_at(3))
     assert verify_checkpoint(checkpoint_path(run_dir, 3)).state.step == 3
 
 
 def test_a_step_that_is_saved_again_is_removed_once_its_successor_has_the_name(run_dir: Path) -> None:
     passed: list[tuple[str, str]] = []
-    again = small_share(9, 0, 1)  # other numbers, for step 2
+    again = small_rank_state(9, 0, 1)  # other numbers, for step 2
     alone(run_dir, lambda boundary, path: passed.append((boundary, path.name))).save(again, state_at(2))
     boundaries = [boundary for boundary, _ in passed]
     assert ("rename", "step-00000002") in passed
     assert boundaries.index("remove") > passed.index(("rename", "step-00000002"))
     path, got = checkpoint_path(run_dir, 2), torch.empty(24)
-    TensorReader(path, verify_checkpoint(path)).read_piece("w", "master", Piece(0, 24, 0, 24), got)
+    TensorReader(path, verify_checkpoint(path)).read_shard("w", "master", Shard(0, 24, 0, 24), got)
     assert torch.equal(got, small_numbers(9, "master"))
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
@@ -149,7 +149,7 @@ def poll_while_one_rank_fails(rank: int, run_dir: Path, token: str) -> None:
 
     groups = Groups(Layout(2), rank, torch.device("cpu"), timeout_s=30)
     saver = saver_of(run_dir, groups, ASYNC, token=token, disk=ScriptedDisk(fail))
-    saver.save(small_share(3, rank, 2), state_at(3))
+    saver.save(small_rank_state(3, rank, 2), state_at(3))
     try:
         for _ in range(100):
             saver.poll()

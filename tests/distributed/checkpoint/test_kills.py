@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import SMALL_KINDS, SMALL_SHAPE, saver_of, small_numbers, small_share, state_at
+from tests.checkpoints import SMALL_KINDS, SMALL_SHAPE, saver_of, small_numbers, small_rank_state, state_at
 from tests.ranks import RankFailed, RankPool, join_alone
 from tests.runs import run_config
 from turnout.training.checkpoint.directory import (
@@ -26,7 +26,7 @@ from turnout.training.checkpoint.directory import (
     verify_checkpoint,
 )
 from turnout.training.checkpoint.durable_io import Disk
-from turnout.training.checkpoint.resharding import Piece
+from turnout.training.checkpoint.resharding import Shard
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.config.checkpoint import CheckpointConfig
 from turnout.training.parallel.groups import Groups
@@ -54,11 +54,11 @@ class DeadlyDisk(Disk):
         self.passed: list[Boundary] = []
         self._killer = killer
 
-    def at(self, boundary: str, path: Path) -> None:
+    def boundary(self, name: str, path: Path) -> None:
         if self._killer is not None and len(self.passed) == self._killer.fatal:
             for pid in self._killer.pids:
                 os.kill(pid, signal.SIGKILL)
-        self.passed.append((boundary, path.name))
+        self.passed.append((name, path.name))
 
 
 def save(rank: int, run_dir: Path, token: str, steps: list[int], killer: "Killer | None") -> list[Boundary]:
@@ -67,7 +67,7 @@ def save(rank: int, run_dir: Path, token: str, steps: list[int], killer: "Killer
     disk = DeadlyDisk(killer if killer is not None and killer.rank == rank else None)
     saver = saver_of(run_dir, groups, CFG, token=token, disk=disk)
     for step in steps:
-        saver.save(small_share(step, rank, N_RANKS), state_at(step))
+        saver.save(small_rank_state(step, rank, N_RANKS), state_at(step))
     saver.close()
     return disk.passed
 
@@ -150,7 +150,7 @@ def resumed_step(run_dir: Path) -> int:
     names = [entry.name for entry in (run_dir / CHECKPOINTS).iterdir()]
     assert all(name == POINTER_FILE or re.fullmatch(r"step-\d{8}", name) for name in names), names
     check_whole(path)
-    saver.save(small_share(4, 0, 1), state_at(4))
+    saver.save(small_rank_state(4, 0, 1), state_at(4))
     saver.close()
     check_whole(list_checkpoints(run_dir)[0])
     groups.close()
@@ -162,5 +162,5 @@ def check_whole(path: Path) -> None:
     reader, n = TensorReader(path, manifest), prod(SMALL_SHAPE)
     got = torch.empty(n)
     for kind in SMALL_KINDS:
-        reader.read_piece("w", kind, Piece(0, n, 0, n), got)
+        reader.read_shard("w", kind, Shard(0, n, 0, n), got)
         assert torch.equal(got, small_numbers(manifest.state.step, kind))

@@ -22,11 +22,11 @@ from tests.checkpoints import (
 )
 from tests.layouts import groups_of, with_parallel, with_split
 from tests.ranks import run_ranks
-from tests.runs import rank_share, run_config, uneven_batch
+from tests.runs import rank_state, run_config, uneven_batch
 from turnout.moe.config import ModelConfig
 from turnout.training.batches import split_microbatches
 from turnout.training.checkpoint.directory import list_checkpoints, read_checkpoint, verify_checkpoint
-from turnout.training.checkpoint.rank_state import restore, share_of
+from turnout.training.checkpoint.rank_state import rank_state_of, restore
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.config.run import RunConfig
 from turnout.training.parallel.layout import Layout, divisors, plan_layout
@@ -83,7 +83,7 @@ def save_and_read(
             fill(engine, groups, state)
             name = name_of(layout, zero_stage)
             saver = saver_of(place / name, groups, cfg, token=tokens[name])
-            saver.save(share_of(engine, router_state, groups), state_at(STEP))
+            saver.save(rank_state_of(engine, router_state, groups), state_at(STEP))
             saver.close()
         else:
             for run_dir in sorted(place.iterdir()):
@@ -116,7 +116,7 @@ def train_on(
         saver.close()
         state = restore(TensorReader(*found), engine, state, groups)
     for step in range(STEP, STEP + N_STEPS_AFTER):
-        share = rank_share(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
+        share = rank_state(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
         microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
         result = train_step(engine, microbatches, state, step=step + 1, lr=1e-3, groups=groups)
         state = advance_router_state(state, result, cfg.model.balance)
@@ -156,7 +156,7 @@ def test_each_byte_is_written_once_and_verifies(saved: Saved) -> None:
     for run_dir in place.iterdir():
         (path,) = list_checkpoints(run_dir)
         manifest = verify_checkpoint(path)
-        held = [piece.numel for entry in manifest.tensors.values() for _, piece in entry.held_pieces()]
+        held = [shard.numel for entry in manifest.tensors.values() for _, shard in entry.held_shards()]
         assert sum(held) == n_parameters
 
 

@@ -47,11 +47,11 @@ def send_and_return(rank: int, layout: Layout, case: str, way: str, n_dropped: i
     rows = rows.reshape(n_kept + n_dropped, D).requires_grad_()
     route = dispatcher.plan(counts, len(rows), is_dropless=n_dropped == 0)
     order = torch.arange(len(rows)) if route.order_N is None else route.order_N
-    cuts = [trip.n_sent for trip in route.trips]
+    cuts = [chunk.n_sent for chunk in route.chunks]
     *parts, dropped = permute_rows(rows, order, invert(order)).split([*cuts, len(rows) - sum(cuts)])
-    travelling = [dispatcher.dispatch(part, trip) for part, trip in zip(parts, route.trips, strict=True)]
+    travelling = [dispatcher.dispatch(part, chunk) for part, chunk in zip(parts, route.chunks, strict=True)]
     arrived = [arrival.wait() for arrival in travelling]
-    returning = [dispatcher.combine(part, trip) for part, trip in zip(arrived, route.trips, strict=True)]
+    returning = [dispatcher.combine(part, chunk) for part, chunk in zip(arrived, route.chunks, strict=True)]
     back = torch.cat([*(arrival.wait() for arrival in returning), dropped])
     back = permute_rows(back, invert(order), order)
     slope = torch.arange(back.numel(), dtype=torch.float64).view_as(back)
@@ -59,7 +59,7 @@ def send_and_return(rank: int, layout: Layout, case: str, way: str, n_dropped: i
     return {
         "rows": rows.detach(),
         "arrived": [part.detach() for part in arrived],
-        "counts": [trip.counts_L for trip in route.trips],
+        "counts": [chunk.counts_L for chunk in route.chunks],
         "is_over_limit": route.is_over_limit,
         "n_extra": route.n_extra,
         "back": back.detach(),
@@ -86,24 +86,24 @@ def test_rows_reach_their_expert_and_come_back(layout: Layout, case: str, way: s
         assert sum(map(len, got["arrived"])) == sent
         assert len(got["arrived"]) == len(results[peers[0]]["arrived"])
         if layout.ep > 1:
-            check_trips(layout, [results[peer] for peer in peers], WAYS[way])
+            check_chunks(layout, [results[peer] for peer in peers], WAYS[way])
 
 
-def check_trips(layout: Layout, results: list[dict[str, Any]], way: dict[str, Any]) -> None:
+def check_chunks(layout: Layout, results: list[dict[str, Any]], way: dict[str, Any]) -> None:
     """See that a group makes the trips it was told to, and more only where a rank would hold too much."""
     loads = [sum(map(len, got["arrived"])) for got in results]
     limit = way.get("max_load", float("inf")) * sum(loads) / len(loads) if any(loads) else float("inf")
-    n_trips = len(results[0]["arrived"])
+    n_chunks = len(results[0]["arrived"])
     for got in results:
         # A sender's rows need not be a multiple of the trips: one more of each sender.
         assert all(len(part) <= limit + layout.ep for part in got["arrived"])
         assert got["is_over_limit"] == (max(loads) > limit)
-        assert got["n_extra"] == n_trips - way.get("min_trips", 1)
+        assert got["n_extra"] == n_chunks - way.get("min_trips", 1)
     if "max_load" not in way:
-        assert n_trips == way.get("min_trips", 1)
-    assert n_trips >= way.get("min_trips", 1)
-    assert n_trips == 1 or max(loads) > limit * (n_trips - 1) or n_trips == way.get("min_trips")
-    assert n_trips <= max(*loads, way.get("min_trips", 1)), "a trip without a row on any rank"
+        assert n_chunks == way.get("min_trips", 1)
+    assert n_chunks >= way.get("min_trips", 1)
+    assert n_chunks == 1 or max(loads) > limit * (n_chunks - 1) or n_chunks == way.get("min_trips")
+    assert n_chunks <= max(*loads, way.get("min_trips", 1)), "a trip without a row on any rank"
 
 
 def share_a_gradient(rank: int, layout: Layout) -> tuple[list[float], list[float]]:

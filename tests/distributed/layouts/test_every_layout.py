@@ -80,14 +80,14 @@ EVERY_LAYOUT = [
 # How expert rows travel: each layout and each model meets all of them.
 TRIPS: list[dict[str, Any]] = [
     {},
-    {"ep_trips": 2},
+    {"ep_chunks": 2},
     {"ep_max_load": 0.4},
-    {"ep_trips": 2, "ep_max_load": 0.7},
+    {"ep_chunks": 2, "ep_max_load": 0.7},
 ]
 
 
-def lay_out(cfg: RunConfig, layout: Layout, *, trips: int, **changes: Any) -> RunConfig:
-    travel = TRIPS[(trips + LAYOUTS.index(layout)) % len(TRIPS)] if layout.ep > 1 else {}
+def lay_out(cfg: RunConfig, layout: Layout, *, chunks: int, **changes: Any) -> RunConfig:
+    travel = TRIPS[(chunks + LAYOUTS.index(layout)) % len(TRIPS)] if layout.ep > 1 else {}
     return with_parallel(cfg, tp=layout.tp, ep=layout.ep, **travel, **changes)
 
 
@@ -185,7 +185,7 @@ def test_runs_cover() -> None:
 def test_every_gradient_is_that_of_one_process_in_fp64(layout: Layout) -> None:
     for i, run in enumerate(run for run in gradient_runs() if run.layout == layout):
         cfg = CONFIGS[run.model]
-        laid_out = lay_out(cfg, layout, trips=i, sequence_parallel=run.sequence_parallel)
+        laid_out = lay_out(cfg, layout, chunks=i, sequence_parallel=run.sequence_parallel)
         laid_out = with_split(laid_out, microbatch_seqs(cfg, layout, 2), recompute=run.recompute)
         world_size = layout.world_size
         got, *_ = run_ranks(sum_gradients, world_size, laid_out, world_size, run.is_collapsed)
@@ -233,7 +233,7 @@ def test_three_steps_through_the_engine_are_those_of_one_process(
     cfg = lay_out(
         CONFIGS[model],
         layout,
-        trips=list(CONFIGS).index(model),
+        chunks=list(CONFIGS).index(model),
         zero_stage=variant["zero_stage"],
         sequence_parallel=variant.get("sequence_parallel", False) and layout.tp > 1,
     )
@@ -258,7 +258,7 @@ def test_three_steps_through_the_engine_are_those_of_one_process(
 def test_three_steps_of_compiled_blocks_are_those_of_one_process(layout: Layout, recompute: str) -> None:
     model = "sigmoid top-2, shared, dense first, batch scope, bias"
     want = steps_of_one_process(model, False)
-    cfg = lay_out(CONFIGS[model], layout, trips=0, sequence_parallel=layout.tp > 1)
+    cfg = lay_out(CONFIGS[model], layout, chunks=0, sequence_parallel=layout.tp > 1)
     cfg = with_split(cfg, microbatch_seqs(cfg, layout, 2), recompute=recompute, compile=True)
     for got in run_ranks(train_on_ranks, 2, cfg, 2, "sgd"):
         assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)

@@ -16,7 +16,7 @@ from turnout.launch.settings import to_toml
 from turnout.training.batches import split_microbatches
 from turnout.training.checkpoint.directory import checkpoint_path, verify_checkpoint
 from turnout.training.checkpoint.manifest import Attached, DataIdentity
-from turnout.training.checkpoint.rank_state import restore, share_of
+from turnout.training.checkpoint.rank_state import rank_state_of, restore
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.checkpoint.weights import CheckpointWeights
 from turnout.training.config.run import RunConfig
@@ -41,7 +41,7 @@ def save_at(rank: int, layout: Layout, zero_stage: int, run_dir: Path, token: st
     fill(engine, groups, unique_state(cfg))
     attached = Attached(DataIdentity(corpus_hash="none", tokenizer_sha256="none"), files)
     saver = saver_of(run_dir, groups, cfg, token=token, attached=attached)
-    saver.save(share_of(engine, unique_router_state(cfg), groups), state_at(STEP))
+    saver.save(rank_state_of(engine, unique_router_state(cfg), groups), state_at(STEP))
     saver.close()
     engine.close()
 

@@ -27,7 +27,7 @@ from turnout.training.engine.build import put_under_engine
 from turnout.training.engine.engine import StepOutcome
 from turnout.training.errors import DivergedError
 from turnout.training.guard import GuardState
-from turnout.training.guard_policy import Watch
+from turnout.training.guard_policy import GuardPolicy
 from turnout.training.hardware import cpu_has_fp16
 from turnout.training.optimizers.adamw import build_adamw
 from turnout.training.parallel.layout import Layout, plan_layout
@@ -123,13 +123,13 @@ def step_in_vain(rank: int, cfg: RunConfig, world_size: int, is_poisoned: bool) 
     share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
     microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
     state = RouterState.initial(cfg.model)
-    watch = Watch(cfg, groups, Progress(state))
+    watch = GuardPolicy(cfg, groups, Progress(state))
     is_wanted = watch.is_wanted if is_poisoned else lambda totals: False
     result = train_step(engine, microbatches, state, step=1, lr=LR, groups=groups, is_wanted=is_wanted)
     assert not result.outcome.was_applied
     said = ""
     try:
-        watch.trouble(result)
+        watch.intervention(result)
     except DivergedError as err:
         said = str(err)
     after = engine.master_weights()
@@ -167,7 +167,9 @@ def watch_a_hair(rank: int, cfg: RunConfig, kind: str, finder: int) -> tuple[boo
     """Judge a loss or a load that is at its limit, and above it by the last bit, or a row, on one rank."""
     # The mean is 3, and the variance 8 / (3 - 3 / 3) = 4.
     history = GuardState(n_losses=9, weight_sum=3.0, weight_sq_sum=3.0, mean=3.0, sq_dev_sum=8.0)
-    watch = Watch(cfg, groups_of(Layout(2), rank), Progress(RouterState.initial(cfg.model), guard=history))
+    watch = GuardPolicy(
+        cfg, groups_of(Layout(2), rank), Progress(RouterState.initial(cfg.model), guard=history)
+    )
     loss, counts_E = 15.0, [4, 2, 2, 1, 1, 0]
     if rank == finder and kind == "spike":
         loss = math.nextafter(15.0, 16.0)
@@ -177,11 +179,11 @@ def watch_a_hair(rank: int, cfg: RunConfig, kind: str, finder: int) -> tuple[boo
     totals, zero = StepTotals(torch.tensor(1), sums, sums[0]), torch.zeros(())
     is_wanted = watch.is_wanted(totals)
     outcome = StepOutcome(1.0, is_wanted)
-    trouble = watch.trouble(
+    intervention = watch.intervention(
         StepResult(totals.loss, zero, zero, zero, totals.counts, zero, zero, zero, outcome)
     )
-    assert trouble is not None, f"rank {rank}"
-    return is_wanted, trouble.finding.kind, trouble.action
+    assert intervention is not None, f"rank {rank}"
+    return is_wanted, intervention.finding.kind, intervention.action
 
 
 @pytest.mark.parametrize("finder", [0, 1])

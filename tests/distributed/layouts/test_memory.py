@@ -19,7 +19,7 @@ from turnout.launch.estimate.activations import activation_bytes
 from turnout.launch.estimate.memory import StateBytes, state_bytes
 from turnout.training.batches import split_microbatches
 from turnout.training.checkpoint.directory import checkpoint_bytes, checkpoint_path, read_checkpoint
-from turnout.training.checkpoint.rank_state import share_of
+from turnout.training.checkpoint.rank_state import rank_state_of
 from turnout.training.config.run import RunConfig
 from turnout.training.engine.build import build_engine, build_local_decoder
 from turnout.training.hardware import DTYPES, cpu_has_fp16
@@ -105,15 +105,27 @@ def passes_of_a_microbatch(rank: int, cfg: RunConfig, world_size: int) -> int:
         return min(peak_allocated_bytes(lambda: objective(share, state).total.backward()) for _ in range(5))
 
 
-@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.long), "full"])
+PASSES = {
+    "alone": (1, {}, "fp32", "sorted_loop"),
+    "grouped": (1, {}, "bf16", "torch_grouped"),
+    "ep2": (2, {"ep": 2}, "fp32", "sorted_loop"),
+    "tp2": (2, {"tp": 2}, "fp32", "sorted_loop"),
+    "sp2-ep4": (4, {"tp": 2, "ep": 4, "sequence_parallel": True}, "bf16", "sorted_loop"),
+}
+IN_EACH_RUN = {("alone", "none"), ("grouped", "full"), ("ep2", "none"), ("tp2", "full"), ("sp2-ep4", "none")}
+
+
 @pytest.mark.parametrize(
-    ("world_size", "parallel", "precision", "backend"),
+    ("world_size", "parallel", "precision", "backend", "recompute"),
     [
-        pytest.param(1, {}, "fp32", "sorted_loop", id="alone"),
-        pytest.param(1, {}, "bf16", "torch_grouped", id="grouped"),
-        pytest.param(2, {"ep": 2}, "fp32", "sorted_loop", id="ep2"),
-        pytest.param(2, {"tp": 2}, "fp32", "sorted_loop", id="tp2"),
-        pytest.param(4, {"tp": 2, "ep": 4, "sequence_parallel": True}, "bf16", "sorted_loop", id="sp2-ep4"),
+        pytest.param(
+            *case,
+            recompute,
+            id=f"{name}-{recompute}",
+            marks=() if (name, recompute) in IN_EACH_RUN else pytest.mark.long,
+        )
+        for name, case in PASSES.items()
+        for recompute in ("none", "selective", "full")
     ],
 )
 def test_passes_take_the_activations_that_were_planned(
@@ -146,7 +158,7 @@ def save_whole(rank: int, cfg: RunConfig, run_dir: Path, token: str) -> None:
     engine, _ = build_engine(cfg, groups)
     engine.make_optimizer_state(KINDS, {"step": APPLIED_STEPS})
     saver = saver_of(run_dir, groups, cfg, token=token)
-    saver.save(share_of(engine, unique_router_state(cfg), groups), state_at(3))
+    saver.save(rank_state_of(engine, unique_router_state(cfg), groups), state_at(3))
     saver.close()
     engine.close()
 

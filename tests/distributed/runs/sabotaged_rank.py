@@ -57,8 +57,8 @@ class SabotagedObjective(Objective):
 
 
 class SlowDisk(Disk):
-    def at(self, boundary: str, path: Path) -> None:
-        if boundary == "report":
+    def boundary(self, name: str, path: Path) -> None:
+        if name == "report":
             time.sleep(json.loads(os.environ[SABOTAGE])["slower_s"])
 
 

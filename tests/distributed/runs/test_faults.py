@@ -16,7 +16,7 @@ import pytest
 
 from tests.distributed.runs.test_train_command import RECIPE
 from tests.unit.data_fixtures import make_corpus, make_texts
-from turnout.training.parallel.flight_recorder import Entry, read_ledger
+from turnout.training.parallel.flight_recorder import Entry, read_flight_record
 
 # From the fault to the last process, after a hang from the end of the time-out.
 ALL_GONE_S = 60
@@ -39,7 +39,7 @@ class Run:
         for setting in ("train.n_steps=1000000", "eval.every_steps=none", "parallel.ep=2", *settings):
             command += ["--set", setting]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.logs, self.nproc = place / run_dir / "logs" / "start-00001", nproc
+        self.logs, self.nproc = place / run_dir / "logs" / "attempt-00001", nproc
         self._command = subprocess.Popen(
             command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -52,11 +52,11 @@ class Run:
         self.processes = psutil.Process(self._command.pid).children(recursive=True)
 
     def _has_stepped(self, rank: int) -> bool:
-        path = self.logs / f"rank-{rank:05d}.ledger"
+        path = self.logs / f"rank-{rank:05d}.flight"
         return path.exists() and self.last_entry(rank).step >= 2
 
     def last_entry(self, rank: int) -> Entry:
-        entry = read_ledger(self.logs / f"rank-{rank:05d}.ledger").current
+        entry = read_flight_record(self.logs / f"rank-{rank:05d}.flight").current
         assert entry is not None
         return entry
 

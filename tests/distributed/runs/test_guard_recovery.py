@@ -143,7 +143,7 @@ def test_rollback_leaves_the_data_out_for_ever_and_not_more_often_than_allowed(
     left = tuple(faults[name] for name in ("nan", "spike", "last nan"))
     # The second came after step 10 was saved: only the run directory knows of it.
     assert [window.first for window in verify_checkpoint(list_checkpoints(run_dir)[0]).state.skipped] == [6]
-    check_ledger(run_dir, (6, rf"step 7: {NOT_FINITE}.*"), (12, f"step 12: {SPIKED}"))
+    check_recorder(run_dir, (6, rf"step 7: {NOT_FINITE}.*"), (12, f"step 12: {SPIKED}"))
 
     limit = "guard.max_interventions=2"
     stopped = Started(run_dir, *ROLLBACKS, limit, is_resumed=True, faults=left).wait(code=1)
@@ -170,7 +170,7 @@ def test_rollback_leaves_the_data_out_for_ever_and_not_more_often_than_allowed(
     check_tensorboard(run_dir)
 
 
-def check_ledger(run_dir: Path, *wanted: tuple[int, str]) -> None:
+def check_recorder(run_dir: Path, *wanted: tuple[int, str]) -> None:
     """See that these data steps are left out, each for its reason."""
     windows: tuple[SkippedWindow, ...] = read_skips(run_dir / SKIPPED_FILE)
     assert [(window.first, window.last) for window in windows] == [(step, step) for step, _ in wanted]
@@ -190,5 +190,5 @@ def test_a_collapse_that_lasts_is_rolled_back_so_often_and_then_stops_the_run(
         rf"ranks 0, 1: step 7: {COLLAPSED}; .*guard\.max_interventions=2 is used up\. Raise .*",
         stopped.reason,
     ), stopped.reason
-    check_ledger(stopped.run_dir, *((step, f"step 7: {COLLAPSED}") for step in (6, 7)))
+    check_recorder(stopped.run_dir, *((step, f"step 7: {COLLAPSED}") for step in (6, 7)))
     assert verify_checkpoint(stopped.checkpoint(5)).state.n_interventions == 0

@@ -101,7 +101,7 @@ def test_a_run_killed_whole_goes_on_bit_for_bit(straight: Ended, killed: Path) -
     told = [line for line in resumed.stdout.splitlines() if line.startswith("going on")]
     assert told == [f"going on from {Path('resumed') / 'checkpoints' / 'step-00000010'}"]
     assert kept(resumed.run_dir) == [20, 15, 10]
-    assert (resumed.run_dir / "logs" / "start-00001").is_dir(), "the first start's logs are still there"
+    assert (resumed.run_dir / "logs" / "attempt-00001").is_dir(), "the first start's logs are still there"
     again = Started(resumed.run_dir, is_resumed=True).wait()
     assert again.stdout == f"nothing left to do: resumed has all {N_STEPS} steps of train.n_steps\n"
     flip_a_byte(resumed.checkpoint(N_STEPS) / "rank-00000.safetensors")
@@ -215,17 +215,17 @@ def test_a_start_that_was_overtaken_never_commits(
     stale.wait_for(Path(hold.mark), checkpoint_path(run_dir, NEWEST))
     stale.stand_still()
     old_token = (run_dir / "owner").read_text().strip()
-    later = Started(run_dir, "checkpoint.is_async=false", is_resumed=True).wait()
+    later = Started(run_dir, "checkpoint.async_save=false", is_resumed=True).wait()
     new_token = (run_dir / "owner").read_text().strip()
     lasting = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and is_lasting(path)}
     Path(f"{hold.mark}.release").touch()
-    failures = [run_dir / "logs" / "start-00001" / f"rank-0000{rank}.failure.json" for rank in range(2)]
+    failures = [run_dir / "logs" / "attempt-00001" / f"rank-0000{rank}.failure.json" for rank in range(2)]
     stale.wait_for(*failures)
     stale.go_on_when_ranks_are_gone()
     reason = stale.wait(code=1).reason
     # Step 15 was to be committed, in the background; it is heard of soon after.
     assert re.fullmatch(
-        rf"ranks 0, 1: (step \d+: )?{Path('overtaken') / 'owner'}: another start of this run has taken over "
+        rf"ranks 0, 1: (step \d+: )?{Path('overtaken') / 'fencing_token'}: another start of this run has taken over "
         rf"\(token {new_token}, this one has {old_token}\); nothing was committed\. Let that one go on",
         reason,
     ), reason
@@ -240,7 +240,7 @@ def is_lasting(path: Path) -> bool:
 
     Not the first start's own files, nor the ranks' logs, to which every start appends.
     """
-    return not {"start-00001", "tensorboard"} & set(path.parts) and path.suffix != ".log"
+    return not {"attempt-00001", "tensorboard"} & set(path.parts) and path.suffix != ".log"
 
 
 def test_a_start_that_was_overtaken_renames_nothing(killed: Path) -> None:

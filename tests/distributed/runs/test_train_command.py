@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.runs import read_rows
 from tests.unit.data_fixtures import make_corpus, make_texts
-from turnout.launch.ranks.start_records import read_starts
+from turnout.launch.ranks.attempt_records import read_attempts
 
 RECIPE = """
 [model]
@@ -117,7 +117,7 @@ def test_run_directory_holds_config_provenance_logs_and_metrics(
 ) -> None:
     run_dir = place / "two"
     assert tomllib.loads((run_dir / "config.toml").read_text())["train"]["n_steps"] == 12
-    (provenance,) = json.loads((run_dir / "provenance.json").read_text())["starts"]
+    (provenance,) = json.loads((run_dir / "provenance.json").read_text())["attempts"]
     manifest = json.loads((place / "corpus" / "corpus.json").read_text())
     assert provenance["corpus_hash"] == manifest["corpus_hash"]
     assert provenance["packages"]["deepspeed"] and provenance["nproc"] == 2
@@ -167,8 +167,8 @@ def test_a_model_split_in_every_way_logs_the_same_run_and_says_the_same(
     assert split.returncode == 0 and not split.stderr.strip(), split.stderr
     check_same_rows(place / "split", place / "two")
     # Below the mean, so each layer makes more than one trip.
-    assert all(row["perf/extra_trips"] > 0 for row in read_rows(place / "split"))
-    assert all(row["perf/extra_trips"] == 0 for row in read_rows(place / "two"))
+    assert all(row["perf/extra_chunks"] > 0 for row in read_rows(place / "split"))
+    assert all(row["perf/extra_chunks"] == 0 for row in read_rows(place / "two"))
     said, wanted = (run.stdout.partition("--- sample ---")[2] for run in (split, two_ranks))
     assert said.splitlines()[1] == wanted.splitlines()[1]
 
@@ -249,7 +249,7 @@ def test_no_rank_outlives_the_command(signum: signal.Signals, place: Path) -> No
     assert run.returncode == (-signum if signum == signal.SIGKILL else 1)
     _, alive = psutil.wait_procs(below, timeout=45)
     assert not alive
-    (start,) = read_starts(place / f"signal-{signum.name}")
+    (start,) = read_attempts(place / f"signal-{signum.name}")
     said = None if start.ending is None else start.ending.reasons
     assert said == (None if signum == signal.SIGKILL else ("interrupted",))
 

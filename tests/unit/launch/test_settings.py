@@ -9,7 +9,7 @@ import torch
 from turnout.launch.preflight import check_kernels, check_machine
 from turnout.launch.settings import check_config, load_config, recipe_names, setting_paths, to_toml
 from turnout.moe.experts.experts import EXPERT_BACKENDS
-from turnout.moe.experts.requirements import NEEDS
+from turnout.moe.experts.requirements import REQUIREMENTS
 from turnout.training.config.train import TrainConfig
 from turnout.training.errors import ConfigError
 
@@ -206,7 +206,7 @@ def test_half_precision_kernels_are_refused_for_fp32() -> None:
 
 def test_backends_of_the_config_are_those_that_there_are() -> None:
     known = get_args(TrainConfig.model_fields["expert_backend"].annotation)
-    assert set(known) == {"auto", *EXPERT_BACKENDS} and NEEDS.keys() == EXPERT_BACKENDS.keys()
+    assert set(known) == {"auto", *EXPERT_BACKENDS} and REQUIREMENTS.keys() == EXPERT_BACKENDS.keys()
 
 
 def test_unreadable_recipes_are_named(tmp_path) -> None:

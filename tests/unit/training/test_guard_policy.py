@@ -18,7 +18,7 @@ from tests.runs import read_rows, run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from turnout.data.corpus import Corpus
 from turnout.data.skips import SkippedWindow, read_skips, write_skips
-from turnout.launch.ranks.start_dir import make_start_dir
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
 from turnout.launch.run_dir import attachments, create_run_dir
 from turnout.moe.load_balancing import RouterState
 from turnout.training.checkpoint.directory import checkpoint_path, read_checkpoint
@@ -26,11 +26,11 @@ from turnout.training.config.run import RunConfig
 from turnout.training.engine.engine import StepOutcome
 from turnout.training.errors import DivergedError
 from turnout.training.guard import GuardState
-from turnout.training.guard_policy import MAX_OVERFLOWS_IN_A_ROW, Watch
+from turnout.training.guard_policy import MAX_OVERFLOWS_IN_A_ROW, GuardPolicy
 from turnout.training.loop import SKIPPED_FILE, Observer, train
 from turnout.training.parallel.layout import Layout
 from turnout.training.progress import Progress
-from turnout.training.run_control import Owner, take_over
+from turnout.training.run_control import FencingToken, take_over
 from turnout.training.step import StepResult, StepTotals
 
 # Policies, on numbers made up
@@ -41,12 +41,12 @@ POLICIES = {"on_non_finite": "skip", "on_spike": "rollback", "on_collapse": "sto
 POLICIES |= {"max_load_frac": 0.4, "collapse_patience_steps": 1}
 
 
-def watch_of(guard: dict[str, Any], *, precision: str = "fp32", **progress: int) -> Watch:
+def watch_of(guard: dict[str, Any], *, precision: str = "fp32", **progress: int) -> GuardPolicy:
     """Return the watch of a model with one expert layer, whose losses have been 3 with a deviation of 2."""
     train = {"precision": precision, "batch_tokens": 24}
     cfg = run_config(model={"n_layers": 1}, train=train, guard=guard, checkpoint={"every_steps": 1})
     state = Progress(RouterState.initial(cfg.model), guard=CALM, **progress)
-    return Watch(cfg, groups_of(Layout(1), 0), state)
+    return GuardPolicy(cfg, groups_of(Layout(1), 0), state)
 
 
 def totals_of(loss: float, counts_E: tuple[float, ...] = EVEN) -> StepTotals:
@@ -60,22 +60,22 @@ def result_of(totals: StepTotals, *, was_applied: bool, grad_norm: float = 1.0) 
     return StepResult(totals.loss, zero, zero, zero, totals.counts, zero, zero, totals.local_nll, outcome)
 
 
-def step(watch: Watch, totals: StepTotals, grad_norm: float = 1.0) -> tuple[str, str] | None:
+def step(policy: GuardPolicy, totals: StepTotals, grad_norm: float = 1.0) -> tuple[str, str] | None:
     """Take a step as the loop does; return what was found and is to be done."""
-    was_applied = watch.is_wanted(totals) and math.isfinite(grad_norm) and math.isfinite(totals.loss)
-    trouble = watch.trouble(result_of(totals, was_applied=was_applied, grad_norm=grad_norm))
-    assert (trouble is None) or not was_applied
-    return trouble and (trouble.finding.kind, trouble.action)
+    was_applied = policy.is_wanted(totals) and math.isfinite(grad_norm) and math.isfinite(totals.loss)
+    intervention = policy.intervention(result_of(totals, was_applied=was_applied, grad_norm=grad_norm))
+    assert (intervention is None) or not was_applied
+    return intervention and (intervention.finding.kind, intervention.action)
 
 
 def test_each_finding_has_its_own_policy(one_rank: None) -> None:
-    watch = watch_of(POLICIES)
-    assert step(watch, totals_of(4.0)) is None
-    assert step(watch, totals_of(90.0)) == ("spike", "rollback")
-    assert step(watch, totals_of(math.nan)) == ("non_finite", "skip")
-    assert step(watch, totals_of(4.0), grad_norm=math.inf) == ("non_finite", "skip")
+    policy = watch_of(POLICIES)
+    assert step(policy, totals_of(4.0)) is None
+    assert step(policy, totals_of(90.0)) == ("spike", "rollback")
+    assert step(policy, totals_of(math.nan)) == ("non_finite", "skip")
+    assert step(policy, totals_of(4.0), grad_norm=math.inf) == ("non_finite", "skip")
     with pytest.raises(DivergedError, match=r"layer 0 sends 0\.5 .* the update was not applied\. Raise"):
-        step(watch, totals_of(4.0, OVERLOADED))
+        step(policy, totals_of(4.0, OVERLOADED))
 
 
 @pytest.mark.parametrize("n_made", [0, 2])
@@ -87,7 +87,7 @@ def test_the_limit_of_interventions_is_the_last_that_is_made(n_made: int, one_ra
 
 
 @pytest.mark.parametrize(
-    ("precision", "loss", "n_before", "is_trouble"),
+    ("precision", "loss", "n_before", "is_intervention"),
     [
         pytest.param("fp16", 4.0, 0, False, id="first overflow of fp16"),
         pytest.param("fp16", 4.0, MAX_OVERFLOWS_IN_A_ROW - 1, False, id="as many in a row as are forgiven"),
@@ -97,11 +97,11 @@ def test_the_limit_of_interventions_is_the_last_that_is_made(n_made: int, one_ra
     ],
 )
 def test_only_fp16_may_overflow_and_not_for_ever(
-    precision: str, loss: float, n_before: int, is_trouble: bool, one_rank: None
+    precision: str, loss: float, n_before: int, is_intervention: bool, one_rank: None
 ) -> None:
-    watch = watch_of({"on_non_finite": "skip"}, precision=precision, n_skipped_in_a_row=n_before)
-    want = ("non_finite", "skip") if is_trouble else None
-    assert step(watch, totals_of(loss), grad_norm=math.inf) == want
+    policy = watch_of({"on_non_finite": "skip"}, precision=precision, n_skipped_in_a_row=n_before)
+    want = ("non_finite", "skip") if is_intervention else None
+    assert step(policy, totals_of(loss), grad_norm=math.inf) == want
 
 
 # Whole runs
@@ -142,14 +142,22 @@ def run(
     create_run_dir(run_dir, cfg, corpus, nproc=1)
     if left_out:
         write_skips(run_dir / SKIPPED_FILE, left_out)
-    start_dir, told = make_start_dir(run_dir / "logs"), list[str]()
-    owner, groups = Owner(run_dir, take_over(run_dir)), groups_of(Layout(1), 0)
-    owner.hand_to(start_dir)
+    attempt_dir, told = make_attempt_dir(run_dir / "logs"), list[str]()
+    fencing_token, groups = FencingToken(run_dir, take_over(run_dir)), groups_of(Layout(1), 0)
+    fencing_token.hand_over(attempt_dir)
     observer = Observer(lambda row: None, lambda prompt, text: None, told.append, lambda status: None)
     files = attachments(run_dir, cfg)
     files = replace(files, files=files.files | (attached or {}))
     try:
-        train(cfg, run_dir, groups, observer, owner=owner, attached=files, start_dir=start_dir)
+        train(
+            cfg,
+            run_dir,
+            groups,
+            observer,
+            fencing_token=fencing_token,
+            attached=files,
+            attempt_dir=attempt_dir,
+        )
     except DivergedError as err:
         told.append(str(err))
     return told

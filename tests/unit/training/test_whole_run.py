@@ -14,7 +14,7 @@ from tests.runs import read_rows, run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from turnout.data.corpus import Corpus
 from turnout.data.skips import SkippedWindow, write_skips
-from turnout.launch.ranks.start_dir import make_start_dir
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
 from turnout.launch.run_dir import attachments, create_run_dir
 from turnout.training.checkpoint.directory import checkpoint_path, read_checkpoint
 from turnout.training.config.run import RunConfig
@@ -22,7 +22,7 @@ from turnout.training.loop import SKIPPED_FILE, Observer, train
 from turnout.training.metrics import Row
 from turnout.training.optimizers.schedule import lr_at
 from turnout.training.parallel.layout import Layout
-from turnout.training.run_control import Owner, ask_to_stop, take_over
+from turnout.training.run_control import FencingToken, ask_to_stop, take_over
 
 N_STEPS, STOPPED_AFTER = 12, 5
 # Data step 7 is left out, so every later step reads the one after its own.
@@ -65,14 +65,14 @@ class Watched:
 
 def run(cfg: RunConfig, run_dir: Path, *, stop_after: int | None = None) -> Watched:
     """Train in this process, from the newest checkpoint if there is one; ask it to stop after a step."""
-    start_dir, watched = make_start_dir(run_dir / "logs"), Watched()
-    owner = Owner(run_dir, take_over(run_dir))
-    owner.hand_to(start_dir)
+    attempt_dir, watched = make_attempt_dir(run_dir / "logs"), Watched()
+    fencing_token = FencingToken(run_dir, take_over(run_dir))
+    fencing_token.hand_over(attempt_dir)
 
     def on_row(row: Row) -> None:
         watched.rows.append(row)
         if row["step"] == stop_after:
-            ask_to_stop(start_dir)
+            ask_to_stop(attempt_dir)
 
     observer = Observer(
         on_row,
@@ -81,7 +81,15 @@ def run(cfg: RunConfig, run_dir: Path, *, stop_after: int | None = None) -> Watc
         lambda status: None,
     )
     groups, attached = groups_of(Layout(1), 0), attachments(run_dir, cfg)
-    train(cfg, run_dir, groups, observer, owner=owner, attached=attached, start_dir=start_dir)
+    train(
+        cfg,
+        run_dir,
+        groups,
+        observer,
+        fencing_token=fencing_token,
+        attached=attached,
+        attempt_dir=attempt_dir,
+    )
     return watched
 
 

@@ -78,7 +78,7 @@ def test_list_tells_every_state_newest_first(run: Path, turnout: Turnout) -> Non
     code, lines, _ = turnout("list", run)
     assert code == 0
     head, *rows, note = [re.split(r"  +", line) for line in lines]
-    assert head == ["step", "size", "saved at", "tokens seen", "written", "state"]
+    assert head == ["step", "size", "saved layout", "tokens seen", "written", "state"]
     assert [row[0] for row in rows] == ["50", "40", "30", "20", "10"]
     assert [row[-1] for row in rows] == [
         "unfinished",
@@ -122,7 +122,7 @@ def test_show_tells_what_is_in_it(run: Path, turnout: Turnout) -> None:
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in lines if "  " in line.strip())
     assert code == 0
     assert rows["step"] == "20" and rows["tokens seen"] == "1,920"
-    assert rows["saved at"] == "world=1 tp=1 ep=1 zero=1 (it loads at any other)"
+    assert rows["saved layout"] == "world=1 tp=1 ep=1 zero=1 (it loads at any other)"
     assert (rows["corpus"], rows["tokenizer"]) == ("c", "t")
     assert rows["config"] == str(checkpoint_path(run, 20) / "config.toml")
     assert rows["parameters"] == "24 in 1 tensors" and rows["of each"] == "master, exp_avg"
@@ -198,8 +198,8 @@ def test_a_run_without_checkpoint(tmp_path: Path, turnout: Turnout) -> None:
 class RacingDisk(Disk):
     """The run removes the step 20 at the moment at which the command would take its name."""
 
-    def at(self, boundary: str, path: Path) -> None:
-        if boundary == "rename" and path.name.startswith("step-00000020."):
+    def boundary(self, name: str, path: Path) -> None:
+        if name == "rename" and path.name.startswith("step-00000020."):
             shutil.rmtree(checkpoint_path(path.parents[1], 20))
 
 

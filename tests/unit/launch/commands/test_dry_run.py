@@ -83,7 +83,7 @@ def test_as_many_checkpoints_stay_as_were_planned(
     every_steps: int | None, keep_last: int, keep_every_steps: int | None, n_kept: int, tmp_path: Path
 ) -> None:
     kept = CheckpointConfig(
-        every_steps=every_steps, keep_last=keep_last, keep_every_steps=keep_every_steps, is_async=False
+        every_steps=every_steps, keep_last=keep_last, keep_every_steps=keep_every_steps, async_save=False
     )
     cfg = run_config(train={"n_steps": 20}).model_copy(update={"checkpoint": kept})
     steps = [step for step in range(1, 21) if step == 20 or (every_steps and step % every_steps == 0)]

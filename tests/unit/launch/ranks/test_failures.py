@@ -7,11 +7,11 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from turnout.data.errors import DataError
+from turnout.launch.ranks.attempt_dir import make_attempt_dir
 from turnout.launch.ranks.failures import explain_failures, record_failure
-from turnout.launch.ranks.start_dir import make_start_dir
 from turnout.training.errors import DivergedError
 from turnout.training.metrics import MetricsLog
-from turnout.training.parallel.flight_recorder import Ledger
+from turnout.training.parallel.flight_recorder import FlightRecorder
 from turnout.training.parallel.layout import Layout
 
 ROOT = Path(__file__).parents[4]
@@ -20,7 +20,7 @@ TWO = Layout(2)
 
 @pytest.fixture
 def start(tmp_path: Path) -> Path:
-    return make_start_dir(tmp_path / "logs")
+    return make_attempt_dir(tmp_path / "logs")
 
 
 def test_the_rank_that_knows_the_cause_decides_code_and_words(start: Path) -> None:
@@ -47,7 +47,7 @@ def test_one_cause_on_all_ranks_is_one_line_with_its_step(start: Path) -> None:
 def test_a_silent_rank_is_named_and_not_its_echoes(start: Path) -> None:
     record_failure(RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), 0, start)
     for rank, phase in enumerate(["forward", "backward"]):
-        Ledger(start / f"rank-{rank:05d}.ledger", TWO, rank).at(7, phase)
+        FlightRecorder(start / f"rank-{rank:05d}.flight", TWO, rank).enter_phase(7, phase)
     assert explain_failures(start, TWO) == (
         1,
         [
@@ -64,7 +64,7 @@ def test_a_silent_rank_is_named_and_not_its_echoes(start: Path) -> None:
 def test_a_rank_that_had_to_be_killed_is_named_and_not_those_that_timed_out(said: str, start: Path) -> None:
     record_failure(RuntimeError(said), 0, start)
     for rank in range(2):
-        Ledger(start / f"rank-{rank:05d}.ledger", TWO, rank).at(7, "forward")
+        FlightRecorder(start / f"rank-{rank:05d}.flight", TWO, rank).enter_phase(7, "forward")
     _, lines = explain_failures(start, TWO, stuck={1})
     assert lines == [
         "rank 1 hung (stopped, or stuck in the system) and had to be killed; last seen in step 7, forward",
@@ -78,7 +78,7 @@ def test_an_error_of_a_ranks_own_blames_no_other(start: Path) -> None:
     record_failure(RuntimeError("/gloo/b.cc:553] Connection closed by peer"), 1, start)
     (start / "rank-00002.stack").write_text("Current thread 0x7f (most recent call first):\n")
     for rank in range(3):  # the fourth had not started
-        Ledger(start / f"rank-{rank:05d}.ledger", Layout(4), rank).at(7, "forward")
+        FlightRecorder(start / f"rank-{rank:05d}.flight", Layout(4), rank).enter_phase(7, "forward")
     assert explain_failures(start, Layout(4)) == (1, ["rank 0: KeyError: 'w_gate'"])
 
 
@@ -103,12 +103,12 @@ def test_a_crash_is_told_with_its_name(start: Path) -> None:
 
 def test_each_start_tells_its_own_end(tmp_path: Path) -> None:
     """Ranks of an earlier start may still run; what they leave must not be taken for this one's."""
-    earlier, start = make_start_dir(tmp_path / "logs"), make_start_dir(tmp_path / "logs")
+    earlier, start = make_attempt_dir(tmp_path / "logs"), make_attempt_dir(tmp_path / "logs")
     record_failure(KeyError("old"), 0, earlier)
-    Ledger(earlier / "rank-00000.ledger", TWO, 0)
+    FlightRecorder(earlier / "rank-00000.flight", TWO, 0)
     record_failure(DataError("new"), 1, start)
     assert explain_failures(start, TWO) == (3, ["rank 1: new"])
-    assert {path.name for path in earlier.iterdir()} == {"rank-00000.failure.json", "rank-00000.ledger"}
+    assert {path.name for path in earlier.iterdir()} == {"rank-00000.failure.json", "rank-00000.flight"}
 
 
 def test_metrics_stay_json_where_a_number_is_not_finite(tmp_path: Path) -> None:

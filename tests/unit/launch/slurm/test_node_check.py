@@ -58,7 +58,7 @@ def test_a_corpus_that_a_node_does_not_see_is_told(directory: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("file", ["code/training/loop.py", "recipe.toml"])
+@pytest.mark.parametrize("file", ["code/turnout/training/loop.py", "recipe.toml"])
 def test_an_edit_since_the_submission_is_found(file: str, directory: Path) -> None:
     wanted, path = read_submission(directory), directory / file
     before = path.read_bytes()

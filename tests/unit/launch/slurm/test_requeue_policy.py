@@ -4,24 +4,24 @@ from pathlib import Path
 
 import pytest
 
-from turnout.launch.ranks.start_records import Begin, Ending, Kind, StartRecord
+from turnout.launch.ranks.attempt_records import AttemptRecord, Begin, Ending, Kind
 from turnout.launch.slurm.requeue_policy import MAX_IDLE_STARTS, MAX_SHORT_STARTS, decide
 
 MAX_FAILURES = 3
 
 
-def start(kind: Kind | None, *, saved: tuple[int, int] = (0, 0), **ending: object) -> StartRecord:
+def start(kind: Kind | None, *, saved: tuple[int, int] = (0, 0), **ending: object) -> AttemptRecord:
     """Return a start between two saved steps, without an ending where kind is None."""
     begin = Begin(began_s=0, nodes=("n1", "n2"), n_ranks=2, from_step=saved[0], pid=1)
     fields = {"code": 1, "ended_s": 0.0, "saved_step": saved[1], **ending}
-    return StartRecord(Path("start"), begin, None if kind is None else Ending(kind, **fields))  # type: ignore[arg-type]
+    return AttemptRecord(Path("start"), begin, None if kind is None else Ending(kind, **fields))  # type: ignore[arg-type]
 
 
-def failed(step: int, why: str = "rank 0: OSError", **rest: object) -> StartRecord:
+def failed(step: int, why: str = "rank 0: OSError", **rest: object) -> AttemptRecord:
     return start("failed", failed_step=step, reasons=(why,), **rest)  # type: ignore[arg-type]
 
 
-def action(*records: StartRecord, is_told: bool = False) -> str:
+def action(*records: AttemptRecord, is_told: bool = False) -> str:
     return decide(records, max_failures=MAX_FAILURES, is_told=is_told).action
 
 

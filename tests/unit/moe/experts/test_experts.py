@@ -19,12 +19,12 @@ from turnout.moe.experts.experts import (
     choose_backend,
     reference_experts,
 )
-from turnout.moe.experts.requirements import NEEDS
+from turnout.moe.experts.requirements import REQUIREMENTS
 from turnout.moe.experts.sorted_loop import sorted_loop_experts
 from turnout.moe.parallel.expert_parallel import LocalDispatcher
 
 # These have tests/megablocks, which `make test-megablocks` runs.
-ON_GPUS_ONLY = {name for name, needs in NEEDS.items() if needs.gpu}
+ON_GPUS_ONLY = {name for name, needs in REQUIREMENTS.items() if needs.gpu}
 # These need a compiler, which is a process: tests/processes/test_compile.py.
 COMPILED = {"compiled_loop"}
 R = TypeVar("R")
@@ -252,8 +252,8 @@ def test_local_dispatch_is_the_identity() -> None:
     counts = torch.tensor([4, 0, 7])
     dispatcher = LocalDispatcher()
     route = dispatcher.plan(counts, 11, is_dropless=True)
-    (trip,) = route.trips
-    back = dispatcher.combine(dispatcher.dispatch(rows, trip).wait(), trip).wait()
-    assert torch.equal(back, rows) and torch.equal(trip.counts_L, counts)
+    (chunk,) = route.chunks
+    back = dispatcher.combine(dispatcher.dispatch(rows, chunk).wait(), chunk).wait()
+    assert torch.equal(back, rows) and torch.equal(chunk.counts_L, counts)
     back.backward(gradient := torch.randn(11, D))
     assert torch.equal(rows.grad, gradient)

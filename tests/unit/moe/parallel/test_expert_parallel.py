@@ -58,16 +58,16 @@ def passes(decoder: Decoder) -> tuple[Tensor, dict[str, Tensor | None], RouterSt
 def test_trips_change_nothing_and_those_for_the_limit_alone_are_counted(
     recompute: Recompute,
     max_load: float | None,
-    min_trips: int,
+    min_chunks: int,
     n_extra: int,
     cfg: ModelConfig,
     one_rank: None,
 ) -> None:
     group = groups_of(Layout(1), 0).ep
-    dispatcher = AllToAllDispatcher(group, max_load=max_load, min_trips=min_trips)
+    dispatcher = AllToAllDispatcher(group, max_load=max_load, min_chunks=min_chunks)
     want_loss, want_grads, _ = passes(built(cfg=cfg))
     loss, grads, stats = passes(built(dispatcher, recompute=recompute, cfg=cfg))
-    assert stats.n_extra_trips.tolist() == [n_extra, n_extra]
+    assert stats.n_extra_chunks.tolist() == [n_extra, n_extra]
     torch.testing.assert_close(loss, want_loss, rtol=1e-13, atol=0)
     assert_same_grads(grads, want_grads, rtol=1e-10)
 

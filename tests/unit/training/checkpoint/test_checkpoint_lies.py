@@ -33,8 +33,8 @@ def set_at(where: str, value: Any) -> Callable[[Tree], None]:
     return change
 
 
-def with_pieces(*pieces: list[Any]) -> Callable[[Tree], None]:
-    return set_at("tensors/w/pieces", [list(piece) for piece in pieces])
+def with_shards(*shards: list[Any]) -> Callable[[Tree], None]:
+    return set_at("tensors/w/shards", [list(shard) for shard in shards])
 
 
 def without(where: str) -> Callable[[Tree], None]:
@@ -64,21 +64,21 @@ LIES: dict[str, tuple[Callable[[Tree], None], str]] = {
     "a size that is a fraction": (set_at("tensors/w/row_width", 24.0), "tensors.w.row_width"),
     "a size that is a text": (set_at("tensors/w/row_width", "24"), "tensors.w.row_width"),
     "a size that is true": (set_at("tensors/w/n_rows", True), "tensors.w.n_rows"),
-    "no pieces": (with_pieces(), "columns from 0 on are held by no rank"),
-    "a piece twice": (with_pieces(ALL, ALL), "held by no rank, or by two"),
-    "pieces that overlap": (with_pieces([0, 0, 24, 0, 13], [0, 0, 24, 12, 24]), "held by no rank, or by two"),
-    "pieces with a gap": (with_pieces([0, 0, 24, 0, 11], [0, 0, 24, 12, 24]), "held by no rank, or by two"),
-    "a piece that is too long": (with_pieces([0, 0, 24, 0, 25]), "held by no rank, or by two"),
-    "a piece that goes back": (with_pieces([0, 0, 24, 24, 1]), "held by no rank, or by two"),
-    "columns that overlap": (with_pieces([0, 0, 13, 0, 13], [0, 12, 12, 0, 12]), "held by no rank, or by two"),
-    "columns beyond the end": (with_pieces([0, 0, HUGE, 0, HUGE]), "are held by no rank"),
-    "a piece of a negative rank": (with_pieces([-1, *ALL[1:]]), "tensors.w.pieces.0.0"),
-    "a piece of a rank that is not there": (with_pieces([1, *ALL[1:]]), "lies in ['rank-00001.safetensors']"),
-    "a piece of a rank without end": (with_pieces([HUGE, *ALL[1:]]), f"rank-{HUGE}"),
-    "a piece of four numbers": (with_pieces(ALL[:4]), "tensors.w.pieces.0.4"),
+    "no pieces": (with_shards(), "columns from 0 on are held by no rank"),
+    "a piece twice": (with_shards(ALL, ALL), "held by no rank, or by two"),
+    "pieces that overlap": (with_shards([0, 0, 24, 0, 13], [0, 0, 24, 12, 24]), "held by no rank, or by two"),
+    "pieces with a gap": (with_shards([0, 0, 24, 0, 11], [0, 0, 24, 12, 24]), "held by no rank, or by two"),
+    "a piece that is too long": (with_shards([0, 0, 24, 0, 25]), "held by no rank, or by two"),
+    "a piece that goes back": (with_shards([0, 0, 24, 24, 1]), "held by no rank, or by two"),
+    "columns that overlap": (with_shards([0, 0, 13, 0, 13], [0, 12, 12, 0, 12]), "held by no rank, or by two"),
+    "columns beyond the end": (with_shards([0, 0, HUGE, 0, HUGE]), "are held by no rank"),
+    "a piece of a negative rank": (with_shards([-1, *ALL[1:]]), "tensors.w.shards.0.0"),
+    "a piece of a rank that is not there": (with_shards([1, *ALL[1:]]), "lies in ['rank-00001.safetensors']"),
+    "a piece of a rank without end": (with_shards([HUGE, *ALL[1:]]), f"rank-{HUGE}"),
+    "a piece of four numbers": (with_shards(ALL[:4]), "tensors.w.shards.0.4"),
     "a tensor that no file holds": (lambda t: t["tensors"].update(v=t["tensors"]["w"]), "master/v"),
     "all of a huge tensor": (
-        lambda t: t["tensors"].update(w={"shape": [HUGE], "n_rows": 1, "row_width": HUGE, "pieces": [[0, 0, HUGE, 0, HUGE]]}),
+        lambda t: t["tensors"].update(w={"shape": [HUGE], "n_rows": 1, "row_width": HUGE, "shards": [[0, 0, HUGE, 0, HUGE]]}),
         f"is F32 [24] where the manifest says F32 [{HUGE}]",
     ),
     "a parameter that steers a terminal": (renamed("w\x1b[2J\n"), r"tensors.w\x1b[2J\n.[key]"),
@@ -97,7 +97,7 @@ LIES: dict[str, tuple[Callable[[Tree], None], str]] = {
     "no router": (without(f"files/{ROUTER_FILE}"), f"['{ROUTER_FILE}'] is not among the files"),
     "no config": (without(f"files/{CONFIG_FILE}"), f"['{CONFIG_FILE}'] is not among the files"),
     "no ranks": (without(f"files/{RANK_FILE}"), "which is not among the files"),
-    "another version": (set_at("format_version", 3), "format_version=3 where 2 is read; use the Turnout that wrote it"),
+    "another version": (set_at("format_version", 4), "format_version=4 where [2, 3] are read; use the Turnout that wrote it"),
     "a version that steers a terminal": (set_at("format_version", "\x1b[2J" * 50), r"format_version='\x1b[2J"),
     "a version that is true": (set_at("format_version", True), "format_version"),
     "no version": (without("format_version"), "format_version"),
@@ -107,7 +107,7 @@ LIES: dict[str, tuple[Callable[[Tree], None], str]] = {
     "a negative step": (set_at("state/step", -7), "state.step"),
     "a step that is a text": (set_at("state/step", "7"), "state.step"),
     "tokens beyond 64 bits": (set_at("state/tokens_seen", 1 << 64), "state.tokens_seen"),
-    "a world without ranks": (set_at("saved_at/world_size", 0), "saved_at.world_size"),
+    "a world without ranks": (set_at("saved_layout/world_size", 0), "saved_layout.world_size"),
     "an optimizer that counts in texts": (set_at("state/optimizer/step", "nan"), "state.optimizer.step"),
     "an optimizer beyond floats": (set_at("state/optimizer/step", 10**400), "state.optimizer.step"),
     "an optimizer that steers a terminal": (set_at("state/optimizer/\x1b[2J", 1.0), "state.optimizer"),

@@ -19,7 +19,7 @@ from tests.checkpoints import (
 from tests.layouts import groups_of
 from tests.runs import run_config
 from turnout.training.checkpoint.directory import checkpoint_path, read_checkpoint
-from turnout.training.checkpoint.rank_state import restore, share_of
+from turnout.training.checkpoint.rank_state import rank_state_of, restore
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.config.run import RunConfig
 from turnout.training.engine.engine import Engine
@@ -43,7 +43,7 @@ def saved(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = engine_of(CFG)
     fill(engine, groups, unique_state(CFG))
     saver = saver_of(run_dir, groups, CFG, token=take_over(run_dir))
-    saver.save(share_of(engine, unique_router_state(CFG), groups), state_at(3, loss_scaler=SCALER))
+    saver.save(rank_state_of(engine, unique_router_state(CFG), groups), state_at(3, loss_scaler=SCALER))
     saver.close()
     engine.close()
     return checkpoint_path(run_dir, 3)

@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 
 from turnout.moe.parallel.sharding import Split
-from turnout.training.checkpoint.resharding import Matrix, Piece, overlaps, tiling_fault
+from turnout.training.checkpoint.resharding import Matrix, Shard, overlaps, tiling_fault
 
 SPLITS = {"whole": None, "rows": Split("tp", 0), "columns": Split("tp", 1), "experts": Split("ep", 0)}
 
 
-def cut(shape: tuple[int, ...], split: Split | None, n_parts: int, n_ranks: int, seed: int) -> list[Piece]:
+def cut(shape: tuple[int, ...], split: Split | None, n_parts: int, n_ranks: int, seed: int) -> list[Shard]:
     """Cut a tensor into parts, and each part into uneven ranges, as ZeRO does."""
     matrix = Matrix.of(shape, split)
     width, generator = matrix.row_width // n_parts, random.Random(seed)
-    pieces = []
+    shards = []
     for part in range(n_parts):
         n = matrix.n_rows * width
         edges = sorted({0, n, *(generator.randrange(n) for _ in range(n_ranks - 1))})
-        pieces += [Piece(part * width, width, start, stop) for start, stop in pairwise(edges)]
-    return pieces
+        shards += [Shard(part * width, width, start, stop) for start, stop in pairwise(edges)]
+    return shards
 
 
-def take(whole: Tensor, matrix: Matrix, piece: Piece) -> Tensor:
+def take(whole: Tensor, matrix: Matrix, shard: Shard) -> Tensor:
     """Return a piece of a tensor: cut out the columns, flatten, cut out the range."""
-    columns = whole.view(matrix.n_rows, matrix.row_width)[:, piece.first_col : piece.first_col + piece.width]
-    return columns.flatten()[piece.start : piece.stop]
+    columns = whole.view(matrix.n_rows, matrix.row_width)[:, shard.first_col : shard.first_col + shard.width]
+    return columns.flatten()[shard.start : shard.stop]
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
@@ -60,12 +60,12 @@ def test_a_matrix_has_the_split_dimension_first_among_its_columns() -> None:
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
 def test_a_tiling_is_told_from_gaps_overlaps_and_excess(split: Split | None) -> None:
     shape = (6, 12)
-    matrix, pieces = Matrix.of(shape, split), cut(shape, split, 1 if split is None else 3, 3, seed=1)
-    assert tiling_fault(matrix, pieces) is None and tiling_fault(matrix, pieces[::-1]) is None
-    for i, piece in enumerate(pieces):
-        others = pieces[:i] + pieces[i + 1 :]
-        shorter = Piece(piece.first_col, piece.width, piece.start, piece.stop - 1)
-        longer = Piece(piece.first_col, piece.width, piece.start, piece.stop + 1)
-        shifted = Piece(piece.first_col + 1, piece.width, piece.start, piece.stop)
-        for wrong in ([], [piece, piece], [shorter], [longer], [shifted]):
-            assert tiling_fault(matrix, others + wrong), (piece, wrong)
+    matrix, shards = Matrix.of(shape, split), cut(shape, split, 1 if split is None else 3, 3, seed=1)
+    assert tiling_fault(matrix, shards) is None and tiling_fault(matrix, shards[::-1]) is None
+    for i, shard in enumerate(shards):
+        others = shards[:i] + shards[i + 1 :]
+        shorter = Shard(shard.first_col, shard.width, shard.start, shard.stop - 1)
+        longer = Shard(shard.first_col, shard.width, shard.start, shard.stop + 1)
+        shifted = Shard(shard.first_col + 1, shard.width, shard.start, shard.stop)
+        for wrong in ([], [shard, shard], [shorter], [longer], [shifted]):
+            assert tiling_fault(matrix, others + wrong), (shard, wrong)

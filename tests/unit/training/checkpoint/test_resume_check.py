@@ -11,7 +11,7 @@ from tests.layouts import groups_of
 from tests.runs import run_config
 from tests.unit.data_fixtures import make_corpus, make_texts
 from turnout.data.corpus import Corpus
-from turnout.launch.ranks.start import is_finished, take_up
+from turnout.launch.ranks.attempt import is_finished, resume_run
 from turnout.launch.run_dir import attachments, create_run_dir, has_run, read_config
 from turnout.launch.settings import check_setting_paths, setting_paths
 from turnout.training.checkpoint.directory import checkpoint_path, read_checkpoint
@@ -27,7 +27,7 @@ FREE = {
         "parallel.ep",
         "parallel.sequence_parallel",
         "parallel.ep_max_load",
-        "parallel.ep_trips",
+        "parallel.ep_chunks",
         "parallel.zero_stage",
         "parallel.timeout_s",
     ),
@@ -40,7 +40,12 @@ FREE = {
         "data.verify",
     ),
     *("eval.every_steps", "eval.max_documents", "log.every_steps", "log.trackers"),
-    *("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every_steps", "checkpoint.is_async"),
+    *(
+        "checkpoint.every_steps",
+        "checkpoint.keep_last",
+        "checkpoint.keep_every_steps",
+        "checkpoint.async_save",
+    ),
     *("sample.prompts", "sample.n_tokens", "sample.temperature", "sample.top_p"),
     *("guard.on_non_finite", "guard.on_spike", "guard.spike_sigma", "guard.spike_window_steps"),
     *("guard.on_collapse", "guard.max_load_frac", "guard.max_dead_frac", "guard.collapse_patience_steps"),
@@ -202,10 +207,10 @@ class Run:
     def save(self, *steps: int) -> None:
         save_alone(self.path, steps, attached=attachments(self.path, read_config(self.path)))
 
-    def take_up(self, *allowed: str, corpus: Corpus | None = None, **optim: float) -> int:
+    def resume_run(self, *allowed: str, corpus: Corpus | None = None, **optim: float) -> int:
         corpus = corpus or self.corpus
         cfg = config_on(corpus, **optim)
-        newest = take_up(self.path, cfg, corpus, nproc=1, allowed_changes=allowed)
+        newest = resume_run(self.path, cfg, corpus, nproc=1, allowed_changes=allowed)
         return newest[1].state.step if newest is not None else 0
 
 
@@ -215,23 +220,23 @@ def run(tmp_path: Path, corpora: tuple[Corpus, Corpus]) -> Run:
 
 
 def test_a_run_is_taken_up_where_its_newest_readable_checkpoint_is(run: Run) -> None:
-    assert run.take_up() == 0
+    assert run.resume_run() == 0
     run.save(3, 5)
-    assert run.take_up() == 5
+    assert run.resume_run() == 5
     (checkpoint_path(run.path, 5) / rank_file(0)).unlink()
-    assert run.take_up() == 3
+    assert run.resume_run() == 3
     (checkpoint_path(run.path, 3) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no intact checkpoint: .*step-00000005.*step-00000003"):
-        run.take_up()
+        run.resume_run()
 
 
 def test_a_refused_change_leaves_the_run_as_it_was(run: Run, corpora: tuple[Corpus, Corpus]) -> None:
     for n_saved in (0, 1):
         before = contents(run.path)
         with pytest.raises(ConfigError, match="--allow-change optim.lr$"):
-            run.take_up(lr=0.01)
+            run.resume_run(lr=0.01)
         with pytest.raises(ConfigError, match="--allow-change data.corpus$"):
-            run.take_up("optim.lr", corpus=corpora[1])
+            run.resume_run("optim.lr", corpus=corpora[1])
         assert contents(run.path) == before, f"{n_saved} checkpoints"
         run.save(3)
 
@@ -241,7 +246,7 @@ def test_an_allowed_change_is_told_and_holds(
 ) -> None:
     run.save(3)
     capsys.readouterr()
-    assert run.take_up("optim.lr", "data.corpus", corpus=corpora[1], lr=0.01) == 3
+    assert run.resume_run("optim.lr", "data.corpus", corpus=corpora[1], lr=0.01) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "changed, as allowed: optim.lr 0.001 -> 0.01"
     assert lines[1].startswith("changed, as allowed: data.corpus corpus_hash ") and len(lines) == 2
@@ -251,26 +256,26 @@ def test_an_allowed_change_is_told_and_holds(
 def test_what_counts_is_what_the_checkpoint_was_trained_with(run: Run) -> None:
     """A start with an allowed change may end before it saves anything; then the change is still one."""
     run.save(3)
-    run.take_up("optim.lr", lr=0.01)
+    run.resume_run("optim.lr", lr=0.01)
     with pytest.raises(ConfigError, match=r"optim.lr 0.001 -> 0.01;"):
-        run.take_up(lr=0.01)
-    assert run.take_up() == 3
+        run.resume_run(lr=0.01)
+    assert run.resume_run() == 3
 
 
 def test_text_that_was_allowed_once_is_the_runs_own(run: Run, corpora: tuple[Corpus, Corpus]) -> None:
     """Before a checkpoint holds it, too: what counts is what the newest start has read."""
-    run.take_up("data.corpus", corpus=corpora[1])
-    assert run.take_up(corpus=corpora[1]) == 0
+    run.resume_run("data.corpus", corpus=corpora[1])
+    assert run.resume_run(corpus=corpora[1]) == 0
     run.save(5)
-    assert run.take_up(corpus=corpora[1]) == 5
+    assert run.resume_run(corpus=corpora[1]) == 5
     with pytest.raises(ConfigError, match="--allow-change data.corpus$"):
-        run.take_up()
+        run.resume_run()
 
 
 def test_each_start_is_added_to_the_provenance(run: Run, corpora: tuple[Corpus, Corpus]) -> None:
-    run.take_up("data.corpus", corpus=corpora[1])
-    run.take_up("data.corpus")
-    starts = json.loads((run.path / "provenance.json").read_bytes())["starts"]
+    run.resume_run("data.corpus", corpus=corpora[1])
+    run.resume_run("data.corpus")
+    starts = json.loads((run.path / "provenance.json").read_bytes())["attempts"]
     want = [corpora[i].manifest.corpus_hash for i in (0, 1, 0)]
     assert [start["corpus_hash"] for start in starts] == want and want[0] != want[1]
 

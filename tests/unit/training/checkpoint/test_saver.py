@@ -22,7 +22,7 @@ from tests.checkpoints import (
     save_alone,
     saver_of,
     small_numbers,
-    small_share,
+    small_rank_state,
     state_at,
 )
 from tests.layouts import groups_of
@@ -37,7 +37,7 @@ from turnout.training.checkpoint.directory import (
 )
 from turnout.training.checkpoint.durable_io import Disk
 from turnout.training.checkpoint.manifest import MANIFEST, ROUTER_FILE, rank_file
-from turnout.training.checkpoint.resharding import Piece
+from turnout.training.checkpoint.resharding import Shard
 from turnout.training.checkpoint.saver import Saver
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.config.checkpoint import CheckpointConfig
@@ -45,8 +45,8 @@ from turnout.training.errors import CheckpointError, TakenOverError
 from turnout.training.parallel.layout import Layout
 from turnout.training.run_control import take_over
 
-TWO_KEPT = CheckpointConfig(every_steps=1, keep_last=2, is_async=False)
-IN_BACKGROUND = ALL_KEPT.model_copy(update={"is_async": True})
+TWO_KEPT = CheckpointConfig(every_steps=1, keep_last=2, async_save=False)
+IN_BACKGROUND = ALL_KEPT.model_copy(update={"async_save": True})
 DEADLINE_S = 20
 OnBoundary = Callable[[str, Path], None]
 
@@ -57,8 +57,8 @@ class WatchedDisk(Disk):
     def __init__(self, call: OnBoundary) -> None:
         self._call = call
 
-    def at(self, boundary: str, path: Path) -> None:
-        self._call(boundary, path)
+    def boundary(self, name: str, path: Path) -> None:
+        self._call(name, path)
 
 
 class Death(BaseException):
@@ -86,7 +86,7 @@ def start(run_dir: Path, kept: CheckpointConfig = ALL_KEPT, call: OnBoundary = l
 
 
 def save(saver: Saver, step: int) -> None:
-    saver.save(small_share(step, 0, 1), state_at(step))
+    saver.save(small_rank_state(step, 0, 1), state_at(step))
 
 
 def names(run_dir: Path) -> set[str]:
@@ -98,7 +98,7 @@ def check_whole(run_dir: Path, step: int) -> None:
     path, n = checkpoint_path(run_dir, step), prod(SMALL_SHAPE)
     reader, got = TensorReader(path, verify_checkpoint(path)), torch.empty(n)
     for kind in SMALL_KINDS:
-        reader.read_piece("w", kind, Piece(0, n, 0, n), got)
+        reader.read_shard("w", kind, Shard(0, n, 0, n), got)
         assert torch.equal(got, small_numbers(step, kind)), kind
     bias = torch.empty(3)
     reader.read_named(ROUTER_FILE, "bias", bias)
@@ -162,7 +162,7 @@ def test_training_may_change_what_is_being_written(run_dir: Path) -> None:
     def hold(boundary: str, path: Path) -> None:
         assert boundary != "mkdir" or is_trained_on.wait(DEADLINE_S)
 
-    saver, share = start(run_dir, IN_BACKGROUND, hold), small_share(3, 0, 1)
+    saver, share = start(run_dir, IN_BACKGROUND, hold), small_rank_state(3, 0, 1)
     saver.save(share, state_at(3))
     for tensor in (*share.tensors.values(), *share.router.values()):
         tensor.fill_(-1.0)
@@ -224,7 +224,7 @@ def test_what_an_overtaken_start_is_writing_is_not_in_the_way_of_the_later_one(r
                 earlier.wait()
 
     earlier = start(run_dir, IN_BACKGROUND, hold)
-    earlier.save(small_share(9, 0, 1), state_at(3))  # other numbers
+    earlier.save(small_rank_state(9, 0, 1), state_at(3))  # other numbers
     later = start(run_dir, call=let_the_earlier_end)
     save(later, 3)
     later.close()

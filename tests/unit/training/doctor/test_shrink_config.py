@@ -118,7 +118,7 @@ def test_variants_are_distinct_fit_and_cover_what_they_should(name: str) -> None
     assert len(set(map(str, variants))) == len(variants)
     for variant in variants:
         applied = variant.apply(small)
-        assert applied.parallel.ep_trips == variant.n_trips
+        assert applied.parallel.ep_chunks == variant.n_chunks
         assert applied.parallel.ep_max_load == (variant.max_load or 1.1)
         assert small.batch_seqs == (
             variant.layout.dp * variant.n_microbatches * applied.train.microbatch_seqs
@@ -128,7 +128,7 @@ def test_variants_are_distinct_fit_and_cover_what_they_should(name: str) -> None
     assert {v.layout for v in fp32 if v.sequence_parallel} == {x for x in layouts if x.tp > 1}
     assert {v.n_microbatches for v in fp32} == {1, 2, 4}
     assert {v.recompute for v in fp32} == {"none", "selective", "full"}
-    assert {(v.n_trips > 1, v.max_load is not None) for v in fp32} == {
+    assert {(v.n_chunks > 1, v.max_load is not None) for v in fp32} == {
         (False, False),
         (True, False),
         (False, True),

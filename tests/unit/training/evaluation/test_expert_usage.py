@@ -19,7 +19,7 @@ from turnout.data.loader import IGNORE_INDEX
 from turnout.data.tokenizer import load_tokenizer
 from turnout.data.windows import evaluation_documents
 from turnout.launch.commands.experts import token_label
-from turnout.launch.commands.figure import Picture
+from turnout.launch.commands.figure import Figure
 from turnout.moe.router import Router
 from turnout.training.errors import ConfigError
 from turnout.training.evaluation.expert_usage import (
@@ -185,7 +185,7 @@ def test_a_text_is_shown_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixtur
     routes = route_text(saved.decoder, saved.state, token_ids, microbatch_seqs=8)
     for suffix in ("svg", "png"):
         out = saved.place / f"routes.{suffix}"
-        assert turnout("routes", saved.run_dir, TEXT, "--out", out) == 0
+        assert turnout("experts", saved.run_dir, TEXT, "--out", out) == 0
         shown = capsys.readouterr().out
         rows = [line.split("\u2502")[1:-1] for line in shown.splitlines() if line.startswith("\u2502")]
         assert len(rows) == len(token_ids)
@@ -214,17 +214,18 @@ def test_a_text_is_shown_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixtur
 
 
 def test_a_png_has_its_limit(tmp_path: Path) -> None:
-    picture = Picture(20_000, 9_000)
+    figure = Figure(20_000, 9_000)
     with pytest.raises(ConfigError, match=r"20000 x 9000 pixels are more than a PNG of 178,956,970 holds"):
-        picture.save(tmp_path / "a.png")
-    picture.save(tmp_path / "a.svg")
+        figure.save(tmp_path / "a.png")
+    figure.save(tmp_path / "a.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
 
 
 def test_a_corpus_is_counted_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixture[str]) -> None:
     out = saved.place / "deep" / "figures"
     assert (
-        turnout("routes", saved.run_dir, "--corpus", saved.corpus.path, "--split", "train", "--out", out) == 0
+        turnout("experts", saved.run_dir, "--corpus", saved.corpus.path, "--split", "train", "--out", out)
+        == 0
     )
     assert "bits" in capsys.readouterr().out
     tree = json.loads((out / "routes.json").read_text())
@@ -269,6 +270,6 @@ def test_bad_input_is_answered_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(saved.place)
-    assert turnout("routes", "run", *words) == 2
+    assert turnout("experts", "run", *words) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and message in said[0]

@@ -269,12 +269,12 @@ def test_other_rows_are_tried_where_the_first_do_not_do(tokenizer: Path) -> None
     held_out = random_tokens(weights.cfg)
 
     def tied_up_to(n: int) -> Callable[..., Expected]:
-        def made_up(_: Any, rows: Sequence[Tensor]) -> Expected:
+        def synthetic(_: Any, rows: Sequence[Tensor]) -> Expected:
             nonlocal n_tried
             n_tried += 1
             return expected(is_clear=tuple(first(41 if n_tried > n else 1, len(row)) for row in rows))
 
-        return made_up
+        return synthetic
 
     used, _ = choose_rows(weights, held_out, tied_up_to(2))
     assert n_tried == 3 and not torch.equal(used.rows[0], held_out.rows[0])

@@ -14,10 +14,10 @@ from turnout.training.parallel.flight_recorder import (
     N_ENTRIES,
     WAITING,
     Entry,
-    Ledger,
-    LedgerView,
-    NoLedger,
-    read_ledger,
+    FlightRecord,
+    FlightRecorder,
+    NullRecorder,
+    read_flight_record,
 )
 from turnout.training.parallel.hang_report import Ending, explain, group_of
 from turnout.training.parallel.layout import Layout
@@ -27,70 +27,70 @@ ROWS = "all-to-all of rows"
 
 
 def test_a_ledger_reads_back_what_was_written(tmp_path: Path) -> None:
-    ledger = Ledger(path := tmp_path / "rank-00003.ledger", FOUR, 3)
-    view = read_ledger(path)
+    recorder = FlightRecorder(path := tmp_path / "rank-00003.flight", FOUR, 3)
+    view = read_flight_record(path)
     assert (view.rank, view.pid) == (3, os.getpid())
     assert view.current is not None and (view.current.step, view.current.phase) == (0, "start")
-    ledger.at(12, "backward")
-    with ledger.collective("all-reduce", "tp"):
+    recorder.enter_phase(12, "backward")
+    with recorder.collective("all-reduce", "tp"):
         pass
-    with ledger.collective(ROWS, "ep", layer=0, sent=[3, 0], received=(7, 1)):
-        entry = read_ledger(path).current
+    with recorder.collective(ROWS, "ep", layer=0, sent=[3, 0], received=(7, 1)):
+        entry = read_flight_record(path).current
         assert entry is not None and entry.is_waiting
         assert (entry.step, entry.phase, entry.layer, entry.group) == (12, "backward", 0, "ep")
         assert (entry.operation, entry.sent, entry.received) == (ROWS, (3, 0), (7, 1))
         assert (entry.n, entry.index, entry.n_entered("tp"), entry.n_entered("dp")) == (4, 1, 1, 0)
-    entry = read_ledger(path).current
+    entry = read_flight_record(path).current
     assert entry is not None and (entry.state, entry.n) == (DONE, 4)
 
 
 def test_an_exception_leaves_the_collective_waiting(tmp_path: Path) -> None:
-    ledger = Ledger(path := tmp_path / "a.ledger", FOUR, 0)
-    with pytest.raises(RuntimeError, match="lost"), ledger.collective("all-reduce", "world"):
+    recorder = FlightRecorder(path := tmp_path / "a.flight", FOUR, 0)
+    with pytest.raises(RuntimeError, match="lost"), recorder.collective("all-reduce", "world"):
         raise RuntimeError("lost")
-    entry = read_ledger(path).current
+    entry = read_flight_record(path).current
     assert entry is not None and entry.state == WAITING
 
 
 def test_the_ring_keeps_the_last_entries_in_order(tmp_path: Path) -> None:
-    ledger = Ledger(path := tmp_path / "a.ledger", FOUR, 0)
-    with ledger.collective("outer", "world"):
+    recorder = FlightRecorder(path := tmp_path / "a.flight", FOUR, 0)
+    with recorder.collective("outer", "world"):
         for step in range(1, 3 * N_ENTRIES):
-            ledger.at(step, "forward")
-    view = read_ledger(path)
+            recorder.enter_phase(step, "forward")
+    view = read_flight_record(path)
     last = 3 * N_ENTRIES - 1
     assert [e.step for e in view.entries] == list(range(last - N_ENTRIES + 1, last + 1))
     assert all(e.state not in (WAITING, DONE) for e in view.entries), "the outer one was written over"
 
 
 def test_counts_beyond_the_room_are_cut_and_told(tmp_path: Path) -> None:
-    ledger = Ledger(path := tmp_path / "a.ledger", FOUR, 0)
-    with ledger.collective(ROWS, "world", sent=range(200), received=range(MAX_COUNTS)):
-        entry = read_ledger(path).current
+    recorder = FlightRecorder(path := tmp_path / "a.flight", FOUR, 0)
+    with recorder.collective(ROWS, "world", sent=range(200), received=range(MAX_COUNTS)):
+        entry = read_flight_record(path).current
     assert entry is not None
     assert entry.sent == entry.received == tuple(range(MAX_COUNTS))
     assert (entry.n_sent, entry.n_received) == (200, MAX_COUNTS)
 
 
 def test_an_entry_caught_half_written_is_left_out(tmp_path: Path) -> None:
-    ledger = Ledger(path := tmp_path / "a.ledger", FOUR, 0)
-    ledger.at(1, "forward")
-    ledger.at(2, "forward")
+    recorder = FlightRecorder(path := tmp_path / "a.flight", FOUR, 0)
+    recorder.enter_phase(1, "forward")
+    recorder.enter_phase(2, "forward")
     data = bytearray(path.read_bytes())
     at = data.rindex(b"forward")
     data[at : at + 7] = b"forwXXX"
     path.write_bytes(data)
-    view = read_ledger(path)
+    view = read_flight_record(path)
     assert view.current is not None and view.current.step == 1
     path.write_bytes(data[:100])
-    with pytest.raises(ValueError, match="a.ledger is not a ledger"):
-        read_ledger(path)
+    with pytest.raises(ValueError, match="a.flight is not a flight record"):
+        read_flight_record(path)
 
 
 def test_no_ledger_takes_the_same_calls() -> None:
-    ledger = NoLedger()
-    ledger.at(1, "forward")
-    with ledger.collective(ROWS, "ep", layer=1, sent=[1], received=[2]):
+    recorder = NullRecorder()
+    recorder.enter_phase(1, "forward")
+    with recorder.collective(ROWS, "ep", layer=1, sent=[1], received=[2]):
         pass
 
 
@@ -106,8 +106,8 @@ def test_groups_follow_from_the_layout() -> None:
     }
 
 
-def view(rank: int, *entries: Entry) -> LedgerView:
-    return LedgerView(rank, 1000 + rank, entries)
+def view(rank: int, *entries: Entry) -> FlightRecord:
+    return FlightRecord(rank, 1000 + rank, entries)
 
 
 def at(phase: str, *, n: int = 10, ep: int = 4, world: int = 2, step: int = 12) -> Entry:

@@ -61,8 +61,8 @@ def test_wrong_layouts_name_the_value_and_what_fits() -> None:
         plan_layout(run_config(parallel={"tp": 2}), 2)
     with pytest.raises(ConfigError, match="sequence_parallel=true has no effect with parallel.tp=1"):
         plan_layout(run_config(parallel={"sequence_parallel": True}), 2)
-    with pytest.raises(ConfigError, match="ep_trips=2 has no effect with parallel.ep=1"):
-        plan_layout(run_config(parallel={"ep_trips": 2}), 2)
+    with pytest.raises(ConfigError, match="ep_chunks=2 has no effect with parallel.ep=1"):
+        plan_layout(run_config(parallel={"ep_chunks": 2}), 2)
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,10 @@ def test_shared_experts_are_computed_while_rows_travel(tmp_path: Path) -> None:
     run_ranks(meet_while_rows_travel, 2, Layout(2, ep=2), tmp_path)
 
 
-def meet_in_the_next_trip(rank: int, layout: Layout, place: Path) -> None:
+def meet_in_the_next_chunk(rank: int, layout: Layout, place: Path) -> None:
     """Run two trips; the first rank computes the first when the second rank has the rows of the second."""
     torch.manual_seed(0)
-    dispatcher = groups_of(layout, rank).dispatcher(min_trips=2)
+    dispatcher = groups_of(layout, rank).dispatcher(min_chunks=2)
     layer = MoELayer(CFG, dispatcher, Unsplit(), "reference", "none")
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -147,4 +147,4 @@ def meet_in_the_next_trip(rank: int, layout: Layout, place: Path) -> None:
 
 
 def test_rows_of_the_next_trip_travel_while_those_of_one_are_computed(tmp_path: Path) -> None:
-    run_ranks(meet_in_the_next_trip, 2, Layout(2, ep=2), tmp_path)
+    run_ranks(meet_in_the_next_chunk, 2, Layout(2, ep=2), tmp_path)

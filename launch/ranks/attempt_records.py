@@ -1,4 +1,4 @@
-"""The record of each start of a run: how it began and how it ended, in RUN/logs/start-00001/.
+"""The record of each start of a run: how it began and how it ended, in RUN/logs/attempt-00001/.
 
 begin.json     where it started, on what, from which step
 status.json    how far it has come (training/run_control.py)
@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from turnout.data.files import write_atomically
 from turnout.launch.exit_codes import DONE, OTHER, STOPPED_EARLY
+from turnout.launch.ranks.attempt_dir import read_flight_records
 from turnout.launch.ranks.failures import explain_failures, is_final
 from turnout.launch.ranks.launcher import Ended
-from turnout.launch.ranks.start_dir import read_ledgers
 from turnout.training.checkpoint.directory import list_checkpoints, step_of
 from turnout.training.parallel.layout import Layout
+from turnout.training.renames import ATTEMPT_DIR, EARLIER_ATTEMPT_DIR
 from turnout.training.run_control import read_status
 
 BEGIN_FILE, ENDING_FILE = "begin.json", "ending.json"
@@ -76,7 +77,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class StartRecord:
+class AttemptRecord:
     directory: Path
     begin: Begin
     ending: Ending | None
@@ -92,42 +93,45 @@ def ending(kind: Kind, run_dir: Path, reasons: Sequence[str] = (), **rest: Any) 
     return Ending(kind, code, time.time(), newest_step(run_dir), reasons=tuple(reasons), **rest)
 
 
-def conclude(run_dir: Path, start_dir: Path, layout: Layout, ended: Ended) -> Ending:
+def conclude(run_dir: Path, attempt_dir: Path, layout: Layout, ended: Ended) -> Ending:
     """Return how a start ended, from what its ranks left."""
-    status = read_status(start_dir)
+    status = read_status(attempt_dir)
     if ended.is_done and status is not None and status.state != "training":
         return ending(status.state, run_dir)
-    code, reasons = explain_failures(start_dir, layout, ended.stuck)
-    steps = [view.current.step for view in read_ledgers(start_dir).values() if view.current is not None]
+    code, reasons = explain_failures(attempt_dir, layout, ended.stuck)
+    steps = [
+        view.current.step for view in read_flight_records(attempt_dir).values() if view.current is not None
+    ]
     return ending(
         "failed",
         run_dir,
         reasons,
         code=code,
         failed_step=max(steps, default=0),
-        is_final=is_final(start_dir),
+        is_final=is_final(attempt_dir),
     )
 
 
-def write_begin(start_dir: Path, begin: Begin) -> None:
-    write_atomically(start_dir / BEGIN_FILE, _to_json(begin))
+def write_begin(attempt_dir: Path, begin: Begin) -> None:
+    write_atomically(attempt_dir / BEGIN_FILE, _to_json(begin))
 
 
-def write_ending(start_dir: Path, ending: Ending) -> None:
-    write_atomically(start_dir / ENDING_FILE, _to_json(ending))
+def write_ending(attempt_dir: Path, ending: Ending) -> None:
+    write_atomically(attempt_dir / ENDING_FILE, _to_json(ending))
 
 
 def begin_here(n_ranks: int, from_step: int, nodes: Sequence[str], **job: Any) -> Begin:
     return Begin(time.time(), tuple(nodes), n_ranks, from_step, os.getpid(), **job)
 
 
-def read_starts(run_dir: Path) -> list[StartRecord]:
+def read_attempts(run_dir: Path) -> list[AttemptRecord]:
     """Return the starts of a run, oldest first."""
-    records = []
-    for directory in sorted((run_dir / "logs").glob("start-*")):
+    records, logs = [], run_dir / "logs"
+    names = (EARLIER_ATTEMPT_DIR, ATTEMPT_DIR)
+    for directory in (path for name in names for path in sorted(logs.glob(f"{name}-*"))):
         if begin := _read(directory / BEGIN_FILE):
             end = _read(directory / ENDING_FILE)
-            records.append(StartRecord(directory, Begin(**begin), Ending(**end) if end else None))
+            records.append(AttemptRecord(directory, Begin(**begin), Ending(**end) if end else None))
     return records
 
 
