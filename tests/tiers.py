@@ -67,6 +67,7 @@ TIERS = {
         tests("long", *WITH_PROCESSES, "tests/bench", "-m", "long", *TWO_WORKERS),
         make("test-megablocks"),
         make("test-transformers4"),
+        make("test-llamacpp"),
         tests("long-slurm", "tests/slurm", "-m", "long", lane="slurm"),
     ],
 }
