@@ -41,12 +41,23 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
                 f"{setting} needs a C++ compiler, and there is no g++ or clang++ here; "
                 f"install one, name it in CXX, or use {instead}"
             )
+        if is_set and not n_gpus and " " in (place := str(_place_of_torch())):
+            raise ConfigError(
+                f"{setting}: torch is installed in {place!r}, and what it compiles cannot include files from "
+                f"a path with a blank; install Turnout in another directory, or use {instead}"
+            )
     if cfg.train.expert_backend != "auto":
         check_kernels(cfg.train.expert_backend, n_gpus)
     if "wandb" in cfg.log.trackers and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "log.trackers names wandb, which is not installed; pip install 'turnout[wandb]', or leave it out"
         )
+
+
+def _place_of_torch() -> Path:
+    spec = importlib.util.find_spec("torch")  # finds it without importing it
+    assert spec is not None and spec.origin is not None, "torch is a dependency"
+    return Path(spec.origin).parent
 
 
 def _check_half_precision(precision: str) -> None:

@@ -254,6 +254,15 @@ def test_what_is_compiled_needs_a_compiler(
     check_machine(load_config("tiny"), 1)
 
 
+def test_what_is_compiled_needs_a_torch_in_a_path_without_a_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("torch", "/two words/torch/__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    for setting in ("train.expert_backend=compiled_loop", "train.compile=true"):
+        with pytest.raises(ConfigError, match=rf"{setting}: torch is installed in '/two words/torch', and"):
+            check_machine(load_config("tiny", [setting]), 1)
+    check_machine(load_config("tiny"), 1)
+
+
 def test_kernels_of_a_gpu_need_a_gpu_and_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="megablocks runs Triton kernels, which need a GPU.*use auto"):
         check_kernels("megablocks", n_gpus=0)
