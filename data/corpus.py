@@ -1,7 +1,7 @@
 """A prepared corpus on disk, opened for reading: the tokens of each source as one stream.
 
-Opening reads the small JSON files and compares sizes, or hashes when asked. Token files are mapped when they
-are first read.
+Opening reads the small JSON files and compares sizes, or hashes when asked. Token files are mapped on first
+use.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document_starts_within(self, start: int, length: int) -> np.ndarray:
-        """Return the stream offsets in [start, start + length) at which a document starts, rising, int64."""
+        """Return the stream offsets in [start, start + length) where documents start, ascending, int64."""
         parts = []
         for k, low, high in self._spans(start, length):
             starts = self._shard(k).starts
@@ -50,14 +50,14 @@ class TokenStream:
         return np.concatenate(parts)
 
     def document(self, number: int) -> np.ndarray:
-        """Return the tokens of one document, `[bos, *ids, eos]`."""
+        """Return the tokens of one document, `[bos, *ids, eos]`. Raises IndexError."""
         if not 0 <= number < self.n_documents:
             raise IndexError(f"source {self.name!r}: document {number} of {self.n_documents}")
         k = int(np.searchsorted(self._document_edges, number, side="right")) - 1
         return self._shard(k).document(number - int(self._document_edges[k]))
 
     def _spans(self, start: int, length: int) -> list[tuple[int, int, int]]:
-        """Return (shard, low, high) of each shard that the range touches, in the shard's own offsets."""
+        """Return (shard, low, high) for each shard that the range touches, in the shard's own offsets."""
         end = start + length
         if start < 0 or length < 1 or end > self.n_tokens:
             raise IndexError(f"source {self.name!r}: tokens [{start}, {end}) of {self.n_tokens}")
@@ -95,9 +95,9 @@ class Corpus:
 
 
 def open_corpus(path: Path, *, verify: Verify) -> Corpus:
-    """Open a corpus after comparing its files with what they were when it was prepared.
+    """Open a corpus after checking that its files are as they were prepared. Raises DataError if not.
 
-    verify "size" looks at names, sizes and descriptions; "checksum" also reads every byte.
+    verify "size" compares names, sizes and descriptions; "checksum" also reads every byte.
     """
     manifest = read_manifest(path)
     tokenizer_path = path / manifest.tokenizer_file
@@ -126,8 +126,8 @@ def _open_stream(
         if info.tokenizer_sha256 != manifest.tokenizer_sha256:
             raise DataError(
                 f"{shard_file(stem, '.json')}: tokenised by another tokenizer "
-                f"({info.tokenizer_sha256[:16]}.., "
-                f"the corpus has {manifest.tokenizer_sha256[:16]}..); prepare the corpus again"
+                f"({info.tokenizer_sha256[:16]}.., but the corpus has {manifest.tokenizer_sha256[:16]}..); "
+                "prepare the corpus again"
             )
         check_shard(stem, info, verify=verify)
         shards.append((stem, info))

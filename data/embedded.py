@@ -1,6 +1,6 @@
-"""The corpus that needs no download: the running interpreter's own library and its documentation.
+"""The corpus that needs no download: the running interpreter's standard library and its documentation.
 
-It differs between Python releases, so numbers made with it compare only under the same corpus hash.
+It differs between Python releases, so compare results only between runs with the same corpus hash.
 """
 
 import sysconfig
@@ -21,7 +21,6 @@ EXCLUDED_FILE = "pydoc_data/topics.py"
 
 @dataclass(frozen=True)
 class EmbeddedFiles:
-    root: Path
     readable: tuple[Path, ...]
     skipped: tuple[Path, ...]  # not UTF-8: CPython tests its own decoder with such files
     n_bytes: int  # of the readable ones
@@ -29,7 +28,10 @@ class EmbeddedFiles:
 
 @cache
 def list_embedded_files() -> EmbeddedFiles:
-    """Find the standard library's .py files, sorted by their path inside it."""
+    """Find the standard library's .py files, sorted by their path inside it.
+
+    Raises DataError if the interpreter has too few of them.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     readable, skipped, n_bytes = [], [], 0
     inside = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
@@ -50,16 +52,16 @@ def list_embedded_files() -> EmbeddedFiles:
             f"{root}: the embedded corpus has {n_bytes} bytes of .py files, fewer than {MIN_BYTES}: "
             "this interpreter is stripped; use a full Python, or give text files"
         )
-    return EmbeddedFiles(root, tuple(readable), tuple(skipped), n_bytes)
+    return EmbeddedFiles(tuple(readable), tuple(skipped), n_bytes)
 
 
 def iterate_embedded_texts(name: str) -> Iterator[tuple[str, str]]:
-    """Yield (origin, text) of one embedded source; line ends are those of the file."""
+    """Yield (origin, text) of one embedded source, line ends unchanged. Raises DataError for another name."""
     if name == DOCS:
         for topic in sorted(topics):
             yield f"pydoc_data.topics:{topic}", topics[topic]
         return
     if name != STDLIB:
-        raise DataError(f"there is no embedded source {name!r}; it is {STDLIB!r} or {DOCS!r}, or give a path")
+        raise DataError(f"no embedded source {name!r}; use {STDLIB!r} or {DOCS!r}, or give a path")
     for path in list_embedded_files().readable:
         yield str(path), path.read_bytes().decode("utf-8")

@@ -1,7 +1,7 @@
 """Tokenise a stream of documents on all cores, in order, with a bounded number of batches in flight.
 
 Contract: the result does not depend on the number of workers. This module must stay light to import:
-each worker process imports it anew.
+every worker process imports it.
 """
 
 import os
@@ -22,8 +22,8 @@ import numpy as np
 from turnout.data.sources import Document
 from turnout.data.tokenizer import Tokenizer, load_tokenizer, split_text
 
-# Longer documents are encoded in pieces: memory stays bounded, and one huge file keeps every core busy.
-# A merge across such a cut, once in a million characters, is lost.
+# Longer documents are encoded in pieces, so memory stays bounded and one huge file keeps every core busy.
+# A cut, one per million characters, can split what would have been one token.
 PIECE_CHARS = 1 << 20
 BATCH_CHARS = 1 << 20
 BATCHES_PER_WORKER = 3
@@ -97,13 +97,13 @@ def _encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
 
 
 class _Workers:
-    """Processes that tokenise, each asked through a pipe of its own by a thread of this one.
+    """Processes that tokenise, each with its own pipe, which threads of this process write and read.
 
-    Not a ProcessPoolExecutor, which waits for ever for the rest of an answer in which a worker was killed.
+    Not a ProcessPoolExecutor: it hangs if a worker is killed while it sends an answer.
     """
 
     def __init__(self, n_workers: int, tokenizer_path: Path) -> None:
-        # Spawned, not forked: the parent has the threads of torch, pyarrow and perhaps a progress bar.
+        # Spawned, not forked: the parent has threads of torch, pyarrow and perhaps a progress bar.
         context = get_context("spawn")
         self._processes: list[BaseProcess] = []
         self._idle: SimpleQueue[Connection] = SimpleQueue()
@@ -111,7 +111,7 @@ class _Workers:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, tokenizer_path), daemon=True)
             process.start()
-            theirs.close()  # so that the worker's death is the end of what can be read
+            theirs.close()  # so that reading raises EOFError once the worker has died
             self._processes.append(process)
             self._idle.put(ours)
         self._threads = ThreadPoolExecutor(n_workers)
@@ -123,11 +123,11 @@ class _Workers:
         worker = self._idle.get()
         try:
             worker.send(texts)
-            answer = worker.recv()
+            answer: list[np.ndarray] | Exception = worker.recv()
         except (EOFError, OSError) as err:
             raise OSError(
-                f"a tokenising worker of {len(self._processes)} died, most often for lack of memory; "
-                "run the same command again with fewer workers, it continues where it stopped"
+                f"one of {len(self._processes)} tokenising workers died, most often for lack of memory; "
+                "run the same command with fewer workers, it continues where it stopped"
             ) from err
         finally:
             self._idle.put(worker)
@@ -136,7 +136,7 @@ class _Workers:
         return answer
 
     def close(self) -> None:
-        """End the workers, also while they are at work."""
+        """Stop the workers, even those that are still busy."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.terminate()
@@ -146,7 +146,7 @@ class _Workers:
 
 
 def _serve(parent: Connection, tokenizer_path: Path) -> None:
-    """Answer each list of texts with their ids, or with what went wrong, for as long as the parent asks."""
+    """Answer each list of texts with its ids or with the exception, until the parent closes the pipe."""
     tokenizer = _start_worker(tokenizer_path)
     while True:
         try:
@@ -163,7 +163,7 @@ def _serve(parent: Connection, tokenizer_path: Path) -> None:
 def _start_worker(tokenizer_path: Path) -> Tokenizer:
     # Ctrl-C reaches the whole process group; the parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The pool already has a process for each core.
+    # The workers already use every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_parent, daemon=True).start()
     return load_tokenizer(tokenizer_path)

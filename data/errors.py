@@ -1,4 +1,4 @@
-"""The one exception of this package: something is wrong with the data, and the user can put it right."""
+"""The one exception of this package: something is wrong with the data, and the user can fix it."""
 
 
 class DataError(ValueError):

@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file in order; a damaged or cut file is a DataError."""
+    """Yield the decompressed bytes of a file in order. Raises DataError for a damaged or truncated file."""
     try:
         if path.suffix == ".zst":
             yield from _read_zstd(path)
@@ -44,7 +44,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as err:
         raise _damaged(path, err) from err
     except OSError as err:
-        # bz2 reports a bad stream as an OSError without an errno; one with an errno is the disk speaking.
+        # bz2 reports a bad stream as an OSError without an errno; one with an errno comes from the disk.
         if err.errno is not None:
             raise
         raise _damaged(path, err) from err
@@ -55,9 +55,9 @@ def _damaged(path: Path, err: Exception) -> DataError:
 
 
 def _read_zstd(path: Path) -> Iterator[bytes]:
-    """Decompress every frame of a .zst file and insist that the last one is whole.
+    """Decompress every frame of a .zst file, and raise EOFError if the last one is incomplete.
 
-    zstandard's own file object returns what it has when the input ends inside a frame, without an error.
+    zstandard's own file object returns what it has, without an error, when the input ends inside a frame.
     """
     frame = zstandard.ZstdDecompressor().decompressobj()
     inside_frame = False
@@ -94,7 +94,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def sha256_of(path: Path, on_read: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 of a file. on_read: is told the bytes of each part that was read."""
+    """Return the SHA-256 of a file. on_read: called with the number of bytes of each chunk read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -115,7 +115,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException as err:
         tmp.unlink(missing_ok=True)
         if isinstance(err, OSError):
-            err.filename = err.filename or str(path)  # a write that fails knows only a number
+            err.filename = err.filename or str(path)  # the error of a failed write names no file
         raise
     commit(tmp, path)
 

@@ -1,6 +1,6 @@
 """Batches of packed documents: `batch(step)` is a pure function of (corpus, seed, step).
 
-There is no position to save and no shuffle buffer to refill. A rank asks for its rows and only those are
+There is no position to save and no shuffle buffer to refill. A rank asks for its rows, and only those are
 read, so the number of ranks, micro-batches or threads cannot change what a step sees.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -100
-# A sample's id is its source's number above this bit and its index in the source below.
+# A sample's id is its source's number, shifted by this many bits, plus its index in the source.
 SOURCE_BIT = 48
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class Loader:
     """Cut each source's stream into windows and serve them in the order of `data.order`.
 
     Window i of a source is tokens [i*S, i*S + S + 1): the first S are inputs, the last S are targets, so each
-    token of the stream but the first is a target once per epoch. The tail that fills no window is not seen.
+    token of the stream but the first is a target once per epoch. The tail that fills no window is left out.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Loader:
         self._blend = Blend([stream.weight for stream in self._streams])
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """Return the batch of one step, or the chosen rows of it."""
+        """Return the batch of one step, or only the chosen rows."""
         # Imported here because torch takes a second to import, and checking a corpus does not need it.
         import torch
 
@@ -154,9 +154,9 @@ class Prefetcher(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Stop the thread and wait for it; a load that is under way is finished first."""
+        """Stop the thread and wait for it; a load that has begun is finished first."""
         self._closed.set()
-        # Room in the queue lets a thread that waits to put its value see that it should stop.
+        # Emptying the queue frees a thread that waits to put its value, so that it sees it should stop.
         while self._thread.is_alive():
             try:
                 self._ready.get(timeout=0.01)

@@ -1,7 +1,7 @@
-"""What a finished corpus says about itself: `corpus.json`, written last.
+"""The manifest of a finished corpus: `corpus.json`, written last.
 
-`corpus_hash` is the identity of the text: which documents, in which order, split and weighted how. It does
-not depend on the tokenizer (which has its own hash) or on how the tokens were cut into shards.
+`corpus_hash` is the identity of the text: its documents, their order, the split and the weights. It does not
+depend on the tokenizer (which has its own hash) or on how the tokens were cut into shards.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from turnout.data.errors import DataError
 from turnout.data.files import write_atomically
@@ -30,7 +31,7 @@ class SplitSummary:
 @dataclass(frozen=True, kw_only=True)
 class SourceSummary:
     name: str
-    weight: float  # as given, or else the source's share of all train tokens
+    weight: float  # as given, or else the source's fraction of all train tokens
     text_sha256: str  # over the SHA-256 of each document, in order
     n_skipped_files: int  # embedded corpus only: files that are not UTF-8
     splits: dict[str, SplitSummary]
@@ -60,7 +61,7 @@ class CorpusManifest:
 
 
 def corpus_hash_of(text_hashes: Sequence[str], weights: Sequence[float | None], valid_frac: float) -> str:
-    """Return the identity of the text; weights are as given, None where the tokens decide."""
+    """Return the identity of the text. A weight is as given, or None if the number of tokens decides."""
     identity = {"text_sha256": list(text_hashes), "weights": list(weights), "valid_frac": valid_frac}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -70,7 +71,7 @@ def write_manifest(directory: Path, manifest: CorpusManifest) -> None:
 
 
 def read_manifest(directory: Path) -> CorpusManifest:
-    """Read corpus.json, and say what is wrong where there is none."""
+    """Read corpus.json. Raises DataError if it is missing, damaged or of another version."""
     path = directory / MANIFEST_FILE
     if not directory.is_dir():
         raise DataError(f"{directory}: no such corpus directory; make it with `turnout prepare`")
@@ -97,7 +98,7 @@ def read_manifest(directory: Path) -> CorpusManifest:
         raise DataError(f"{path}: damaged ({type(err).__name__}: {err}); prepare the corpus again") from err
 
 
-def _to_manifest(values: dict) -> CorpusManifest:
+def _to_manifest(values: dict[str, Any]) -> CorpusManifest:
     sources = []
     for source in values["sources"]:
         splits = {

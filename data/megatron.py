@@ -2,7 +2,7 @@
 
 NAME.bin is the tokens of the documents, one after another. NAME.idx is a header, the int32 length and the
 int64 byte offset of every sequence, and the int64 numbers of the sequences at which documents start.
-NAME.json records sizes, hashes and where in its source the shard began: a shard without it does not exist.
+NAME.json records sizes, hashes and the shard's range in its source: a shard without it does not exist.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class ShardInfo:
     idx_bytes: int
     idx_sha256: str
     tokenizer_sha256: str
-    # Cut from documents [first_document, end_document) of the source; the other split has the rest of them.
+    # Made of documents [first_document, end_document) of the source; the other split has the rest of them.
     first_document: int
     end_document: int
     text_sha256: str  # running hash of the source's documents [0, end_document)
@@ -62,7 +62,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Write one shard. Until `close` returns, nothing bears its final name."""
+    """Write one shard. Before `close`, no file has its final name."""
 
     def __init__(self, stem: Path, *, vocab_size: int) -> None:
         self.stem, self.dtype, self._vocab_size = stem, dtype_for(vocab_size), vocab_size
@@ -73,7 +73,7 @@ class ShardWriter:
         self._bin = self._bin_tmp.open("wb", buffering=1 << 20)
 
     def append(self, ids: np.ndarray, *, n_text_bytes: int) -> None:
-        """Add one document of at least one id."""
+        """Add one document, of at least one id."""
         assert ids.size and ids.min() >= 0 and ids.max() < self._vocab_size, "ids outside the vocabulary"
         content = np.ascontiguousarray(ids, dtype=self.dtype).tobytes()
         self._bin.write(content)
@@ -131,7 +131,7 @@ class ShardWriter:
         try:
             self._bin.close()
         except OSError:
-            # Closing writes what is buffered and can fail like the write before it; the file is gone anyway.
+            # Closing writes what is buffered and can fail like the write before it. The file is gone anyway.
             return
 
     def _index(self) -> bytes:
@@ -181,7 +181,8 @@ class Shard:
     def starts(self) -> np.ndarray:
         """Token offset at which each document starts, [n_documents] int64."""
         ends = np.append(self._pointers // self.dtype.itemsize, self.n_tokens)
-        return ends[self._document_index[:-1]]
+        starts: np.ndarray = ends[self._document_index[:-1]]
+        return starts
 
     def document(self, number: int) -> np.ndarray:
         end = self.starts[number + 1] if number + 1 < self.n_documents else self.n_tokens
@@ -211,7 +212,7 @@ def _check_index(
         number = int(wrong[0])
         raise DataError(
             f"{path}: sequence {number} has length {lengths[number]} and offset {pointers[number]} where "
-            f"{starts[number]} follows from those before it; the index is damaged, copy it again"
+            f"{starts[number]} follows from the sequences before it; the index is damaged, copy it again"
         )
     whole = len(document_index) > 0 and document_index[0] == 0 and document_index[-1] == len(lengths)
     if not whole or (np.diff(document_index) < 0).any():
@@ -221,7 +222,7 @@ def _check_index(
 
 
 def read_shard_info(stem: Path) -> ShardInfo:
-    """Read NAME.json; without it the shard does not exist."""
+    """Read NAME.json. Raises DataError if it is damaged, or missing: then the shard does not exist."""
     path = shard_file(stem, ".json")
     try:
         values = json.loads(path.read_bytes())
@@ -244,7 +245,7 @@ def read_shard_info(stem: Path) -> ShardInfo:
 
 
 def check_shard(stem: Path, info: ShardInfo, *, verify: Verify) -> None:
-    """Compare the files of a shard with its JSON: sizes always, SHA-256 when asked."""
+    """Compare the files of a shard with its JSON: sizes always, SHA-256 when asked. Raises DataError."""
     recorded = ((".bin", info.bin_bytes, info.bin_sha256), (".idx", info.idx_bytes, info.idx_sha256))
     for suffix, n_bytes, digest in recorded:
         path = shard_file(stem, suffix)

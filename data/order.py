@@ -1,7 +1,7 @@
-"""Which sample comes when: a pure function of (step, seed), with nothing stored and nothing to restore.
+"""The order of samples: a pure function of (step, seed), with nothing to store or restore.
 
-Each source is reordered once per epoch by a keyed bijection, and the sources are interleaved by weight, so
-that any batch of any epoch is computed from its number alone.
+A keyed bijection reorders each source once per epoch, and the sources are interleaved by weight, so any batch
+of any epoch is computed from its number alone.
 """
 
 import heapq
@@ -18,11 +18,13 @@ DEADLINE_BITS = 64
 
 
 def permute(index: np.ndarray, n: int, key: int | tuple[int, ...]) -> np.ndarray:
-    """Map index in [0, n) to another place in [0, n): a bijection for each key, n up to 2**40.
+    """Map each index in [0, n) to an index in [0, n): a bijection for each key, n up to 2**40.
 
     A balanced Feistel network on the next power of four, walked until it lands below n again (cycle-walking:
     Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The walk stays on one cycle of a
     permutation, so it ends, after fewer than four steps on average, and distinct starts have distinct ends.
+
+    Raises ValueError for an n or an index out of range.
     """
     if not 1 <= n <= 1 << 40:
         raise ValueError(f"n={n} must be in [1, 2**40]")
@@ -41,7 +43,7 @@ def _feistel(values: np.ndarray, half_bits: int, round_keys: Sequence[int]) -> n
     mask = np.uint64((1 << half_bits) - 1)
     left, right = values >> np.uint64(half_bits), values & mask
     for key in round_keys:
-        # The function of a round need not be invertible: exchanging the halves is what makes it a bijection.
+        # A round's function need not be invertible: exchanging the halves makes the network a bijection.
         left, right = right, left ^ (_mix(right + np.uint64(key)) & mask)
     return (left << np.uint64(half_bits)) | right
 
@@ -50,7 +52,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), on uint64 arrays that wrap."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _round_keys(key: int | tuple[int, ...]) -> list[int]:
@@ -65,10 +68,10 @@ def _round_keys(key: int | tuple[int, ...]) -> list[int]:
 
 
 class Blend:
-    """Interleave sources by weight: sample g of the run is sample `index` of source `source_id`.
+    """Interleave sources by weight: map sample g of a run to sample `index` of source `source_id`.
 
-    One period of at most 65536 samples holds exactly parts[s] samples of source s and then repeats.
-    Inside it, the number of samples of a source among the first t differs from its share by at most
+    One period of at most 65536 samples holds exactly parts[s] samples of source s, then the order repeats.
+    Within it, the number of samples of a source among the first t differs from its share by at most
     1 - 1/(2(n-1)) for n sources (Tijdeman, "The chairman assignment problem", 1980). Over any window of the
     run the number is therefore within 1 of the share for two sources, and within 2 for more.
     """
@@ -80,23 +83,23 @@ class Blend:
         self.period = sum(self.parts)
         self._source_ids = np.array(_schedule(self.parts), dtype=np.int64)
         self._parts = np.array(self.parts, dtype=np.int64)
-        # How many samples of the same source come before each place of the period.
+        # The number of samples of the same source before each position of the period.
         self._ranks = np.empty(self.period, dtype=np.int64)
         for source_id, n_parts in enumerate(self.parts):
             self._ranks[self._source_ids == source_id] = np.arange(n_parts)
 
     def locate(self, global_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (source_id, index within the source's endless stream of samples) of each global index."""
-        periods, places = np.divmod(np.asarray(global_index, dtype=np.int64), self.period)
-        source_ids = self._source_ids[places]
-        return source_ids, periods * self._parts[source_ids] + self._ranks[places]
+        periods, positions = np.divmod(np.asarray(global_index, dtype=np.int64), self.period)
+        source_ids = self._source_ids[positions]
+        return source_ids, periods * self._parts[source_ids] + self._ranks[positions]
 
 
 def quantize_weights(weights: Sequence[float]) -> list[int]:
-    """Return whole numbers in the ratio of the weights, with a sum of at most 65536.
+    """Return integers in the ratio of the weights, with a sum of at most 65536.
 
-    Exact for weights that are short decimals; otherwise parts per 65536 by largest remainder, where every
-    source has at least one part.
+    Exact for weights that are short decimals; otherwise parts per 65536 by largest remainder, at least one
+    for each source.
     """
     # Through the decimal spelling: 0.7 is meant as 7/10, not as the double next to it.
     exact = [Fraction(repr(float(weight))) for weight in weights]
@@ -121,11 +124,11 @@ def quantize_weights(weights: Sequence[float]) -> list[int]:
 
 
 def _schedule(parts: Sequence[int]) -> list[int]:
-    """Return the source of each place of one period, after Tijdeman: earliest deadline first among the due.
+    """Return the source at each position of one period, after Tijdeman: of those due, the earliest deadline.
 
     With d = 1/(2(n-1)) and share a/P, sample k of a source is due from step t on when a/P*t - k >= d, and
-    must have been placed by step (k + 1 - d) * P/a. All is multiplied by 2(n-1) to stay in whole numbers.
-    Deadlines are compared to DEADLINE_BITS behind the point: two that differ do so by more.
+    must have been placed by step (k + 1 - d) * P/a. All is multiplied by 2(n-1) to stay in integers.
+    Deadlines are compared to DEADLINE_BITS binary places: deadlines that differ, differ by more.
     """
     n, period = len(parts), sum(parts)
     if n == 1:
@@ -153,13 +156,13 @@ def sample_ids(
 
     A source's epoch is its own: a small source with a large weight is seen more often.
     """
-    source_ids, places = blend.locate(np.arange(step * batch_seqs, (step + 1) * batch_seqs))
+    source_ids, positions = blend.locate(np.arange(step * batch_seqs, (step + 1) * batch_seqs))
     n_samples = np.asarray(n_samples_per_source, dtype=np.int64)[source_ids]
-    epochs, places = np.divmod(places, n_samples)
+    epochs, positions = np.divmod(positions, n_samples)
     sample_idx = np.empty(batch_seqs, dtype=np.int64)
     for source_id, epoch in sorted(set(zip(source_ids.tolist(), epochs.tolist(), strict=True))):
         chosen = (source_ids == source_id) & (epochs == epoch)
         sample_idx[chosen] = permute(
-            places[chosen], int(n_samples_per_source[source_id]), (seed, source_id, epoch)
+            positions[chosen], int(n_samples_per_source[source_id]), (seed, source_id, epoch)
         )
     return source_ids, sample_idx, epochs

@@ -1,6 +1,6 @@
-"""The plan of a `prepare`: what goes in and which settings, so that a rerun continues exactly this work.
+"""The plan of a `prepare` run: its inputs and settings, so that a rerun continues exactly this work.
 
-The plan is a flat mapping, so that two plans differ in keys that can be shown to the user.
+The plan is a flat mapping, so that the keys in which two plans differ can be shown to the user.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from turnout.data.files import sha256_of, write_atomically
 from turnout.data.manifest import PLAN_FILE
 from turnout.data.sources import Source, list_files
 
-# Raised when the same inputs and settings would no longer give the same shards.
+# Increased when the same inputs and settings would no longer give the same shards.
 PLAN_VERSION = 1
 LOCK_FILE = ".lock"
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -29,7 +29,7 @@ Plan = Mapping[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the text that decides what a corpus holds."""
+    """The settings that, together with the text, decide what a corpus holds."""
 
     tokenizer: Path | None
     vocab_size: int | None
@@ -38,7 +38,7 @@ class Settings:
 
 
 def check_settings(sources: Sequence[Source], settings: Settings) -> None:
-    """Refuse, before any file is read, settings that cannot work."""
+    """Check the settings before any file is read. Raises DataError for settings that cannot work."""
     if not sources:
         raise DataError(
             "sources: none given; name at least one file or directory, or use the embedded corpus"
@@ -57,7 +57,7 @@ def check_settings(sources: Sequence[Source], settings: Settings) -> None:
     without = [name for name, weight in weights.items() if weight is None]
     if without and len(without) < len(sources):
         raise DataError(
-            f"sources {without} have no weight and the others have one; give every weight or none"
+            f"sources {without} have no weight, but the others do; give every source a weight, or none"
         )
     for name, weight in weights.items():
         if weight is not None and not 0 < weight < float("inf"):
@@ -73,7 +73,7 @@ def check_settings(sources: Sequence[Source], settings: Settings) -> None:
 
 
 def build_plan(sources: Sequence[Source], settings: Settings) -> Plan:
-    """Describe the inputs (paths, sizes, times of change) and the settings that decide the result."""
+    """Describe the inputs (paths, sizes, modification times) and the settings that decide the result."""
     plan: dict[str, str | int | float | None] = {
         "plan_version": PLAN_VERSION,
         "sources": ", ".join(source.name for source in sources),
@@ -99,10 +99,13 @@ def build_plan(sources: Sequence[Source], settings: Settings) -> Plan:
 
 
 def adopt_directory(out: Path, plan: Plan) -> None:
-    """Make `out` the place of this plan, or find that it is; refuse another corpus, or what is not ours."""
+    """Make `out` the directory of this plan, or check that it already is.
+
+    Raises DataError if it holds a corpus of another plan, or foreign files.
+    """
     path = out / PLAN_FILE
     if path.is_file() and not _holds_shards(out):
-        # Refused or killed before its first shard: nothing is lost by starting anew, whatever the plan was.
+        # The earlier run ended before its first shard, so starting over loses nothing, whatever its plan was.
         for stale in [*out.glob("tokenizer.*"), *out.glob("*/*.bin"), *out.glob("*/*.idx")]:
             stale.unlink()
         write_atomically(path, json.dumps(plan, indent=1).encode())
@@ -144,7 +147,10 @@ def _check_same_plan(path: Path, plan: Plan) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep a second prepare out of the directory. The lock dies with the process that holds it."""
+    """Keep a second prepare out of the directory. Raises DataError if another process holds the lock.
+
+    The lock ends with the process that holds it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:

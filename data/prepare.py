@@ -1,7 +1,7 @@
 """Turn raw text into a corpus: a tokenizer, token shards of a train and a validation split, and a manifest.
 
-Contract: the result is a function of the plan alone. Killed at any moment, the same call continues, and what
-it leaves is byte for byte what an uninterrupted run leaves; nothing that is incomplete bears a final name.
+Contract: the result depends on the plan alone. After a kill at any moment the same call continues, and leaves
+byte for byte what an uninterrupted run leaves; no incomplete file has a final name.
 """
 
 import hashlib
@@ -28,20 +28,20 @@ from turnout.data.manifest import (
 )
 from turnout.data.megatron import ShardInfo
 from turnout.data.plan import Settings, adopt_directory, build_plan, check_settings, locked
-from turnout.data.shard_pair import ShardPair, Stretch, find_committed
+from turnout.data.shard_pair import PairInfo, ShardPair, find_committed
 from turnout.data.sources import Document, Source, iterate_documents
 from turnout.data.tokenizer import TRAIN_PIECE_CHARS, Tokenizer, load_tokenizer, split_text, train_tokenizer
 
 SAMPLE_BYTES = 10_000_000
-# A constant, because sentencepiece writes the number into its model and the file's hash should not
-# depend on the machine. Its BPE trainer gains little from more.
+# A constant, because sentencepiece writes the number into its model, and the file's hash should not
+# depend on the machine. Its BPE trainer gains little from more threads.
 TRAIN_THREADS = 4
 REPORT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """How far the work is. total_bytes counts UTF-8 text and is None where it is not known beforehand."""
+    """Progress of a prepare run. total_bytes counts UTF-8 text; None while it is unknown."""
 
     stage: str
     done_bytes: int
@@ -65,15 +65,17 @@ def prepare_corpus(
     n_workers: int,
     report: Report = lambda progress: None,
 ) -> CorpusManifest:
-    """Write a corpus to `out` and return its manifest; a rerun continues, a finished one returns at once.
+    """Write a corpus to `out` and return its manifest. A rerun continues, or finds the corpus finished.
 
     tokenizer     a .model or .json to use, or None to train one of vocab_size on a sample of the train split
-    valid_frac    share of the documents held out, by a hash of their text: duplicates stay on one side
+    valid_frac    fraction of the documents held out, by a hash of their text, so duplicates stay together
     shard_tokens  a shard ends with the document that brings it to this many tokens
     n_workers     processes that tokenise; it does not change the result
+
+    Raises DataError for inputs or settings that cannot work, or for an `out` that belongs to something else.
     """
     if n_workers < 1:
-        raise DataError(f"n_workers={n_workers} must be at least 1; the number of cores is a good choice")
+        raise DataError(f"n_workers={n_workers} must be at least 1, such as the number of cores")
     settings = Settings(tokenizer, vocab_size, valid_frac, shard_tokens)
     check_settings(sources, settings)
     if tokenizer is not None:
@@ -94,7 +96,7 @@ def prepare_corpus(
 
 
 def is_valid(document: Document, valid_frac: float) -> bool:
-    """Tell whether a document is held out: a function of its text, so duplicates are never torn apart."""
+    """Return whether a document is held out: a function of its text alone, so duplicates stay together."""
     return int.from_bytes(document.digest[:8], "big") < int(valid_frac * 2**64)
 
 
@@ -102,8 +104,8 @@ def _check_given_tokenizer(path: Path, vocab_size: int | None) -> None:
     found = load_tokenizer(path).vocab_size
     if vocab_size is not None and vocab_size != found:
         raise DataError(
-            f"{path}: has {found} pieces and vocab_size={vocab_size} was asked; "
-            f"leave vocab_size out or make it {found}"
+            f"{path}: the vocabulary has {found} tokens, but vocab_size={vocab_size}; "
+            f"leave vocab_size out, or set it to {found}"
         )
 
 
@@ -113,7 +115,7 @@ def _provide_tokenizer(
     settings: Settings,
     report: Report,
 ) -> tuple[Tokenizer, int | None]:
-    """Return the corpus's tokenizer, and the bytes of text in all sources if they had to be counted."""
+    """Return the corpus's tokenizer, and the bytes of text in all sources if they were counted."""
     given = settings.tokenizer
     path = out / ("tokenizer.model" if given is None else f"tokenizer{given.suffix}")
     total_bytes = None
@@ -131,7 +133,7 @@ def _provide_tokenizer(
 
 
 def _sample_train_text(sources: Sequence[Source], valid_frac: float, report: Report) -> tuple[list[str], int]:
-    """Choose about SAMPLE_BYTES of the train split in one pass; also return the bytes of all text."""
+    """Sample about SAMPLE_BYTES of the train split in one pass; also return the bytes of all text."""
     sample = _Sample()
     done_bytes = done_documents = reported_bytes = 0
     for source in sources:
@@ -148,7 +150,7 @@ def _sample_train_text(sources: Sequence[Source], valid_frac: float, report: Rep
 
 
 class _Sample:
-    """Keep the pieces of text with the smallest hashes: an even choice, whatever their order and number."""
+    """A uniform sample of text: the pieces with the smallest hashes, whatever their order and number."""
 
     def __init__(self) -> None:
         # A max-heap by negated hash, so that the piece to drop next is on top.
@@ -175,7 +177,7 @@ class _Sample:
 
 @dataclass
 class _Tokenising:
-    """The main pass: read, hash, split, encode and write, source after source."""
+    """The main pass over the sources, one after another: read, hash, split, encode and write."""
 
     out: Path
     tokenizer: Tokenizer
@@ -230,10 +232,10 @@ class _Tokenising:
         self,
         source: Source,
         documents: Iterator[Document],
-        committed: list[Stretch],
+        committed: list[PairInfo],
         running: "hashlib._Hash",
     ) -> int:
-        """Read past the documents that shards already hold, and insist that they are still the same text."""
+        """Read past the documents that shards already hold, and check that their text is unchanged."""
         n_done = 0
         for shards in committed:
             name, info = shards["train"]
@@ -278,7 +280,7 @@ def _to_manifest(
             raise DataError(
                 f"source {source.name!r}: none of its {by_split['valid'].n_documents} documents fell into "
                 f"the train split with valid_frac={valid_frac}; prepare into a new directory with a smaller "
-                "one, or give more text"
+                "valid_frac, or give more text"
             )
     return CorpusManifest(
         format_version=FORMAT_VERSION,

@@ -1,8 +1,8 @@
-"""The train and the valid shard that one stretch of a source's documents becomes.
+"""The train and the valid shard that one range of a source's documents becomes.
 
-Both end at the same document, and the train shard is committed last: its JSON says that the whole stretch is
-done, so the point to resume from is one document number. A last stretch without train documents has no such
-mark and is simply written again.
+Both end at the same document, and the train shard is committed last: its JSON marks the whole range as done,
+so the point to resume from is one document number. A last range without train documents has no such mark and
+is simply written again.
 """
 
 from pathlib import Path
@@ -13,32 +13,32 @@ from turnout.data.manifest import SPLITS
 from turnout.data.megatron import ShardInfo, ShardWriter, check_shard, read_shard_info, shard_file
 from turnout.data.tokenizer import Tokenizer
 
-# One stretch: for each split that has documents, the shard's name and description.
-Stretch = dict[str, tuple[str, ShardInfo]]
+# By split, where the range has documents of it: the shard's name and description.
+PairInfo = dict[str, tuple[str, ShardInfo]]
 
 
 def shard_name(source: str, number: int) -> str:
     return f"{source}-{number:05d}"
 
 
-def find_committed(out: Path, source: str, tokenizer_sha256: str) -> list[Stretch]:
-    """Return the finished stretches of a source, in order, after checking that their files are there."""
-    stretches: list[Stretch] = []
-    while shard_file(out / "train" / (name := shard_name(source, len(stretches))), ".json").is_file():
-        stretch: Stretch = {}
+def find_committed(out: Path, source: str, tokenizer_sha256: str) -> list[PairInfo]:
+    """Return the committed pairs of a source, in order, after checking that their files are there."""
+    pairs: list[PairInfo] = []
+    while shard_file(out / "train" / (name := shard_name(source, len(pairs))), ".json").is_file():
+        pair: PairInfo = {}
         for split in SPLITS:
             stem = out / split / name
             if shard_file(stem, ".json").is_file():
                 info = read_shard_info(stem)
                 check_shard(stem, info, verify="size")
                 assert info.tokenizer_sha256 == tokenizer_sha256, "the plan names the tokenizer"
-                stretch[split] = (name, info)
-        stretches.append(stretch)
-    return stretches
+                pair[split] = (name, info)
+        pairs.append(pair)
+    return pairs
 
 
 class ShardPair:
-    """Collect the documents of one stretch, then commit both shards, or neither."""
+    """Collect the documents of one range, then commit both shards, or neither."""
 
     def __init__(
         self, out: Path, source: str, number: int, *, first_document: int, tokenizer: Tokenizer
@@ -59,8 +59,8 @@ class ShardPair:
             )
         self._writers[split].append(ids, n_text_bytes=n_text_bytes)
 
-    def commit(self, *, end_document: int, text_sha256: str) -> Stretch:
-        """Commit the valid shard, then the train shard that marks the stretch as done."""
+    def commit(self, *, end_document: int, text_sha256: str) -> PairInfo:
+        """Commit the valid shard, then the train shard that marks the range as done."""
         infos = {
             split: self._writers[split].close(
                 split=split,

@@ -1,8 +1,8 @@
-"""The ledger of data that a run leaves out for ever.
+"""The data that a run leaves out: windows of data steps, and the file that records them.
 
 batch(step) of data/loader.py is a pure function of a data step. Without skipped windows an optimizer step
-reads the data step of its own number; each window shifts all later steps past it. The ledger is a set of
-windows, so the order in which they were found does not matter.
+reads the data step of its own number; each window shifts all later steps past it. The windows form a set: the
+order in which they were found does not matter.
 """
 
 import json
@@ -26,18 +26,18 @@ class SkippedWindow:
 
     def __post_init__(self) -> None:
         if type(self.first) is not int or type(self.last) is not int or type(self.reason) is not str:
-            raise TypeError(f"{self} needs whole numbers and a text")
+            raise TypeError(f"{self} needs two integers and a text")
         if not 0 <= self.first <= self.last:
             raise ValueError(f"{self} needs 0 <= first <= last")
 
 
 def data_step_at(step: int, skipped: Sequence[SkippedWindow]) -> int:
-    """Return the data step that an optimizer step reads, both from 0: the step-th that lies in no window.
+    """Return the data step that an optimizer step reads, from 0: the step-th outside all windows.
 
     Windows may overlap, touch and come in any order.
     """
     assert step >= 0
-    data_step, n_passed = step, 0  # n_passed: every data step below it has been counted or left out
+    data_step, n_passed = step, 0  # all data steps below n_passed have been counted or left out
     for window in sorted(skipped):
         if window.first > data_step:
             break
@@ -57,7 +57,10 @@ def write_skips(path: Path, windows: Iterable[SkippedWindow]) -> None:
 
 
 def read_skips(path: Path) -> tuple[SkippedWindow, ...]:
-    """Return the windows in the order of the file; none where there is no file. Raises DataError."""
+    """Return the windows in the order of the file, none if there is no file.
+
+    Raises DataError for a damaged file or one of another version.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -68,9 +71,9 @@ def read_skips(path: Path) -> tuple[SkippedWindow, ...]:
         if found == FORMAT_VERSION:
             return tuple(SkippedWindow(**window) for window in values["skipped"])
     except (ValueError, KeyError, TypeError) as err:
-        # Starting without it would silently read what was left out on purpose.
+        # Training without it would silently read what was left out on purpose.
         raise DataError(
-            f"{path}: damaged ({type(err).__name__}: {err}); restore it from a copy, or delete it to have "
-            "nothing left out"
+            f"{path}: damaged ({type(err).__name__}: {err}); restore it from a copy, or delete it to train "
+            "on all data"
         ) from err
     raise DataError(f"{path}: format_version={found} where {FORMAT_VERSION} is read; use the newer turnout")

@@ -1,10 +1,9 @@
-"""Raw text: which files a source has, and the documents in them, in file order.
+"""Raw text: the files of a source, and the documents in them, in file order.
 
-Text arrives as it is written: no shuffling, no newline translation, no cache left behind. Parquet files and
+Text is passed on as written: no shuffling, no newline translation, no cache left behind. Parquet files and
 datasets saved with `save_to_disk` are read through Hugging Face `datasets`. Plain text and JSON lines are
-decoded here, because its text reader turns "\\r\\n" into "\\n", its JSON reader turns a text such as
-"2020-01-01" into "2020-01-01 00:00:00", a .zst file that was cut short ends without an error, and nothing
-says in which line a row was bad.
+decoded here, because the readers of `datasets` turn "\\r\\n" into "\\n" and a JSON text such as "2020-01-01"
+into "2020-01-01 00:00:00", accept a .zst file that was cut short, and do not give the line of a bad row.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from turnout.data.errors import DataError
 from turnout.data.files import COMPRESSED_SUFFIXES, read_bytes, read_lines
 
 TEXT_SUFFIXES = {".txt"}
-# Read when given by name, and from a directory that holds nothing else: beside data they are its README.
+# Read when given by name, and from directories without data files: beside data files they are READMEs.
 SOURCE_SUFFIXES = {".py", ".md", ".rst"}
 JSON_SUFFIXES = {".jsonl", ".json"}
 PARQUET_SUFFIX = ".parquet"
@@ -48,19 +47,13 @@ class Document:
 
 
 def embedded_sources() -> list[Source]:
-    """Return the sources of the embedded corpus, and refuse an interpreter that lacks it."""
+    """Return the sources of the embedded corpus. Raises DataError if this interpreter lacks it."""
     list_embedded_files()
     return [Source(STDLIB, None), Source(DOCS, None)]
 
 
-def iterate_embedded_documents() -> Iterator[Document]:
-    """Yield the documents of every embedded source."""
-    for source in embedded_sources():
-        yield from iterate_documents(source)
-
-
 def list_files(source: Source) -> list[Path]:
-    """Return the files of a source in reading order; what cannot be read is a DataError."""
+    """Return the files of a source in reading order. Raises DataError for a path that cannot be read."""
     path = source.path
     if path is None:
         return list(list_embedded_files().readable) if source.name == STDLIB else []
@@ -73,7 +66,7 @@ def list_files(source: Source) -> list[Path]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise DataError(
-            f"{where}: a saved dataset with several splits {splits}; give one, such as {path}/{splits[0]}"
+            f"{where}: a saved dataset with the splits {splits}; give one of them, such as {path}/{splits[0]}"
         )
     if _is_saved_dataset(path):
         return sorted(path.glob("*.arrow"))
@@ -98,7 +91,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _kind(path: Path) -> str:
-    """Return the suffix that tells the format, under a compression suffix if there is one."""
+    """Return the suffix that names the format: the one before the compression suffix, if there is one."""
     if path.suffix in COMPRESSED_SUFFIXES:
         inner = Path(path.stem).suffix
         return "" if inner == PARQUET_SUFFIX else inner
@@ -113,10 +106,10 @@ def _check_readable(path: Path, where: str) -> None:
 
 
 def iterate_documents(source: Source) -> Iterator[Document]:
-    """Yield the documents of a source in file order; empty ones are skipped.
+    """Yield the documents of a source in file order, without empty ones.
 
-    A text file is one document with the line ends it has on disk. A row of a JSON or parquet file is a
-    document, whose text is `source.text_field`, unchanged.
+    A text file is one document, with its line ends unchanged. Each row of a JSON or parquet file is a
+    document: the field `source.text_field`, unchanged.
     """
     for origin, text in _iterate_texts(source):
         if text:
@@ -144,9 +137,9 @@ def _to_document(text: str, origin: str) -> Document:
     try:
         encoded = text.encode("utf-8")
     except UnicodeEncodeError as err:
-        # JSON can spell half of a surrogate pair ("\ud800"), which is no character.
+        # JSON can spell half of a surrogate pair ("\ud800"), which is not a character.
         raise DataError(
-            f"{origin}: character {err.start} is {text[err.start]!r}, half a surrogate pair; write it whole"
+            f"{origin}: character {err.start} is {text[err.start]!r}, half a surrogate pair; write the pair"
         ) from err
     return Document(text, len(encoded), hashlib.sha256(encoded).digest(), origin)
 
@@ -161,7 +154,7 @@ def _decode(content: bytes, path: Path, offset: int) -> str:
 
 
 def _read_json(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """Read JSON lines, or one array of objects, which is told by its first character."""
+    """Read JSON lines, or one array of objects, recognised by its first character."""
     offset = 0
     for number, line in enumerate(read_lines(path), start=1):
         text = _decode(line, path, offset).removeprefix("\ufeff" if number == 1 else "")
@@ -176,7 +169,7 @@ def _read_json(path: Path, field: str) -> Iterator[tuple[str, str]]:
             row = json.loads(text)
         except json.JSONDecodeError as err:
             raise DataError(
-                f"{origin}: not JSON ({err.msg} at column {err.colno}); mend or remove the line"
+                f"{origin}: not JSON ({err.msg} at column {err.colno}); fix or remove the line"
             ) from err
         yield origin, _text_of(row, field, origin)
 
@@ -186,7 +179,7 @@ def _read_json_array(path: Path, field: str) -> Iterator[tuple[str, str]]:
         rows = json.loads(_decode(read_bytes(path), path, 0).removeprefix("\ufeff"))
     except json.JSONDecodeError as err:
         raise DataError(
-            f"{path}:{err.lineno}: not JSON ({err.msg} at column {err.colno}); mend the file"
+            f"{path}:{err.lineno}: not JSON ({err.msg} at column {err.colno}); fix the file"
         ) from err
     for number, row in enumerate(rows):
         origin = f"{path}[{number}]"
@@ -203,15 +196,15 @@ def _text_of(row: object, field: str, origin: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise DataError(
-            f"{origin}: field {field!r} is {text!r:.60} ({type(text).__name__}), not a string; mend the row"
+            f"{origin}: field {field!r} is {text!r:.60} ({type(text).__name__}), not a string; fix the row"
         )
     return text
 
 
 def _load_datasets() -> Any:
-    """Import `datasets`, kept from the network and from drawing progress bars."""
+    """Import `datasets` without network access and progress bars."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Imported here because it takes a second, and only these two formats need it.
+    # Imported here because it takes a second, and only parquet files and saved datasets need it.
     import datasets
 
     datasets.disable_progress_bars()
@@ -239,7 +232,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
                 yield origin, _text_of(row, field, origin)
         except DataError:
             raise
-        except ValueError as err:  # pyarrow's errors of format are ValueErrors
+        except ValueError as err:  # pyarrow's format errors are ValueErrors
             raise DataError(f"{path}: not a readable parquet file ({err}); write or copy it again") from err
 
 

@@ -18,10 +18,10 @@ from turnout.data.files import sha256_of, write_atomically
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 # unk, bos, eos and one piece for each byte.
 MIN_VOCAB_SIZE = 3 + 256
-# sentencepiece drops what is longer than it was told to accept, so documents are cut, at newlines.
+# sentencepiece drops sentences above its limit, so documents are cut, preferably at newlines.
 TRAIN_PIECE_CHARS = 1 << 14
 MAX_SENTENCE_BYTES = 4 * TRAIN_PIECE_CHARS
-# Above its INFO and WARNING levels: failures arrive as exceptions.
+# Above sentencepiece's levels INFO and WARNING: failures arrive as exceptions.
 QUIET = 2
 
 # A tokenizer.json does not say which special token begins or ends a text, so the usual names are tried.
@@ -32,7 +32,7 @@ EOS_NAMES += ("<\uff5cend\u2581of\u2581sentence\uff5c>",)
 
 
 class Tokenizer(ABC):
-    """What the rest of the system knows about a tokenizer."""
+    """The interface that the rest of the system uses."""
 
     vocab_size: int
     bos_id: int
@@ -70,11 +70,13 @@ class SentencePieceTokenizer(Tokenizer):
         _check_control_text(self, [self._model.id_to_piece(i) for i in {self.bos_id, self.eos_id}])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # One thread: parallelism belongs to the pool of workers.
-        return self._model.encode(list(texts), num_threads=1)
+        # One thread: the worker processes already run in parallel.
+        ids: list[list[int]] = self._model.encode(list(texts), num_threads=1)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([int(i) for i in ids])
+        text: str = self._model.decode([int(i) for i in ids])
+        return text
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -85,9 +87,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as err:  # the library raises bare Exception for an unreadable file
-            raise DataError(f"{path}: not a Hugging Face tokenizer.json ({err})") from err
-        # Special tokens found in text are then split like any text; and a file saved for inference
-        # may still carry the truncation of its last use.
+            raise DataError(f"{path}: not a Hugging Face tokenizer.json ({err}); give another") from err
+        # With this, special tokens spelled in a text are split like any text. A file saved for inference may
+        # still hold its last settings of truncation and padding.
         self._model.encode_special_tokens = True
         self._model.no_truncation()
         self._model.no_padding()
@@ -121,7 +123,7 @@ def _check_control_text(tokenizer: Tokenizer, spellings: Sequence[str]) -> None:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer.model or a tokenizer.json, told apart by the suffix."""
+    """Load a tokenizer.model or a tokenizer.json, chosen by the suffix. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file; give a tokenizer.model or a tokenizer.json")
     if path.suffix == ".model":
@@ -134,9 +136,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def split_text(text: str, max_chars: int) -> Iterator[str]:
-    """Cut a text into pieces of at most max_chars that join to it again.
+    """Cut a text into consecutive pieces of at most max_chars.
 
-    A cut falls after a newline, or else before a space, where pieces of the vocabulary rarely span it.
+    A cut falls after a newline, or else before a space, where a token rarely spans it.
     """
     start = 0
     while len(text) - start > max_chars:
@@ -151,7 +153,8 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int, out: Path, n_threads: int) -> None:
     """Train a sentencepiece BPE model on whole documents and write it to `out`.
 
-    The pieces learned do not depend on n_threads, but the file records it, and so its SHA-256 does.
+    The learned vocabulary does not depend on n_threads, but the file records n_threads, so its SHA-256 does.
+    Raises DataError if a vocabulary of this size cannot be learned from the text.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
@@ -160,7 +163,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, out: Path, n_t
     failures: list[Exception] = []
 
     def pieces() -> Iterator[str]:
-        # sentencepiece flattens an exception of its iterator into a RuntimeError; the real one is kept here.
+        # sentencepiece turns an exception of its iterator into a RuntimeError; the original is kept here.
         try:
             for document in documents:
                 yield from split_text(document, TRAIN_PIECE_CHARS)
@@ -180,7 +183,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, out: Path, n_t
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             split_digits=True,
-            # Indentation as one piece: 38 % fewer tokens on Python source.
+            # Indentation is one token: 38 % fewer tokens on Python source.
             allow_whitespace_only_pieces=True,
             max_sentence_length=MAX_SENTENCE_BYTES,
             unk_id=UNK_ID,

@@ -1,8 +1,8 @@
 """Windows for evaluation, by the convention of lm-eval's rolling log-likelihood.
 
-A document's text tokens are scored once each, without its bos and eos. Windows predict seq_len tokens and do
-not overlap in what they score; the first is preceded by bos, each later one by the one token before it, and
-the last one, when it is not full, is moved back to keep a full context.
+Each text token of a document is scored once; its bos and eos are not scored. Windows predict seq_len tokens
+and do not overlap in what they score. The first is preceded by bos, each later one by the token before it. A
+last window that is not full is moved back to keep a full context.
 Bits per byte = sum of nll in nats / (ln 2 * UTF-8 bytes of the text).
 """
 
@@ -29,7 +29,7 @@ class EvaluationDocument:
     source: str
     ids: np.ndarray  # int64, without bos and eos
     n_bytes: int  # UTF-8 length of the text
-    origin: str  # which document it is, for reports: "file.jsonl:12", or "valid:3" of a corpus
+    origin: str  # names the document in reports: "file.jsonl:12", or "valid:3" in a corpus
 
 
 def rolling_windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, bos_id: int) -> list[Window]:
@@ -39,8 +39,8 @@ def rolling_windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, bos_id: in
     windows = []
     for first in range(0, n_tokens, seq_len):
         end = min(first + seq_len, n_tokens)
-        # stream[j] predicts stream[j + 1]. Only the last window can begin before what it scores; one that is
-        # also the first is as short as the document.
+        # stream[j] predicts stream[j + 1]. Only the last window can begin before what it scores; if it is
+        # also the first, it is as short as the document.
         begin = max(0, end - seq_len)
         targets = stream[begin + 1 : end + 1].copy()
         targets[: first - begin] = IGNORE_INDEX
@@ -49,7 +49,7 @@ def rolling_windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, bos_id: in
 
 
 def text_documents(sources: Iterable[Source], tokenizer: Tokenizer) -> Iterator[EvaluationDocument]:
-    """Yield the documents of raw texts, in turn from each source, as `evaluation_documents` does."""
+    """Yield the documents of raw text, round-robin over the sources like `evaluation_documents`."""
     streams = [(source.name, iterate_documents(source)) for source in sources]
     while streams:
         unfinished = []
@@ -64,7 +64,10 @@ def text_documents(sources: Iterable[Source], tokenizer: Tokenizer) -> Iterator[
 
 
 def evaluation_documents(corpus: Corpus, split: str = "valid") -> Iterator[EvaluationDocument]:
-    """Yield the documents of a split, in turn from each source, so that any first few are of all sources."""
+    """Yield the documents of a split, round-robin over the sources, so that the first few cover all of them.
+
+    Raises DataError if the split is empty.
+    """
     streams = corpus.split(split)
     if not any(stream.n_documents for stream in streams):
         raise DataError(

@@ -1,4 +1,7 @@
-"""Options that several commands have: what is wrong with one is said before anything is read."""
+"""Checks and parsing of options that several commands share.
+
+A wrong value ends in a ConfigError that names the option, before a model or corpus is read.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +11,14 @@ from turnout.training.errors import ConfigError
 
 
 def check_at_least(least: int, options: dict[str, int | None]) -> None:
-    """Raise ConfigError for the first that is below; None was not given."""
+    """Raise ConfigError for the first option whose value is below `least`; None: the option was not given."""
     for option, value in options.items():
         if value is not None and value < least:
             raise ConfigError(f"{option} {value} must be at least {least}")
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise ConfigError for bytes of the command line that are no text."""
+    """Raise ConfigError if text from the command line holds bytes that are not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as err:
@@ -23,7 +26,7 @@ def check_text(text: str, where: str) -> None:
 
 
 def check_out_file(out: Path | None, suffixes: tuple[str, ...]) -> None:
-    """Raise ConfigError where --out names a file of another kind, or in no directory."""
+    """Raise ConfigError if --out has none of the suffixes, or its directory does not exist."""
     if out is None:
         return
     if out.suffix not in suffixes:
@@ -33,7 +36,10 @@ def check_out_file(out: Path | None, suffixes: tuple[str, ...]) -> None:
 
 
 def parse_sources(inputs: Sequence[str], weights: Sequence[str], text_field: str) -> list[Source]:
-    """Read `PATH` or `NAME=PATH` inputs and `NAME=W` weights."""
+    """Parse `PATH` or `NAME=PATH` inputs and `NAME=W` weights. A path without a name is called by its file's.
+
+    Raises ConfigError if two inputs have one name, or a weight names none of them.
+    """
     paths: dict[str, str] = {}
     for text in inputs:
         name, equals, path = text.partition("=")
@@ -49,9 +55,9 @@ def parse_sources(inputs: Sequence[str], weights: Sequence[str], text_field: str
         if name in weight_of:
             raise ConfigError(f"--weight {name} is given twice, {weight_of[name]} and {weight}; keep one")
         weight_of[name] = weight
-    strangers = sorted(weight_of.keys() - paths.keys())
-    if strangers:
-        raise ConfigError(f"--weight names {strangers[0]!r}, but the sources are {sorted(paths)}")
+    unknown = sorted(weight_of.keys() - paths.keys())
+    if unknown:
+        raise ConfigError(f"--weight names {unknown[0]!r}, but the sources are {sorted(paths)}")
     return [Source(name, Path(path), weight_of.get(name), text_field) for name, path in paths.items()]
 
 
@@ -64,5 +70,7 @@ def _parse_weight(text: str) -> tuple[str, float]:
             f"--weight {text!r} is not NAME=NUMBER; write for example --weight web=0.7"
         ) from err
     if not 0 < weight < float("inf"):
-        raise ConfigError(f"--weight {text} must be positive; leave a source out instead of weighing it 0")
+        raise ConfigError(
+            f"--weight {text} must be positive; leave a source out instead of giving it weight 0"
+        )
     return name, weight

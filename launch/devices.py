@@ -1,4 +1,4 @@
-"""Counts the GPUs of this machine. torch takes a second to import, so it is asked only where a driver is."""
+"""Count this machine's GPUs. torch takes a second to import, so it is asked only if there is a GPU driver."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 
 
 def count_gpus() -> int:
-    """Return how many GPUs torch may use here, CUDA_VISIBLE_DEVICES heeded."""
+    """Return how many GPUs torch may use here, given CUDA_VISIBLE_DEVICES."""
     if not any(driver.exists() for driver in DRIVERS):
         return 0
     from torch.cuda import device_count

@@ -1,4 +1,4 @@
-"""What an exit code says, and which error leads to which. Scripts rely on these numbers."""
+"""Exit codes of the command, and which error leads to which code. Scripts rely on these numbers."""
 
 from turnout.data.errors import DataError
 from turnout.training.errors import CheckpointError, ConfigError
@@ -8,7 +8,7 @@ OTHER = 1
 BAD_CONFIG = 2
 BAD_DATA = 3
 BAD_CHECKPOINT = 4
-STOPPED_EARLY = 75  # saved as asked; --resume goes on
+STOPPED_EARLY = 75  # saved and ended as asked; --resume continues the run
 
 
 def exit_code(err: BaseException) -> int:

@@ -1,9 +1,9 @@
-"""A model of ours for EleutherAI's lm-evaluation-harness, registered there as "turnout".
+"""A Turnout model for EleutherAI's lm-evaluation-harness, registered there as "turnout".
 
     import turnout.launch.lm_eval_model
     lm_eval.simple_evaluate(model="turnout", model_args={"path": "runs/first"}, tasks=["arc_easy"])
 
-Every text begins with bos, once, as in training. Rolling log-likelihoods are those of `turnout evaluate`.
+Every text begins with one bos, as in training. Rolling log-likelihoods equal those of `turnout evaluate`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from turnout.launch.models import DType, load_model
 from turnout.moe.kv_cache import CachedDecoder
 from turnout.training.errors import ConfigError
 from turnout.training.evaluation.held_out import score_documents
-from turnout.training.evaluation.scoring import ARRANGED_BATCHES, score_windows
+from turnout.training.evaluation.scoring import PACKED_BATCHES, score_windows
 from turnout.training.generation.generate import Options, stream_encoded
 from turnout.training.generation.sampling import Sampling
 
@@ -35,12 +35,13 @@ Scored = tuple[float, bool]
 
 @register_model("turnout")
 class TurnoutLM(TemplateLM):
-    """path: a run, a checkpoint or an export. batch_size: sequences that the model takes at once."""
+    """path: a run, a checkpoint or an export. batch_size: sequences per forward pass."""
 
     def __init__(self, path: str | Path, *, dtype: DType = "float32", batch_size: int | str = 8) -> None:
+        """Load the model. Raises ConfigError for a batch size that is not a positive integer."""
         super().__init__()
         if not str(batch_size).isdecimal() or not int(batch_size):
-            raise ConfigError(f"batch_size={batch_size} must be a number of sequences, such as 8")
+            raise ConfigError(f"batch_size={batch_size} must be a positive number of sequences, such as 8")
         self.model, self.dtype = load_model(Path(path), dtype=dtype), dtype
         self.microbatch_seqs = int(batch_size)
         self._writer = CachedDecoder(self.model.decoder, self.model.state)
@@ -59,15 +60,15 @@ class TurnoutLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm_eval's caches of requests are told apart by."""
+        """The key by which lm_eval separates its request caches."""
         return self.model.tokenizer.sha256
 
     def get_model_info(self) -> dict[str, str]:
-        """What lm_eval writes into its results."""
+        """Return the fields that lm_eval adds to its results."""
         return {"model_path": str(self.model.place), "model_dtype": self.dtype}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of the text alone; text never becomes a control id, whatever it spells."""
+        """Return the ids of the text, without bos and eos. Text that spells a control token stays text."""
         return self.model.tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -79,7 +80,7 @@ class TurnoutLM(TemplateLM):
     ) -> list[Scored]:
         windows = [self._window(context, continuation) for _, context, continuation in requests]
         answers: list[Scored] = []
-        per_round = ARRANGED_BATCHES * self.microbatch_seqs
+        per_round = PACKED_BATCHES * self.microbatch_seqs
         with LiveBar("scoring continuations", len(windows)) as bar:
             for start in range(0, len(windows), per_round):
                 scores = score_windows(
@@ -95,7 +96,7 @@ class TurnoutLM(TemplateLM):
         return answers
 
     def _window(self, context: list[int], continuation: list[int]) -> Window:
-        """Return the one window that scores a continuation; of a long context it keeps the tail."""
+        """Return the window that scores a continuation; a long context loses its beginning."""
         if len(continuation) > self.max_length:
             raise DataError(
                 f"a continuation of {len(continuation)} tokens does not fit into the model's "
@@ -131,21 +132,21 @@ class TurnoutLM(TemplateLM):
         answers = []
         with LiveBar("generating", len(requests)) as bar:
             for i, request in enumerate(requests):
-                prompt, wanted = request.args
-                answers.append(self._generate(prompt, wanted, seed=i))
-                self.cache_hook.add_partial("generate_until", (prompt, wanted), answers[-1])
+                prompt, request_kwargs = request.args
+                answers.append(self._generate(prompt, request_kwargs, seed=i))
+                self.cache_hook.add_partial("generate_until", (prompt, request_kwargs), answers[-1])
                 bar.update(len(answers))
         return answers
 
-    def _generate(self, prompt: str, wanted: dict[str, Any], *, seed: int) -> str:
-        """Continue a prompt up to the first of the stop sequences, which is left out.
+    def _generate(self, prompt: str, request_kwargs: dict[str, Any], *, seed: int) -> str:
+        """Continue a prompt up to the first stop string, which is left out.
 
-        seed: differs from request to request, so that samples of one prompt do too.
+        seed: different for each request, so that samples of the same prompt differ
         """
-        given: dict[str, Any] = {**normalize_gen_kwargs(wanted, DEFAULT_NEW_TOKENS)}
+        given: dict[str, Any] = {**normalize_gen_kwargs(request_kwargs, DEFAULT_NEW_TOKENS)}
         if unknown := given.keys() - KNOWN_KWARGS:
             raise DataError(
-                f"generation_kwargs {sorted(unknown)} are none of {sorted(KNOWN_KWARGS)}; drop them"
+                f"generation_kwargs {sorted(unknown)} are unknown; use only {sorted(KNOWN_KWARGS)}"
             )
         n_tokens = given["max_gen_toks"]
         if not 0 < n_tokens < self.max_length:
@@ -155,13 +156,13 @@ class TurnoutLM(TemplateLM):
             )
         sampling = Sampling(temperature=0.0)
         if given["do_sample"] and given["temperature"]:
-            cuts = {name: given[name] for name in ("top_k", "top_p", "min_p") if given.get(name)}
-            sampling = Sampling(temperature=float(given["temperature"]), **cuts)
+            filters = {name: given[name] for name in ("top_k", "top_p", "min_p") if given.get(name)}
+            sampling = Sampling(temperature=float(given["temperature"]), **filters)
         options = Options(
             max_tokens=n_tokens, sampling=sampling, seed=seed, stop=tuple(filter(None, given["until"]))
         )
         ids = [self.prefix_token_id, *self.tok_encode(prompt)]
-        # A prompt keeps its tail where it would not leave room for the continuation.
+        # A prompt that leaves no room for the continuation loses its beginning.
         tail = ids[-(self.max_length - n_tokens) :]
         pieces = stream_encoded(self._writer, self.model.tokenizer, [tail], options)
         return "".join(piece.text for piece in pieces)

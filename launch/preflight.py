@@ -1,4 +1,4 @@
-"""All that can be checked of a training run before ranks start."""
+"""Checks of a training run before its ranks start: this machine's devices and compilers, and the corpus."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from turnout.training.batches import build_loader
 from turnout.training.config.run import RunConfig
 from turnout.training.errors import ConfigError
 
-# How to get what an expert backend imports.
+# How to install what an expert backend imports.
 INSTALL = {
     "triton": "pip install triton, of the version that your torch for CUDA asks for",
     "megablocks": "make megablocks (README.md says what it does)",
@@ -23,7 +23,7 @@ INSTALL = {
 
 
 def check_machine(cfg: RunConfig, nproc: int) -> None:
-    """Raise ConfigError where this machine cannot run nproc ranks of cfg."""
+    """Check that this machine can run nproc ranks of cfg. Raises ConfigError if it cannot."""
     n_gpus = count_gpus()
     if n_gpus and nproc > n_gpus:
         raise ConfigError(
@@ -41,16 +41,27 @@ def check_machine(cfg: RunConfig, nproc: int) -> None:
                 f"{setting} needs a C++ compiler, and there is no g++ or clang++ here; "
                 f"install one, name it in CXX, or use {instead}"
             )
+        if is_set and not n_gpus and " " in (place := str(_directory_of_torch())):
+            raise ConfigError(
+                f"{setting}: torch is installed in {place!r}, and what it compiles cannot include files from "
+                f"a path with a blank; install Turnout in another directory, or use {instead}"
+            )
     if cfg.train.expert_backend != "auto":
         check_kernels(cfg.train.expert_backend, n_gpus)
     if "wandb" in cfg.log.trackers and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            "log.trackers names wandb, which is not installed; pip install 'turnout[wandb]', or leave it out"
+            "log.trackers names wandb, which is not installed; pip install 'turnout[wandb]', or remove it"
         )
 
 
+def _directory_of_torch() -> Path:
+    spec = importlib.util.find_spec("torch")  # finds it without importing it
+    assert spec is not None and spec.origin is not None, "torch is a dependency"
+    return Path(spec.origin).parent
+
+
 def _check_half_precision(precision: str) -> None:
-    # Imported here because torch, which knows the CPU, takes a second, for which fp32 need not wait.
+    # Imported here because it imports torch, which takes a second; fp32 needs neither.
     from turnout.training.hardware import cpu_has_bf16, cpu_has_fp16
 
     if precision == "fp16" and not cpu_has_fp16():
@@ -62,30 +73,32 @@ def _check_half_precision(precision: str) -> None:
 
 
 def check_kernels(backend: str, n_gpus: int) -> None:
-    """Raise ConfigError where what an expert backend runs on is not here."""
+    """Check for the GPU and the packages that an expert backend needs. Raises ConfigError without them."""
     needs = REQUIREMENTS[backend]
-    if needs.gpu and not n_gpus:
+    if needs.is_gpu_only and not n_gpus:
         raise ConfigError(
             f"train.expert_backend={backend} runs Triton kernels, which need a GPU, and there is none here; "
-            "use auto, which chooses by the device"
+            "use auto, which chooses by device"
         )
     missing = [name for name in needs.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"train.expert_backend={backend} needs {' and '.join(missing)}, not installed here; "
+            f"train.expert_backend={backend} needs {' and '.join(missing)}, which this machine lacks; "
             f"{INSTALL[missing[-1]]}, or use auto"
         )
 
 
 def find_compiler() -> str | None:
-    """Return the C++ compiler that torch.compile will use; None where there is none."""
+    """Return the C++ compiler that torch.compile will use; None if there is none."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def check_corpus(cfg: RunConfig) -> Corpus:
-    """Open the corpus, verify it as asked, and see that it can feed the run. Raises DataError or
-    ConfigError.
+    """Open the corpus, verify it as data.verify asks, and check that the run can use it.
+
+    Raises ConfigError if the model's vocabulary is too small for its tokens, DataError if it has no
+    validation text.
     """
     corpus = open_corpus(Path(cfg.data.corpus), verify=cfg.data.verify)
     tokenizer = corpus.load_tokenizer()

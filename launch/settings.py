@@ -1,6 +1,6 @@
-"""From a recipe name or file and `--set path=value` to a checked RunConfig, and back to TOML.
+"""Read a recipe, by name or file, and `--set path=value` into a checked RunConfig; write one back as TOML.
 
-A wrong setting ends in one ConfigError line: where it was written, its value, and the way out.
+A wrong setting raises ConfigError with one line: where it was written, its value, and the way out.
 """
 
 import difflib
@@ -23,6 +23,7 @@ RECIPES = resources.files("turnout.launch") / "recipes"
 
 
 def recipe_names() -> list[str]:
+    """Return the names of the packaged recipes, sorted."""
     return sorted(
         entry.name.removesuffix(".toml") for entry in RECIPES.iterdir() if entry.name.endswith(".toml")
     )
@@ -31,27 +32,28 @@ def recipe_names() -> list[str]:
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config of a packaged recipe or of a TOML file, with `path=value` overrides applied.
 
-    Raises ConfigError.
+    A config.toml that a run wrote may use the names of an earlier release; a recipe must use today's. Raises
+    ConfigError.
     """
     text, origin = _read_recipe(recipe)
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         raise ConfigError(f"{origin}: not valid TOML: {err}") from err
-    if _is_of_a_run(Path(recipe)):
+    if _is_run_config(Path(recipe)):
         tree = rename_settings(tree)
     for override in overrides:
         _apply_override(tree, override)
     return check_config(tree, origin)
 
 
-def _is_of_a_run(path: Path) -> bool:
-    """Return whether a run wrote this config, perhaps an earlier release, and no person did."""
+def _is_run_config(path: Path) -> bool:
+    """Return whether a run wrote this config, perhaps under an earlier release, and not a person."""
     return path.name == CONFIG_FILE and (path.parent / PROVENANCE_FILE).is_file()
 
 
 def check_config(tree: Mapping[str, Any], origin: str) -> RunConfig:
-    """Return the RunConfig of a tree of plain values, or raise ConfigError naming the first wrong path."""
+    """Return the RunConfig of a tree of plain values. Raises ConfigError that names the first wrong path."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as err:
@@ -59,14 +61,12 @@ def check_config(tree: Mapping[str, Any], origin: str) -> RunConfig:
 
 
 def to_toml(cfg: RunConfig) -> str:
-    """Return the resolved config as TOML; settings that are None are left out, which is how they are read
-    back.
-    """
+    """Return the resolved config as TOML. Settings that are None are left out, and read back as None."""
     return tomli_w.dumps(cfg.model_dump(mode="json", exclude_none=True))
 
 
 def check_setting_paths(option: str, paths: Sequence[str]) -> None:
-    """Raise ConfigError where an option names a setting that does not exist."""
+    """Check that an option names settings that exist. Raises ConfigError."""
     for path in paths:
         if path not in set(setting_paths()):
             raise ConfigError(f"{option} {path}: no such setting{_suggest(path)}")
@@ -127,7 +127,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _parse_literal(literal: str) -> Any:
-    """Read a value as TOML would; `none` unsets; what is not TOML is a string."""
+    """Parse a value as TOML; `none` unsets the setting; anything that is not TOML is a string."""
     if literal == "none":
         return None
     try:
@@ -137,9 +137,9 @@ def _parse_literal(literal: str) -> Any:
 
 
 def _suggest(path: str) -> str:
-    """Name the setting that was probably meant: a like name in this section, or the same name in another."""
+    """Name the setting that was probably meant: a similar name in this section, or the same in another."""
     if path in SETTINGS:
-        return f"; it is called {SETTINGS[path]} now"
+        return f"; it is now called {SETTINGS[path]}"
     paths = list(setting_paths())
     if within := [p for p in paths if p.startswith(f"{path}.")]:
         return f"; it is a section, with {', '.join(within)}"
@@ -155,7 +155,7 @@ def _suggest(path: str) -> str:
 
 
 def _explain(err: ValidationError, origin: str) -> str:
-    """Word the first error of a validation, and say how many more there are."""
+    """Describe the first error of a validation, and add how many more there are."""
     errors = err.errors(include_url=False)
     first = errors[0]
     path = ".".join(str(part) for part in first["loc"])
@@ -165,7 +165,7 @@ def _explain(err: ValidationError, origin: str) -> str:
         text = f"{path}: is required; add it to the recipe, or pass --set {path}=VALUE"
     elif first["type"] == "value_error":
         message = str(first["msg"]).removeprefix("Value error, ")
-        # Validators of the whole tree already write full paths.
+        # Validators of the whole tree put the full path into the message.
         text = f"{path}: {message}" if path else message
     else:
         message = str(first["msg"])[0].lower() + str(first["msg"])[1:]

@@ -1,4 +1,4 @@
-"""The versions of the packages that a run's numbers depend on, as installed here."""
+"""The installed versions of the packages that a run's results depend on."""
 
 from importlib import metadata
 
@@ -8,4 +8,5 @@ PACKAGES = ("torch", "deepspeed", "accelerate", "datasets", "sentencepiece", "nu
 
 
 def package_versions() -> dict[str, str]:
+    """Return the version of turnout and of each of PACKAGES, by name."""
     return {"turnout": __version__, **{name: metadata.version(name) for name in PACKAGES}}

@@ -4,9 +4,9 @@ Shapes
   B sequences   S seq_len   T tokens = B*S   D d_model   H n_heads   G n_kv_heads   A d_head   W
   sliding_window   N documents
 
-A batch is a flat row of T tokens; a document never sees another one. From sm_80 on, in half precision, one
-call of FlashAttention (Dao 2023, 2307.08691) takes documents of any lengths; elsewhere those of one length
-share a call of scaled_dot_product_attention. No mask of S x S is ever made, on any device.
+A batch is a flat row of T tokens, and attention never crosses a document. From sm_80 on, in half precision,
+one call of FlashAttention (Dao 2023, 2307.08691) computes documents of all lengths. Elsewhere, documents of
+equal length share a call of scaled_dot_product_attention. No device ever builds a mask of S x S.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ from turnout.moe.torch_compile import uncompiled
 
 @dataclass(frozen=True)
 class Documents:
-    """The N documents of one packed batch, grouped by length, or all together.
+    """The N documents of one packed batch, grouped by length or all together.
 
     groups     (length, number of documents) in the order in which order_T lists their tokens; with
-               cu_seqlens only which lengths there are
+               cu_seqlens in any order
     order_T    [T] token positions, documents of equal length side by side; None: the batch is in that order
     inverse_T  [T] the inverse of order_T
-    cu_seqlens  [N + 1] int32, where each document starts, and T; None: they are to be attended to by length
+    cu_seqlens  [N + 1] int32, the start of each document, then T; None: one call of attention for each length
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -45,16 +45,16 @@ class Documents:
 
 
 def takes_any_lengths(device: torch.device, dtype: torch.dtype, d_head: int) -> bool:
-    """Return whether FlashAttention's kernel for documents of any lengths runs here."""
+    """Return whether FlashAttention's kernel for documents of any lengths runs on this device."""
     if device.type != "cuda":
         return False
     return has_varlen_kernel(torch.cuda.get_device_capability(device), dtype, d_head)
 
 
 def has_varlen_kernel(capability: tuple[int, int], dtype: torch.dtype, d_head: int) -> bool:
-    """Return whether GPUs of a compute capability have the kernel, backwards too.
+    """Return whether GPUs of a compute capability run the kernel, forward and backward.
 
-    With heads beyond 192 its backward pass needs the shared memory of the large chips.
+    For d_head above 192, its backward pass needs the shared memory of the large chips.
     """
     if dtype.itemsize != 2 or d_head % 8 or d_head > 256 or capability < (8, 0):
         return False
@@ -64,9 +64,9 @@ def has_varlen_kernel(capability: tuple[int, int], dtype: torch.dtype, d_head: i
 def find_documents(doc_ids_BS: Tensor, device: torch.device, *, by_length: bool = True) -> Documents:
     """Find the documents of a packed batch.
 
-    doc_ids_BS [B, S] int64 on the CPU: changes where a new document starts. A sequence's end ends its
-    document. Works on the host, so that the lengths are Python ints and no layer asks the device for them.
-    by_length: whether those of one length go together, as they must where a call takes one length.
+    doc_ids_BS [B, S] int64 on the CPU: the id changes where a new document starts. The end of a sequence
+    also ends its document. This runs on the host, so that lengths are Python ints, without a device sync.
+    by_length: group documents by length, for kernels that take one length per call
     """
     n_seqs, seq_len = doc_ids_BS.shape
     is_start_BS = torch.ones_like(doc_ids_BS, dtype=torch.bool)
@@ -89,8 +89,8 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each [T, 1, A/2], in fp32 or wider (Su et al. 2021, section 3.4.2).
 
-    Positions count from the start of the sequence: attention sees only their differences, so a document that
-    starts in the middle needs no reset.
+    Positions count from the start of the sequence. A document that starts in the middle needs no reset,
+    because attention depends only on differences of positions.
     """
     return rope_at(cfg, torch.arange(cfg.seq_len, device=device).repeat(n_seqs), dtype)
 
@@ -110,12 +110,10 @@ def apply_rope(x_THA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THA.dtype)
 
 
-# Another packing of documents would be another graph to torch.compile.
+# torch.compile would compile this again for every packing of documents.
 @uncompiled
 def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Return the attention output [T, H, A]: causal, inside each document, at most `window` keys per
-    query.
-    """
+    """Return the attention output [T, H, A]: causal, inside each document, at most `window` keys a query."""
     if documents.cu_seqlens is not None:
         return _attend_any_lengths(q_THA, k_TGA, v_TGA, documents.cu_seqlens, documents.max_length, window)
     if documents.order_T is not None and documents.inverse_T is not None:
@@ -141,7 +139,7 @@ def attend(q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, documents: Documents, wi
 def _attend_any_lengths(
     q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor, cu_seqlens: Tensor, max_length: int, window: int | None
 ) -> Tensor:
-    # Imported here because it imports torch.compile's tracer, a second for which a CPU need not wait.
+    # Imported here because it imports torch.compile's tracer, which takes a second that CPUs can save.
     from torch.nn.attention.varlen import varlen_attn
 
     out_THA = varlen_attn(
@@ -152,7 +150,7 @@ def _attend_any_lengths(
         cu_seqlens,
         max_length,
         max_length,
-        # Keys before the query's own, and after it; -1: all.
+        # How many keys before and after the query's own; -1: all.
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q_THA.size(1) != k_TGA.size(1),
     )
@@ -171,11 +169,11 @@ def _attend_equal_lengths(q: Tensor, k: Tensor, v: Tensor, window: int | None) -
 def _attend_windowed(q: Tensor, k: Tensor, v: Tensor, window: int, is_grouped: bool) -> Tensor:
     """Attend in chunks of `window` queries, each to its own chunk and the one before.
 
-    The mask is [W, 2W] whatever the length, where a whole-document mask would be length squared.
+    The mask is [W, 2W] whatever the length; a mask of the whole document would be length squared.
     """
     n, _, length, d_head = q.shape
     n_chunks = -(-length // window)
-    pad = n_chunks * window - length  # padded keys lie after every real query, so causality hides them
+    pad = n_chunks * window - length  # padded keys come after every real query, so causality hides them
     q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
     first = F.scaled_dot_product_attention(
         q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True, enable_gqa=is_grouped
@@ -201,7 +199,7 @@ def _attend_windowed(q: Tensor, k: Tensor, v: Tensor, window: int, is_grouped: b
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023); no biases. Tensor-parallel ranks hold whole heads."""
+    """Grouped-query attention (Ainslie et al. 2023), no biases. A tensor-parallel rank holds whole heads."""
 
     def __init__(self, cfg: ModelConfig, tp: TensorParallel, recompute: Recompute) -> None:
         super().__init__()
@@ -218,14 +216,15 @@ class Attention(nn.Module):
             self.k_norm = Norm(cfg.d_head, cfg.norm_eps, tp, is_partial=True)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        """Return [T, D]; under sequence parallelism both sides hold this rank's tokens only."""
+        """Return [T, D] of x_TD; under sequence parallelism both hold this rank's tokens only."""
         return self.tp.leave(
             recompute_if(self.recomputes, self._partial, self.tp.enter(x_TD), rope, documents)
         )
 
     def _partial(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
         out_THA = attend(*self.project(x_TD, rope), documents, self.window)
-        return self.o(out_THA.flatten(1))
+        out_TD: Tensor = self.o(out_THA.flatten(1))
+        return out_TD
 
     def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [T, H, A], keys and values [T, G, A], rotated to their positions."""

@@ -1,7 +1,7 @@
 """The shape of the model: sizes, router and balancing choices, and their validity.
 
 Nothing here knows about ranks, data or optimizers. A wrong value raises pydantic's ValidationError (a
-ValueError) whose message holds the values and the way out; the caller adds where it was written.
+ValueError) with the values and the way out; the caller adds the file or option that set it.
 """
 
 from typing import Literal, Self
@@ -17,15 +17,15 @@ class RouterConfig(BaseModel):
     model_config = STRICT
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    normalize: bool = True  # the top_k weights are divided by their sum
+    normalize: bool = True  # divide the top_k weights by their sum
     scale: float = Field(default=1.0, gt=0)
-    n_groups: int = Field(default=1, ge=1)  # experts are split into equal groups of consecutive ids
-    top_groups: int = Field(default=1, ge=1)  # and only the best groups of a token may be chosen from
+    n_groups: int = Field(default=1, ge=1)  # equal groups of experts with consecutive ids
+    top_groups: int = Field(default=1, ge=1)  # a token chooses experts only from its best groups
     capacity_factor: float | None = Field(default=None, gt=0)  # None: dropless
 
 
 class BalanceConfig(BaseModel):
-    """What keeps the experts evenly loaded. Definitions: moe/load_balancing.py."""
+    """How the experts are kept evenly loaded. Definitions: moe/load_balancing.py."""
 
     model_config = STRICT
 
@@ -36,7 +36,7 @@ class BalanceConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Sizes of the decoder. Names follow STYLE: n_ for counts, d_ for widths."""
+    """Sizes of the decoder: n_ for counts, d_ for widths."""
 
     model_config = STRICT
 
@@ -50,7 +50,7 @@ class ModelConfig(BaseModel):
     top_k: int = Field(ge=1)
     n_shared_experts: int = Field(default=0, ge=0)
     n_dense_layers: int = Field(default=0, ge=0)
-    d_ff: int | None = Field(default=None, ge=8)  # only of the dense layers
+    d_ff: int | None = Field(default=None, ge=8)  # of the dense layers only
     vocab_size: int = Field(ge=2)
     seq_len: int = Field(ge=2)
     rope_theta: float = Field(default=10_000.0, gt=1)
@@ -80,7 +80,7 @@ class ModelConfig(BaseModel):
             )
         if self.d_head % 2:
             raise ValueError(
-                f"d_head={self.d_head} must be even, because RoPE turns pairs; use {self.d_head + 1}"
+                f"d_head={self.d_head} must be even, because RoPE rotates pairs; use {self.d_head + 1}"
             )
         if self.sliding_window is not None and self.sliding_window >= self.seq_len:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs counted from the sizes alone. The tests hold them against the built model."""
+"""Parameters and FLOPs counted from the sizes alone. Tests compare them with the built model."""
 
 from turnout.moe.config import ModelConfig
 
@@ -13,15 +13,13 @@ def _swiglu_params(cfg: ModelConfig, width: int) -> int:
 
 
 def n_params(cfg: ModelConfig) -> int:
-    """Return the number of trained scalars, embeddings included. The expert bias is state, not a
-    parameter.
-    """
+    """Return the number of parameters, embeddings included. The router's bias is state, not a parameter."""
     return _n_params(cfg, n_routed=cfg.n_experts)
 
 
 def n_active_params(cfg: ModelConfig) -> int:
-    """Return the parameters one token meets: all but the experts it was not routed to, embeddings
-    included.
+    """Return the number of parameters that one token uses, embeddings included: all but the experts that it
+    is not routed to.
     """
     return _n_params(cfg, n_routed=cfg.top_k)
 
@@ -31,7 +29,7 @@ def _n_params(cfg: ModelConfig, n_routed: int) -> int:
     every_layer = _attention_params(cfg) + 2 * cfg.d_model
     dense = _swiglu_params(cfg, cfg.d_ff) if cfg.d_ff is not None else 0
     expert_layer = (
-        cfg.n_experts * cfg.d_model  # the router sees every expert
+        cfg.n_experts * cfg.d_model  # the router scores every expert
         + n_routed * _swiglu_params(cfg, cfg.d_expert)
         + _swiglu_params(cfg, cfg.d_shared)
     )
@@ -45,11 +43,11 @@ def _n_params(cfg: ModelConfig, n_routed: int) -> int:
 
 
 def flops_per_token(cfg: ModelConfig) -> int:
-    """Return FLOPs of one token's forward and backward at seq_len.
+    """Return the FLOPs of one token's forward and backward pass at seq_len.
 
-    Two FLOPs per multiply-add, backward twice the forward (PaLM, Chowdhery et al. 2022, appendix B). Matrix
-    products only: the embedding lookup and the norms are left out. Attention counts the causal half, or the
-    window, of a sequence that is one document.
+    A multiply-add is two FLOPs, and backward takes twice as many as forward (PaLM, Chowdhery et al. 2022,
+    appendix B). Only matrix products count, not the embedding lookup or norms. Attention counts the causal
+    half, or the window, of a sequence that is one document.
     """
     norms = cfg.d_model * (1 + 2 * cfg.n_layers) + (2 * cfg.d_head * cfg.n_layers if cfg.qk_norm else 0)
     lookup = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model
@@ -58,7 +56,7 @@ def flops_per_token(cfg: ModelConfig) -> int:
 
 
 def mean_context(cfg: ModelConfig) -> float:
-    """Return the keys a query sees on average in one full sequence."""
+    """Return the mean number of keys that a query sees in one full sequence."""
     window = cfg.seq_len if cfg.sliding_window is None else cfg.sliding_window
     warm = window * (window + 1) / 2  # the first `window` queries see 1, 2, ... window keys
     return (warm + (cfg.seq_len - window) * window) / cfg.seq_len

@@ -1,7 +1,7 @@
 """Initial weights as a function of (seed, global parameter name) and nothing else.
 
 Each tensor, and each expert by its global id, has a generator of its own. So a rank that holds a few experts,
-or builds its layers in another order, starts from the same numbers as one process that holds them all.
+or builds its layers in another order, starts from the same weights as one process that holds them all.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from turnout.moe.parallel.sharding import is_expert, own_part, split_of
 
 @torch.no_grad()
 def init_weights(decoder: Decoder, *, seed: int, first_expert: int = 0) -> None:
-    """Fill every parameter in place: norms 1, others normal with init_std. Split ones get their part.
+    """Fill every parameter in place: norms with 1, others normal with init_std. A split one gets its part.
 
     Projections back into the residual stream (attn.o, *.down) use init_std / sqrt(2 * n_layers), so that the
     stream's variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
-    first_expert: the global id of the first expert this process holds.
+    first_expert: the global id of the first expert that this process holds
     """
     cfg = decoder.cfg
     for name, parameter in decoder.named_parameters():
@@ -42,7 +42,8 @@ def init_weights(decoder: Decoder, *, seed: int, first_expert: int = 0) -> None:
 
 
 def initial_values(shape: Sequence[int], std: float, name: str, seed: int) -> Tensor:
+    """Return normal values of this shape, in fp32 on the CPU, that follow from seed and name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    # Drawn in fp32 on the CPU whatever the target, so that device and dtype change nothing but rounding.
+    # In fp32 on the CPU whatever the target, so that device and dtype change nothing but rounding.
     return torch.empty(tuple(shape), dtype=torch.float32).normal_(0.0, std, generator=generator)

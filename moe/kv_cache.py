@@ -1,12 +1,13 @@
-"""Decoding with a cache of keys and values: prompts of any lengths at once, then one token a row.
+"""Decoding with a cache of keys and values: prompts of any lengths at once, then one token per row.
 
-The whole pass of moe/model.py is the slow twin: it gives the same logits for the same tokens, at the cost of
-seq_len tokens for each new one. Inference is dropless whatever the capacity factor, because what a capacity
-drops depends on the whole sequence. Without a sliding window a row ends at seq_len positions, which are all
-that training has seen; with one, attention sees distances below the window only, and a row has no end.
+The forward pass of moe/model.py is the slow twin. It gives the same logits for the same tokens, but computes
+seq_len tokens for each new one. Inference is dropless whatever the capacity factor, because which rows a
+capacity drops depends on the whole sequence. Without a sliding window a row ends at seq_len positions,
+because training saw no later ones. With a window, attention only sees distances below it, so a row has no
+end.
 
 Shapes
-  B rows   T tokens: of all prompts side by side, or one a row   D d_model   V vocab_size
+  B rows   T tokens: of all prompts side by side, or one per row   D d_model   V vocab_size
   H n_heads   G n_kv_heads   A d_head   C slots of a row   N tokens that enter the cache
 """
 
@@ -27,7 +28,7 @@ from turnout.moe.model import Block, Decoder
 class LayerCache:
     """Keys and values of one layer, [B, G, C, A]; None before the first tokens. Position p is in slot p % C.
 
-    Slots that no token has filled are zero: attention masks them, but a NaN would survive its mask.
+    Unfilled slots are zero: attention masks them, but a NaN would survive the mask.
     """
 
     keys: Tensor | None = None
@@ -36,7 +37,7 @@ class LayerCache:
     def write(
         self, k_NGA: Tensor, v_NGA: Tensor, rows_N: Tensor, slots_N: Tensor, shape: Sequence[int]
     ) -> None:
-        """Fill slots of rows; shape [B, C] is of the whole cache."""
+        """Fill the slots slots_N of rows rows_N; shape (B, C) is that of the whole cache."""
         if self.keys is None or self.values is None:
             whole = (shape[0], k_NGA.size(1), shape[1], k_NGA.size(2))
             self.keys, self.values = k_NGA.new_zeros(whole), v_NGA.new_zeros(whole)
@@ -46,14 +47,14 @@ class LayerCache:
 
 @dataclass
 class Cache:
-    """What a decoder remembers of B rows. lengths: the tokens of each row, kept on the host."""
+    """Keys and values of B rows in every layer. lengths: the tokens of each row, on the host."""
 
     n_slots: int
     lengths: list[int]
     layers: list[LayerCache]
 
     def select(self, rows: Sequence[int]) -> "Cache":
-        """Return a cache of these rows, which may repeat: rows that have ended are left out."""
+        """Return a cache of only these rows, for example without rows that have ended. Rows may repeat."""
         layers = []
         for layer in self.layers:
             assert layer.keys is not None and layer.values is not None
@@ -63,9 +64,11 @@ class Cache:
 
 
 class Tokens(Protocol):
-    """The tokens of one pass: where they go in the cache, and what they see."""
+    """The tokens of one pass: their slots in the cache, and which keys they see."""
 
-    def on(self, device: torch.device) -> Self: ...
+    def on(self, device: torch.device) -> Self:
+        """Return the same tokens with all tensors on a device."""
+        ...
 
     def attend(self, layer: LayerCache, q_THA: Tensor, k_TGA: Tensor, v_TGA: Tensor) -> Tensor:
         """Store keys and values in the layer's cache, and return the attention output [T, H, A]."""
@@ -74,10 +77,11 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Whole prompts, side by side, as documents. Of each its last C tokens enter the cache.
+    """Whole prompts, side by side, as documents. The last C tokens of each enter the cache.
 
-    kept_N, rows_N, slots_N  [N] which tokens of T enter, and where
-    shape                    [B, C] of the cache
+    kept_N           [N] which tokens of T enter the cache
+    rows_N, slots_N  [N] their rows and slots
+    shape            (B, C) of the cache
     """
 
     documents: Documents
@@ -120,9 +124,9 @@ class PromptTokens:
 class NextTokens:
     """One token of each row, T = B.
 
-    slots_B        [B] where its keys and values go: over the oldest, where a window has filled the cache
-    n_used         slots that any row has filled, this token's included
-    is_seen_B11C   [B, 1, 1, n_used] bool, the filled ones of each row; None: all of them
+    slots_B        [B] slots of the new keys and values; once a window has filled the cache, the oldest ones
+    n_used         the most slots that any row has filled, this token's included
+    is_seen_B11C   [B, 1, 1, n_used] bool, the filled slots of each row; None: all of them
     """
 
     rows_B: Tensor
@@ -148,14 +152,14 @@ class NextTokens:
         assert layer.keys is not None and layer.values is not None, "a prompt comes first"
         layer.write(k_TGA, v_TGA, self.rows_B, self.slots_B, ())
         keys, values = layer.keys[:, :, : self.n_used], layer.values[:, :, : self.n_used]
-        # The heads of a group see the same keys, so they can stand where queries of later tokens would.
+        # The heads of a group see the same keys, so they can take the dim of the queries.
         q_BGRA = q_THA.unflatten(1, (keys.size(1), -1))
         out = F.scaled_dot_product_attention(q_BGRA, keys, values, attn_mask=self.is_seen_B11C)
         return out.flatten(1, 2)
 
 
 class CachedBlock(nn.Module):
-    """A block whose attention goes on from a cache. Its modules are those of the Decoder's block."""
+    """A block whose attention reads and fills a cache. Its modules are those of the Decoder's block."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -170,27 +174,29 @@ class CachedBlock(nn.Module):
         tokens: Tokens,
         layer: LayerCache,
     ) -> Tensor:
-        """Return the block's output [T, D]. bias_E [E]: of an expert layer."""
+        """Return the block's output [T, D]. bias_E [E]: the router's bias; None in a dense block."""
         qkv = self.attn.project(self.attn_norm(x_TD), rope)
         x_TD = x_TD + self.attn.o(tokens.on(x_TD.device).attend(layer, *qkv).flatten(1))
         h_TD = self.ffn_norm(x_TD)
         if self.ffn is not None:
-            return x_TD + self.ffn(h_TD)
+            out_TD: Tensor = self.ffn(h_TD)
+            return x_TD + out_TD
         assert self.moe is not None and bias_E is not None
         return x_TD + self.moe.infer(h_TD, bias_E)
 
 
 class CachedDecoder(nn.Module):
-    """A Decoder that goes on from a cache. It shares the decoder's modules, under the same names.
+    """A Decoder with a cache. It shares the decoder's modules, under the same names.
 
-    Each block is one module call, so that whatever moves weights (accelerate's hooks) can move a block's.
+    Each block is one module call, so that accelerate's hooks can move the weights of one block at a time.
     """
 
     def __init__(self, decoder: Decoder, state: RouterState) -> None:
         super().__init__()
         if decoder.tp.size > 1:
             raise ValueError(
-                f"a cache needs the whole decoder, not 1 of {decoder.tp.size} parts; load it whole"
+                f"a cache needs the whole decoder, not 1 of {decoder.tp.size} parts; "
+                "build it without tensor parallelism"
             )
         self.cfg, self.bias_ME = decoder.cfg, state.bias_ME
         self.embed, self.norm, self.head = decoder.embed, decoder.norm, decoder.head
@@ -198,14 +204,15 @@ class CachedDecoder(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that a row may hold; None: any number."""
+        """How many tokens a row may hold; None: any number."""
         return None if self.cfg.sliding_window is not None else self.cfg.seq_len
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], n_positions: int) -> tuple[Tensor, Cache]:
-        """Return the logits after each prompt, [B, V], and the cache from which it goes on.
+        """Return the logits after each prompt, [B, V], and the cache that extend needs.
 
-        n_positions: the most tokens that a row will hold, its prompt included.
+        n_positions: the most tokens that a row will hold, its prompt included
+        Raises ValueError if the prompts, or n_positions, do not fit.
         """
         lengths = [len(prompt) for prompt in prompts]
         if not lengths or not min(lengths) or max(lengths) > n_positions:
@@ -226,25 +233,31 @@ class CachedDecoder(nn.Module):
 
     @torch.no_grad()
     def extend(self, tokens: Sequence[int], cache: Cache) -> Tensor:
-        """Add one token to each row of the cache, and return the logits after it, [B, V]."""
+        """Add one token to each row of the cache, and return the logits after it, [B, V].
+
+        Raises ValueError if a row is full.
+        """
         is_ring = cache.n_slots == self.cfg.sliding_window
         if max(cache.lengths) >= cache.n_slots and not is_ring:
-            raise ValueError(f"a row holds {max(cache.lengths)} tokens, all that n_positions left room for")
-        places = NextTokens.of(cache.lengths, cache.n_slots)
-        hidden_BD = self._hidden(torch.tensor(tokens), torch.tensor(cache.lengths), places, cache)
+            raise ValueError(
+                f"a row holds {max(cache.lengths)} tokens, and the cache has no room for more; "
+                "call prefill with a larger n_positions"
+            )
+        new = NextTokens.of(cache.lengths, cache.n_slots)
+        hidden_BD = self._hidden(torch.tensor(tokens), torch.tensor(cache.lengths), new, cache)
         cache.lengths = [n + 1 for n in cache.lengths]
         return self._logits(hidden_BD)
 
-    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, places: Tokens, cache: Cache) -> Tensor:
+    def _hidden(self, ids_T: Tensor, positions_T: Tensor, tokens: Tokens, cache: Cache) -> Tensor:
         device = self.embed.weight.device
-        x_TD = self.embed(tokens_T.to(device))
-        rope, places = rope_at(self.cfg, positions_T.to(device), x_TD.dtype), places.on(device)
+        x_TD: Tensor = self.embed(ids_T.to(device))
+        rope, tokens = rope_at(self.cfg, positions_T.to(device), x_TD.dtype), tokens.on(device)
         n_moe = 0
         for module, layer in zip(self.blocks, cache.layers, strict=True):
             bias_E = None
             if cast(CachedBlock, module).moe is not None:
                 bias_E, n_moe = self.bias_ME[n_moe], n_moe + 1
-            x_TD = module(x_TD, rope, bias_E, places, layer)
+            x_TD = module(x_TD, rope, bias_E, tokens, layer)
         return x_TD.to(device)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The dense feed-forward layer: SwiGLU (Shazeer 2020). Also the form of the shared experts."""
+"""Dense layers: SwiGLU (Shazeer 2020), also for the shared experts, and norm and embedding."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from turnout.moe.recompute import Recompute, recompute_if
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases; split over tensor-parallel ranks by its inner width."""
+    """down(silu(gate(x)) * up(x)), without biases; its inner width is split over tensor-parallel ranks."""
 
     def __init__(self, d_model: int, width: int, tp: TensorParallel, recompute: Recompute) -> None:
         super().__init__()
@@ -19,14 +19,20 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(width // tp.size, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [T, D] of x [T, D]; under sequence parallelism both hold this rank's tokens only."""
         return self.tp.leave(recompute_if(self.recomputes, self._partial, self.tp.enter(x)))
 
     def _partial(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
 
 
 class Norm(nn.Module):
-    """is_partial: each rank norms a part of what the group holds, so the weight's gradients are summed."""
+    """RMSNorm (Zhang and Sennrich 2019).
+
+    is_partial: each rank normalises only a part of the group's tokens or heads, so the weight's gradients are
+    summed over ranks
+    """
 
     def __init__(self, width: int, eps: float, tp: TensorParallel, *, is_partial: bool) -> None:
         super().__init__()
@@ -34,6 +40,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., width], normalised over its last dim."""
         weight = self.tp.shared(self.weight) if self.is_partial else self.weight
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
@@ -47,7 +54,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size // tp.size, d_model))
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        """Return [T, D], or this rank's tokens of it under sequence parallelism."""
+        """Return [T, D], or only this rank's tokens of it under sequence parallelism."""
         if self.tp.size == 1:
             return F.embedding(tokens_T, self.weight)
         n_local = self.weight.size(0)

@@ -1,15 +1,15 @@
-"""What keeps experts evenly loaded: the balancing loss, the z-loss and the loss-free bias.
+"""Load balancing: the balancing loss, the z-loss and the bias that balances without a loss.
 
 Shapes
   B sequences   S seq_len   T tokens = B*S   E n_experts   K top_k   M expert layers of the model
 
 Every term is a sum over counted tokens; training/step.py divides once by the token count of the global batch.
-With f_e the share of routed rows that went to expert e and p_te the router probability, the sum is
-    n_experts * sum_t sum_e f_e p_te,
-which divided by the tokens is n_experts * sum_e f_e P_e (Switch Transformer, Fedus et al. 2021, section 2.2):
-1.0 when routing is uniform, n_experts / top_k when it has collapsed, for every top_k. f carries no gradient.
-  scope sequence: f is of the token's own sequence, so nothing depends on how sequences are spread over ranks.
-  scope batch:    f is of the previous optimizer step's global batch: a constant, whatever the split.
+With f_e the fraction of routed rows that went to expert e and p_te the router probability, the sum is
+    n_experts * sum_t sum_e f_e p_te.
+Divided by the tokens, it is n_experts * sum_e f_e P_e (Switch Transformer, Fedus et al. 2021, section 2.2):
+1.0 if routing is uniform, n_experts / top_k if it has collapsed, for every top_k. f carries no gradient.
+  scope sequence: f is of the token's own sequence, however sequences are spread over ranks.
+  scope batch:    f is of the previous optimizer step's global batch, a constant on every rank.
 """
 
 from dataclasses import dataclass, fields
@@ -26,7 +26,7 @@ class RouterState:
     """What the routers remember between optimizer steps; the same on every rank.
 
     bias_ME       [M, E] fp32, added to the scores when experts are chosen, never to their weights
-    load_frac_ME  [M, E] fp32, share of routed rows in the previous step's global batch; uniform before step 0
+    load_frac_ME  [M, E] fp32, fraction of routed rows in the previous step's global batch; uniform at first
     """
 
     bias_ME: Tensor
@@ -47,7 +47,7 @@ class RouterState:
 
 @dataclass(frozen=True)
 class RouterStats:
-    """What one expert layer reports of one micro-batch, or (stacked, [M, ...]) all of them.
+    """Statistics of one expert layer in one micro-batch, or (stacked, [M, ...]) of all layers.
 
     Masked tokens never count.
 
@@ -56,7 +56,7 @@ class RouterStats:
     counts_E     [E] int64, rows that chose each expert, before any capacity limit
     entropy_sum  [] nats, sum over tokens of the entropy of the router probabilities
     n_dropped    [] int64, rows cut by the capacity factor
-    n_extra_trips  [] int64, trips of rows that are made only because a rank would have had too many at once
+    n_extra_chunks  [] int64, chunks that are sent only because a rank would have had too many rows at once
     """
 
     balance_sum: Tensor
@@ -72,9 +72,7 @@ class RouterStats:
 
 
 def load_fractions(counts: Tensor) -> Tensor:
-    """Return counts [..., E] as shares that sum to 1 over experts, in fp64; all 0 where nothing was
-    counted.
-    """
+    """Return counts [..., E] as fractions that sum to 1 over experts, in fp64; all 0 if all counts are."""
     total = counts.sum(-1, keepdim=True)
     return counts.double() / total.clamp(min=1)
 

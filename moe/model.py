@@ -1,7 +1,7 @@
 """The decoder: embedding, Pre-LN blocks of attention and feed-forward, final norm, head.
 
-A function of tensors: it knows no process group, no config file and no optimizer. What the routers remember
-between steps comes in as RouterState and what they learned goes out as RouterStats.
+A function of tensors: it knows no process group, no config file and no optimizer. RouterState is what the
+routers remember between steps; RouterStats is what they report of this one.
 
 Shapes
   B sequences   S seq_len   T tokens = B*S   D d_model   V vocab_size   M expert layers
@@ -57,9 +57,9 @@ class Block(nn.Module):
         is_counted_T: Tensor,
         memo: RoutingMemo,
     ) -> tuple[Tensor, RouterStats | None]:
-        """Return the block's output and, of an expert layer, the router's statistics.
+        """Return the block's output, [T, D] as x, and the router's statistics; None in a dense block.
 
-        state_E: bias [E] and load fractions [E] of an expert layer's RouterState.
+        state_E: bias [E] and load fractions [E] of an expert layer's RouterState
         """
         x = x + self.attn(self.attn_norm(x), rope, documents)
         h = self.ffn_norm(x)
@@ -71,6 +71,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    """The whole model, or one rank's part of it."""
+
     def __init__(
         self,
         cfg: ModelConfig,
@@ -100,7 +102,8 @@ class Decoder(nn.Module):
 
         tokens_BS      [B, S] int64, S = seq_len
         doc_ids_BS     [B, S] int64 on the CPU; attention never crosses a change of id
-        is_counted_BS  [B, S] bool; other tokens are computed but enter no statistic
+        is_counted_BS  [B, S] bool; the other tokens are computed, but enter no statistic
+        Raises ValueError if the sequences are not of seq_len tokens.
         """
         n_seqs, seq_len = tokens_BS.shape
         if seq_len != self.cfg.seq_len:
@@ -126,10 +129,10 @@ class Decoder(nn.Module):
         return hidden_TD.unflatten(0, (n_seqs, seq_len)), RouterStats.stack(stats)
 
     def compile_blocks(self) -> None:
-        """Have torch.compile fuse what lies between matrix products, exchanges and attention.
+        """Let torch.compile fuse the operations between matrix products, collectives and attention.
 
-        Nothing is compiled anew for another routing or packing. Compiling takes seconds, a compiler, and is
-        done in the first step.
+        Another routing or packing needs no new compilation. Compiling needs a compiler and takes seconds, in
+        the first step.
         """
         apply_uncompiled()
         self.is_compiled = True
@@ -137,14 +140,14 @@ class Decoder(nn.Module):
             block.compile()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [..., V / tp.size] of hidden states [..., D], in the dtype of the weights: those of
-        this rank's part of the vocabulary.
+        """Return logits [..., V / tp.size] of hidden states [..., D], for this rank's part of the vocabulary
+        and in the dtype of the weights.
         """
         return F.linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
-        """This rank's part of the head, [V / tp.size, D]; of a tied model the embedding's."""
+        """This rank's part of the head, [V / tp.size, D]; in a tied model, of the embedding."""
         return self.embed.weight if self.head is None else self.head.weight
 
 
@@ -158,7 +161,7 @@ def build_decoder(
     expert_backend: str = "reference",
     recompute: Recompute = "none",
 ) -> Decoder:
-    """Build a decoder with memory for its weights but no values: call init_weights, or load some."""
+    """Build a decoder with uninitialised weights: call init_weights, or load a state dict."""
     with torch.device("meta"):
         decoder = Decoder(
             cfg, dispatcher=dispatcher, tp=tp, expert_backend=expert_backend, recompute=recompute

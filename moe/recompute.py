@@ -1,8 +1,9 @@
-"""Activation recomputation (Chen et al. 2016, 1604.06174): keep inputs, compute the rest again in backward.
+"""Activation recomputation (Chen et al. 2016, 1604.06174): keep only inputs, and compute the rest again in
+the backward pass.
 
-full       a whole block is computed again, its collectives too
-selective  attention and the feed-forward arithmetic of one rank; nothing is communicated twice but
-           rows beyond parallel.ep_max_load
+full       recomputes whole blocks, with their collectives
+selective  recomputes attention and feed-forward arithmetic, which needs no communication; only rows above
+           parallel.ep_max_load are sent again
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ SCORE_TOLERANCE = 1e-2
 class RoutingMemo:
     """The choices of a layer's forward pass, which its recomputation in backward must repeat.
 
-    Scores that come out a bit otherwise could flip a near tie, and rows would go where no gradient waits.
+    Slightly different scores could flip a near-tie and send rows to a rank that holds no activation for them.
     """
 
     scores_TK: Tensor | None = None
@@ -38,25 +39,24 @@ class RoutingMemo:
     route: Route | None = None
 
     def check_scores(self, scores_TK: Tensor) -> None:
-        """See that the recomputation is of the same forward pass. No device sync: on a GPU the message comes
-        late.
-        """
+        """Check that scores_TK are those of the forward pass. No device sync, so a GPU reports late."""
         assert self.scores_TK is not None
         is_same = torch.isclose(scores_TK, self.scores_TK, rtol=SCORE_TOLERANCE, atol=1e-6, equal_nan=True)
         torch._assert_async(
             is_same.all(),
-            "recomputation routes by other scores than the forward pass: weights changed between",
+            "recomputation routes by other scores than the forward pass; do not change weights in between",
         )
 
 
 def recompute_if(is_wanted: bool, run: Callable[[*Args], R], *args: *Args) -> R:
-    """Call run, and where it is wanted and a backward pass can follow, keep only its inputs."""
+    """Call run; if is_wanted and a backward pass can follow, keep only its inputs."""
     if not is_wanted or not torch.is_grad_enabled():
         return run(*args)
     return _checkpoint(run, *args)
 
 
-# What it runs is compiled, and is the same compiled code when it is computed again.
+# torch.compile must skip only this call: what it runs is compiled, and recomputed by the same compiled code.
 @uncompiled_itself
 def _checkpoint(run: Callable[[*Args], R], *args: *Args) -> R:
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    result: R = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    return result

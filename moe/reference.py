@@ -1,8 +1,8 @@
-"""The slow twin: the whole model and its loss written out token by token, to be checked by eye.
+"""The slow twin: the whole model and its loss written out token by token, so that a reader can check it.
 
-Takes the parameters of a Decoder by name and computes in their dtype (fp64 in the tests) with ordinary
-autograd. Shares no arithmetic with the fast path: no permutation, no dispatch, no grouped product, no fused
-attention.
+It takes the parameters of a Decoder by name and computes in their dtype (fp64 in the tests) with ordinary
+autograd. It shares no arithmetic with the fast path: no permutation, no dispatch, no grouped product, no
+fused attention.
 """
 
 import math
@@ -19,7 +19,7 @@ Params = dict[str, Tensor]
 
 @dataclass
 class ReferenceOutput:
-    """hidden [B, S, D]; the others are sums over counted tokens, listed per expert layer."""
+    """hidden [B, S, D]; the other fields list sums over counted tokens, one for each expert layer."""
 
     hidden: Tensor
     balance_sums: list[Tensor]
@@ -31,7 +31,7 @@ class ReferenceOutput:
 def reference_forward(
     params: Params, cfg: ModelConfig, tokens: Tensor, doc_ids: Tensor, is_counted: Tensor, state: RouterState
 ) -> ReferenceOutput:
-    """Compute what Decoder.forward computes; all tensors [B, S]."""
+    """Compute what Decoder.forward computes. tokens, doc_ids and is_counted are [B, S]."""
     out = ReferenceOutput(torch.empty(0), [], [], [], [])
     x = params["embed.weight"][tokens]
     for layer in range(cfg.n_layers):
@@ -50,11 +50,12 @@ def reference_forward(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Zhang and Sennrich 2019, equation 4."""
+    """Normalise x [..., D] and multiply it by weight [D] (Zhang and Sennrich 2019, equation 4)."""
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Apply gate [F, D], up [F, D] and down [D, F] to x [..., D]."""
     pre = x @ gate.T
     return (pre * torch.sigmoid(pre) * (x @ up.T)) @ down.T
 
@@ -62,19 +63,20 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def rotate(x: Tensor, position: int, theta: float) -> Tensor:
     """Rotate one head vector [A] to its position (Su et al. 2021, equation 15), pairs (i, i + A/2)."""
     half = x.numel() // 2
-    turned = [torch.empty(0)] * x.numel()
+    rotated = [torch.empty(0)] * x.numel()
     for i in range(half):
         angle = position * theta ** (-2 * i / x.numel())
-        turned[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        turned[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
-    return torch.stack(turned)
+        rotated[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        rotated[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+    return torch.stack(rotated)
 
 
 def attention(params: Params, name: str, cfg: ModelConfig, h: Tensor, doc_ids: Tensor) -> Tensor:
+    """Return the attention layer's output for h [B, S, D], without the residual; doc_ids [B, S]."""
     n_seqs, seq_len, _ = h.shape
 
     def heads(which: str) -> Tensor:
-        projected = (h @ params[f"{name}{which}.weight"].T).unflatten(-1, (-1, cfg.d_head))
+        projected: Tensor = (h @ params[f"{name}{which}.weight"].T).unflatten(-1, (-1, cfg.d_head))
         if which == "v":
             return projected
         if cfg.qk_norm:
@@ -96,13 +98,13 @@ def attention(params: Params, name: str, cfg: ModelConfig, h: Tensor, doc_ids: T
             for i in range(cfg.n_heads):
                 group = i // (cfg.n_heads // cfg.n_kv_heads)
                 scores = torch.stack([q[b, s, i] @ k[b, t, group] for t in visible]) / math.sqrt(cfg.d_head)
-                shares = scores.exp() / scores.exp().sum()
-                out.append(sum(share * v[b, t, group] for share, t in zip(shares, visible, strict=True)))
+                probs = scores.exp() / scores.exp().sum()
+                out.append(sum(prob * v[b, t, group] for prob, t in zip(probs, visible, strict=True)))
     return torch.stack(out).view(n_seqs, seq_len, -1) @ params[name + "o.weight"].T
 
 
 def choose(scores: list[float], cfg: ModelConfig) -> list[int]:
-    """Return the chosen expert ids of one token, best first, ties to the lower id."""
+    """Return the chosen expert ids of one token, best first; ties go to the lower id."""
     size = cfg.n_experts // cfg.router.n_groups
     groups = [list(range(g * size, (g + 1) * size)) for g in range(cfg.router.n_groups)]
     groups.sort(key=lambda ids: -sum(sorted((scores[e] for e in ids), reverse=True)[:2]))
@@ -151,15 +153,15 @@ def expert_layer(
                 if is_counted[b, s]:
                     load[e] += 1
             mixed.append(y)
-        share = [n / max(1, sum(load)) for n in load]
+        load_frac = [n / max(1, sum(load)) for n in load]
         if cfg.balance.scope == "batch":
-            share = state.load_frac_ME[moe_idx].tolist()
+            load_frac = state.load_frac_ME[moe_idx].tolist()
         for s in range(seq_len):
             if not is_counted[b, s]:
                 continue
             z = z + torch.log(logits[b, s].exp().sum()) ** 2
             for e in range(cfg.n_experts):
-                balance = balance + cfg.n_experts * share[e] * probs[b, s, e]
+                balance = balance + cfg.n_experts * load_frac[e] * probs[b, s, e]
         counts = [c + n for c, n in zip(counts, load, strict=True)]
     out.balance_sums.append(balance)
     out.z_sums.append(z)
@@ -176,7 +178,8 @@ def kept_rows(
 ) -> set[tuple[int, int]]:
     """Return the (position, expert) rows of one sequence that fit the capacity.
 
-    Counted tokens come first, heavier rows before lighter ones, then the others; equals by position.
+    Rows of counted tokens come first, heavier before lighter ones, then the other rows. Ties go to the
+    earlier position. scores [S, E], is_counted [S].
     """
     rows = [(s, e) for s, ids in enumerate(chosen) for e in ids]
     if cfg.router.capacity_factor is None:

@@ -1,13 +1,14 @@
-"""The router: which experts a token takes, with which weights, and what it reports for balancing.
+"""The router: which experts a token goes to, with which weights, and statistics for balancing.
 
 Shapes
   B sequences   T tokens   D d_model   E n_experts   K top_k   Q n_groups
 
-Logits, scores and choice are fp32 or wider: bf16 has 8 significant bits, so experts within 0.4% of each other
-would tie and the winner would depend on how a matrix product was tiled.
+Logits and scores are fp32 or wider, and experts are chosen by them. bf16 has 8 significant bits, so experts
+within 0.4% of each other would tie, and the winner would depend on the tiling of a matrix product.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,18 +50,18 @@ class Router(nn.Module):
         is_counted_T: Tensor,
         memo: RoutingMemo | None = None,
     ) -> tuple[Routing, RouterStats]:
-        """Route every token; count only those of is_counted_T [T] bool.
+        """Route every token; only tokens of is_counted_T [T] bool enter the statistics.
 
         x: this rank's tokens [T / tp.size, D]. Routing and statistics are of all T, the same on each
         tensor-parallel rank. bias_E [E], load_frac_E [E]: this layer's rows of RouterState. T is a multiple
-        of seq_len. A memo that holds a choice makes it the choice.
+        of seq_len. If the memo holds a choice, that choice is used.
         """
         memo = memo or RoutingMemo()
         router, n_seqs = self.cfg.router, is_counted_T.numel() // self.cfg.seq_len
         logits_TE, scores_TE = self._score(x)
         expert_ids_TK, is_kept_TK = self._choose(scores_TE.detach(), bias_E, is_counted_T, memo)
         weights_TK = self._weigh(scores_TE, expert_ids_TK)
-        # Sigmoid scores do not sum to 1 over experts; balancing speaks of probabilities
+        # Sigmoid scores do not sum to 1 over experts, but balancing is defined on probabilities
         # (DeepSeek-V3, 2412.19437, equation 19).
         probs_TE = scores_TE if router.score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
         counts_BE = counts_per_sequence(expert_ids_TK, is_counted_T, n_seqs, self.cfg.n_experts)
@@ -77,12 +78,12 @@ class Router(nn.Module):
             counts_E=counts_BE.sum(0),
             entropy_sum=(torch.special.entr(probs_TE.detach()).sum(-1) * is_counted_T).sum(),
             n_dropped=n_dropped,
-            n_extra_chunks=torch.zeros_like(n_dropped),  # the layer knows
+            n_extra_chunks=torch.zeros_like(n_dropped),  # set by the layer
         )
         return Routing(expert_ids_TK, weights_TK, is_kept_TK), stats
 
     def route(self, x_TD: Tensor, bias_E: Tensor) -> Routing:
-        """Route any number of tokens, dropless and without statistics: what inference needs."""
+        """Route any number of tokens for inference: dropless and without statistics."""
         _, scores_TE = self._score(x_TD)
         expert_ids_TK = self._best(scores_TE, bias_E)
         return Routing(expert_ids_TK, self._weigh(scores_TE, expert_ids_TK), None)
@@ -108,12 +109,12 @@ class Router(nn.Module):
             scores_TE + bias_E, self.cfg.top_k, n_groups=router.n_groups, top_groups=router.top_groups
         )
 
-    # Apart from what torch.compile sees, so that a recomputation is the same graph and keeps as much.
+    # Hidden from torch.compile, so that a recomputation is the same graph and saves the same tensors.
     @uncompiled
     def _choose(
         self, scores_TE: Tensor, bias_E: Tensor, is_counted_T: Tensor, memo: RoutingMemo
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the experts of each token [T, K] and which rows they keep: the memo's, if it has them."""
+        """Return each token's experts [T, K] and which rows they keep; from the memo if it has them."""
         if memo.expert_ids_TK is None:
             memo.expert_ids_TK = self._best(scores_TE, bias_E)
             memo.scores_TK = scores_TE.gather(-1, memo.expert_ids_TK)
@@ -128,7 +129,7 @@ class Router(nn.Module):
         if self.cfg.router.capacity_factor is None:
             return None
         n_seqs = is_counted_T.numel() // self.cfg.seq_len
-        # Weights are at least 0, so padding and masked tokens give way to every token that counts.
+        # Weights are at least 0, so padding and masked tokens come after every counted token.
         weights_TK = weights_TK.masked_fill(~is_counted_T.unsqueeze(1), -1.0)
         rows_per_seq = self.cfg.seq_len * self.cfg.top_k
         capacity = math.ceil(self.cfg.router.capacity_factor * rows_per_seq / self.cfg.n_experts)
@@ -152,18 +153,18 @@ def choose_experts(scores_TE: Tensor, top_k: int, *, n_groups: int, top_groups: 
 
 
 def _best_of_each(scores: Tensor, n: int) -> Tensor:
-    """Return the places [T, n] of the n best of scores [T, experts or groups], best first.
+    """Return the indices [T, n] of the n best of scores [T, experts or groups], best first.
 
-    Ties go to the lower place.
+    Ties go to the lower index.
     """
-    # A stable sort keeps equal scores in the order of their places; topk promises none among ties.
+    # A stable sort keeps equal scores in the order of their indices; topk promises no order among ties.
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :n].contiguous()
 
 
 def _best_of_each_on_cpu(scores: Tensor, n: int) -> Tensor:
-    """Sort only the rows that have ties: a sort takes up to 14 times as long as topk (LOG.md)."""
-    values, places = scores.topk(min(n + 1, scores.size(1)), dim=-1)  # one more, with which the last may tie
-    best = places[:, :n].contiguous()
+    """Sort only the rows with ties: a sort is up to 14 times slower than topk (LOG.md)."""
+    values, indices = scores.topk(min(n + 1, scores.size(1)), dim=-1)  # one more: the last may tie with it
+    best = indices[:, :n].contiguous()
     is_clear = (values[:, :-1] > values[:, 1:]).all(dim=-1)
     unclear = (~is_clear).nonzero().squeeze(1)
     if unclear.numel():
@@ -175,17 +176,19 @@ def _fake_best_of_each(scores: Tensor, n: int) -> Tensor:
     return scores.new_empty(scores.size(0), n, dtype=torch.int64)
 
 
-# An operator, so that no tracer of tensors asks which rows have ties.
-best_of_each = define_operator("best_of_each", _best_of_each, _fake_best_of_each, on_cpu=_best_of_each_on_cpu)
+# An operator, so that tracing tensors does not ask which rows have ties.
+best_of_each: Callable[[Tensor, int], Tensor] = define_operator(
+    "best_of_each", _best_of_each, _fake_best_of_each, on_cpu=_best_of_each_on_cpu
+)
 
 
 def within_capacity(
     expert_ids_TK: Tensor, weights_TK: Tensor, n_seqs: int, capacity: int, n_experts: int
 ) -> Tensor:
-    """Return which rows an expert keeps when it takes at most `capacity` rows of each sequence, [T, K] bool.
+    """Return which rows experts keep, [T, K] bool: each expert at most `capacity` rows of each sequence.
 
-    The rows of lowest weight go first, among equals the later token. Counting per sequence, and not per
-    micro-batch, keeps the outcome independent of how sequences are spread over ranks.
+    The rows of lowest weight are dropped first; among equal weights, those of later tokens. The limit is per
+    sequence, not per micro-batch, so it does not matter how sequences are spread over ranks.
     """
     n_rows = expert_ids_TK.numel()
     by_weight_N = weights_TK.flatten().sort(descending=True, stable=True).indices
@@ -194,7 +197,7 @@ def within_capacity(
     order_N = by_weight_N[bucket_N[by_weight_N].sort(stable=True).indices]  # by bucket, heaviest first
     sorted_bucket_N = bucket_N[order_N]
     first_in_bucket_N = torch.searchsorted(sorted_bucket_N, sorted_bucket_N)
-    place_N = torch.arange(n_rows, device=order_N.device) - first_in_bucket_N
+    position_N = torch.arange(n_rows, device=order_N.device) - first_in_bucket_N
     is_kept_N = torch.empty(n_rows, dtype=torch.bool, device=order_N.device)
-    is_kept_N[order_N] = place_N < capacity
+    is_kept_N[order_N] = position_N < capacity
     return is_kept_N.view_as(expert_ids_TK)

@@ -57,4 +57,5 @@ def define_operator(
     if on_cpu is not None:
         torch.library.impl(qualified, "cpu", on_cpu)
     torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.turnout, name).default
+    operator: Callable[..., Any] = getattr(torch.ops.turnout, name).default
+    return operator

@@ -1,4 +1,4 @@
-"""Comparisons by name that let nothing slip."""
+"""Comparisons of tensors by name, in which nothing may be missing."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def assert_same_tensors(got: dict[str, Tensor], want: dict[str, Tensor], *, rtol: float) -> None:
     assert got.keys() == want.keys(), f"sets differ: {sorted(got.keys() ^ want.keys())}"
     errors = {name: relative_error(got[name], want[name]) for name in want}
-    # Not the largest of them: a NaN is larger than nothing.
+    # Not only the largest: max() would miss a NaN.
     wrong = [
         f"{name}: relative error {error:.1e} > {rtol:.0e}"
         for name, error in errors.items()
@@ -22,7 +22,7 @@ def assert_same_tensors(got: dict[str, Tensor], want: dict[str, Tensor], *, rtol
 
 
 def assert_same_grads(got: dict[str, Tensor | None], want: dict[str, Tensor | None], *, rtol: float) -> None:
-    """Missing gradients and all-zero reference gradients are failures: they would prove nothing."""
+    """Compare gradients. Missing ones and all-zero references fail, because they would prove nothing."""
     assert got.keys() == want.keys(), f"parameter sets differ: {sorted(got.keys() ^ want.keys())}"
     missing = sorted(k for k in want if got[k] is None or want[k] is None)
     assert not missing, f"no gradient reached {missing}"

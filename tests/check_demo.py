@@ -1,4 +1,4 @@
-"""`python -m tests.check_demo RUN_DIR`: the demo learned Python, and its directory holds what it promises."""
+"""`python -m tests.check_demo RUN_DIR`: check that the demo learned Python and wrote its files."""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ def main() -> None:
     run_dir = Path(sys.argv[1])
     rows = read_rows(run_dir)
     bits_per_byte = [row["eval/bits_per_byte"] for row in rows if "eval/bits_per_byte" in row]
-    assert len(bits_per_byte) == 1, "evaluated once, after the last step"
-    assert bits_per_byte[0] < MAX_BITS_PER_BYTE, f"{bits_per_byte[0]:.4f} bits per byte held out"
+    assert len(bits_per_byte) == 1, f"{len(bits_per_byte)} evaluations, but the demo makes one"
+    assert bits_per_byte[0] < MAX_BITS_PER_BYTE, f"{bits_per_byte[0]:.4f} bits per byte on held-out text"
     for name in (
         "config.toml",
         "provenance.json",
@@ -22,7 +22,7 @@ def main() -> None:
         "logs/rank-00001.log",
     ):
         assert (run_dir / name).exists(), f"{run_dir / name} is missing"
-    print(f"demo: {bits_per_byte[0]:.4f} bits per byte held out, below {MAX_BITS_PER_BYTE}")
+    print(f"demo: {bits_per_byte[0]:.4f} bits per byte on held-out text, below {MAX_BITS_PER_BYTE}")
 
 
 if __name__ == "__main__":

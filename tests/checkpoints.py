@@ -1,4 +1,4 @@
-"""Checkpoints for tests: a state in which every number of every tensor is its own, at any layout."""
+"""Checkpoints for tests: a state in which no two elements of a tensor are equal, at any layout."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,24 +36,24 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 APPLIED_STEPS = 7.0
 ATTACHED = Attached(DataIdentity(corpus_hash="c", tokenizer_sha256="t"), {"config.toml": b"# none\n"})
 
-# The whole of the smallest checkpoint: one parameter, w, by rows.
+# The smallest checkpoint: one parameter, w, split by rows.
 SMALL_KINDS = ("master", "exp_avg")
 SMALL_SHAPE = (6, 4)
 ALL_KEPT = CheckpointConfig(every_steps=1, keep_last=100, async_save=False)
 
 
 def unique_state(cfg: RunConfig) -> dict[tuple[str, str], Tensor]:
-    """Return the whole tensors of a model by (kind, name), which one can train on.
+    """Return the whole tensors of a model by (kind, name). Training can continue from them.
 
-    No two numbers of a kind are equal, nor are those of different kinds in the same place.
+    No two elements of a kind are equal, nor are the elements of different kinds at the same index.
     """
     scales = {"master": (1.0, -0.5), "exp_avg": (2**-6, -(2**-7)), "exp_avg_sq": (2**-12, 2**-20)}
     state, n = {}, 0
     for name, parameter in build_decoder(cfg.model, expert_backend="reference").named_parameters():
         for kind, (scale, offset) in scales.items():
-            # Odd times a number, modulo a power of two: distinct, and exact in fp32.
-            places = (n + torch.arange(parameter.numel())) * 40503 % 2**22
-            state[kind, name] = (places.double() / 2**22 * scale + offset).float().view(parameter.shape)
+            # An index times an odd number, modulo a power of two: distinct, and exact in fp32.
+            values = (n + torch.arange(parameter.numel())) * 40503 % 2**22
+            state[kind, name] = (values.double() / 2**22 * scale + offset).float().view(parameter.shape)
             n += parameter.numel()
     assert n < 2**22
     return state
@@ -61,8 +61,8 @@ def unique_state(cfg: RunConfig) -> dict[tuple[str, str], Tensor]:
 
 def unique_router_state(cfg: RunConfig) -> RouterState:
     shape = (cfg.model.n_moe_layers, cfg.model.n_experts)
-    places = torch.arange(shape[0] * shape[1], dtype=torch.float32).view(shape)
-    return RouterState(places / 1024, (places + 1) / (places + 1).sum(-1, keepdim=True))
+    values_ME = torch.arange(shape[0] * shape[1], dtype=torch.float32).view(shape)
+    return RouterState(values_ME / 1024, (values_ME + 1) / (values_ME + 1).sum(-1, keepdim=True))
 
 
 def build_engine(cfg: RunConfig, groups: Groups) -> Engine:
@@ -73,7 +73,7 @@ def build_engine(cfg: RunConfig, groups: Groups) -> Engine:
 
 
 def held_here(whole: Tensor, name: str, start: int, n: int, groups: Groups) -> Tensor:
-    """Return a rank's fragment of a whole tensor, cut without training/checkpoint/resharding.py."""
+    """Return a rank's fragment of a whole tensor, computed without training/checkpoint/resharding.py."""
     split, layout = split_of(name), groups.layout
     size, index = 1, 0
     if split is not None and split.over == "tp":
@@ -84,7 +84,7 @@ def held_here(whole: Tensor, name: str, start: int, n: int, groups: Groups) -> T
 
 
 def fill(engine: Engine, groups: Groups, state: dict[tuple[str, str], Tensor]) -> None:
-    """Give the engine the unique state, whatever the layout."""
+    """Put the state into the engine, at any layout."""
     engine.make_optimizer_state(KINDS, {"step": APPLIED_STEPS})
     for fragment in engine.fragments():
         for kind, values in fragment.values.items():
@@ -94,7 +94,7 @@ def fill(engine: Engine, groups: Groups, state: dict[tuple[str, str], Tensor]) -
 
 
 def differing(engine: Engine, groups: Groups, state: dict[tuple[str, str], Tensor]) -> list[str]:
-    """Return which fragments of the engine are not, bit for bit, those of the state."""
+    """Return which fragments of the engine differ in any bit from the state."""
     wrong = []
     for fragment in engine.fragments():
         name = fragment.name.removeprefix(MODULE_PREFIX)
@@ -137,20 +137,19 @@ def saver_of(
     return Saver(run_dir, groups, cfg.checkpoint, FencingToken(run_dir, token), attached, saved_layout, disk)
 
 
-def small_numbers(step: int, kind: str) -> Tensor:
+def small_values(step: int, kind: str) -> Tensor:
     return torch.arange(prod(SMALL_SHAPE), dtype=torch.float32) + 1000 * step + 100 * SMALL_KINDS.index(kind)
 
 
 def small_rank_state(step: int, rank: int, n_ranks: int) -> RankState:
-    """Return one rank's rows of the only parameter there is."""
+    """Return one rank's rows of the only parameter."""
     whole = prod(SMALL_SHAPE)
     n = whole // n_ranks
-    place = Placement(SMALL_SHAPE, Matrix(1, whole), Shard(0, whole, n * rank, n * rank + n))
+    placement = Placement(SMALL_SHAPE, Matrix(1, whole), Shard(0, whole, n * rank, n * rank + n))
     rows = {
-        key_of(kind, "w"): small_numbers(step, kind)[n * rank : n * (rank + 1)].clone()
-        for kind in SMALL_KINDS
+        key_of(kind, "w"): small_values(step, kind)[n * rank : n * (rank + 1)].clone() for kind in SMALL_KINDS
     }
-    return RankState(SMALL_KINDS, {"w": place}, rows, {"bias": torch.full((3,), float(step))})
+    return RankState(SMALL_KINDS, {"w": placement}, rows, {"bias": torch.full((3,), float(step))})
 
 
 def save_small(
@@ -175,7 +174,7 @@ def save_small(
 
 
 def save_alone(run_dir: Path, steps: Sequence[int], **state: object) -> list[Path]:
-    """Save the smallest checkpoint in this process; return the paths in the order of the steps."""
+    """Save the smallest checkpoint in this process; return the paths in the order of steps."""
     join_alone()
     run_dir.mkdir(exist_ok=True)
     save_small(0, run_dir, steps, token=take_over(run_dir), **state)

@@ -1,4 +1,4 @@
-"""Fixtures of more than one folder of tests."""
+"""Fixtures and environment for all folders of tests."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ import pytest
 
 from turnout.launch.devices import count_gpus
 
-# Each of two workers has as many threads as there are cores. torch reads this once, when it is imported.
+# Two workers have as many threads as cores each, so idle threads must not spin. torch reads this at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not count_gpus():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as for ranks; DeepSpeed would look for others, with gcc
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as in ranks; else DeepSpeed probes for others with gcc
 
 
 @pytest.fixture(scope="session")

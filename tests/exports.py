@@ -1,4 +1,4 @@
-"""Models to be exported: small, loud, and of every shape that an architecture can hold."""
+"""Models to export: small, with large logits, in every shape that an architecture can hold."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from turnout.training.checkpoint.weights import Weights, parameter_shapes
 from turnout.training.config.run import RunConfig
 from turnout.training.export.to_checkpoint import write_first_checkpoint
 
-# Odd and unequal, but rows of whole blocks of 32, as Q8_0 wants them.
+# Odd and unequal, but with row widths that are multiples of 32, as Q8_0 needs.
 SIZES: dict[str, Any] = {
     "n_layers": 3,
     "d_model": 64,
@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
 DENSE = {"n_dense_layers": 1, "d_ff": 96}
 SIGMOID = {"score": "sigmoid"}
 
-# By id: the architecture, what differs from SIZES, and the scale of the routers' bias.
+# By id: the architecture, the differences from SIZES, and the scale of the routers' bias.
 VARIANTS: dict[str, tuple[str, dict[str, Any], float]] = {
     "mixtral-gqa": ("mixtral", {}, 0),
     "mixtral-mha-tied": ("mixtral", {"n_kv_heads": 4, "tie_embeddings": True}, 0),
@@ -83,7 +83,7 @@ class DecoderWeights:
 
 
 def variant_weights(name: str, tokenizer: Path) -> DecoderWeights:
-    """Return a variant in which every expert and every norm is its own; logits have a spread of about 2."""
+    """Return a variant whose experts and norms all differ; logits have a standard deviation of about 2."""
     cfg, bias = variant_config(name), VARIANTS[name][2]
     decoder = tiny_decoder(cfg, dtype=torch.float32, gain=6.0)
     return DecoderWeights(decoder, random_state(cfg, bias=bias), tokenizer)
@@ -106,7 +106,7 @@ def save_weights(weights: DecoderWeights, run_dir: Path, **manifest: Any) -> Pat
 
 
 def differing(one: Weights, other: Weights) -> list[str]:
-    """Return which parameters of two models are not the same bits."""
+    """Return the names of the parameters whose bits differ between two models."""
     names = parameter_shapes(one.cfg)
     wrong = [name for name in names if not torch.equal(one.read(name), other.read(name))]
     return wrong + ([] if torch.equal(one.read_bias(), other.read_bias()) else ["bias"])

@@ -1,4 +1,4 @@
-"""One training, run at any layout through the real engine, or by hand in one process."""
+"""One training run, at any layout through the real engine, or by hand in one process."""
 
 import gc
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.runs import rank_share, uneven_batch
+from tests.runs import rank_batch, uneven_batch
 from turnout.data.loader import IGNORE_INDEX, Batch
 from turnout.moe.init_weights import init_weights
 from turnout.moe.load_balancing import RouterState
@@ -33,7 +33,7 @@ _groups: list[Groups] = []
 
 
 def groups_of(layout: Layout, rank: int, device: str = "cpu") -> Groups:
-    """Return a layout's groups. A process keeps the last ones: each group polls, and hundreds take a core."""
+    """Return a layout's groups. A process keeps only the last ones: hundreds of polling groups use a core."""
     if _groups and _groups[0].layout == layout and _groups[0].rank == rank:
         return _groups[0]
     forget_groups()
@@ -50,7 +50,7 @@ def forget_groups() -> None:
 def build_objective(
     cfg: RunConfig, groups: Groups | None = None, dtype: torch.dtype = torch.float32
 ) -> Objective:
-    """Build the decoder of one rank, or the whole one, with loud weights: every expert's are its own."""
+    """Build the decoder of one rank, or the whole one, with large weights, different for every expert."""
     if groups is not None:
         decoder = build_local_decoder(cfg, groups, dtype)
     else:
@@ -64,7 +64,7 @@ def build_objective(
 
 
 def starting_state(cfg: RunConfig, device: str = "cpu", *, is_collapsed: bool = False) -> RouterState:
-    """Return the router state of step 0; collapsed, its bias sends every token to the first experts."""
+    """Return the router state of step 0. If is_collapsed, its bias sends every token to the first experts."""
     state = RouterState.initial(cfg.model, device)
     if not is_collapsed:
         return state
@@ -82,8 +82,8 @@ def train_on_ranks(
     device: str = "cpu",
     is_collapsed: bool = False,
 ) -> dict[str, Any]:
-    """Train cfg.train.n_steps through the real engine; return losses, norms, statistics, and by name the
-    gradients of the first step and the fp32 parameters after the last.
+    """Train cfg.train.n_steps through the real engine. Return losses, norms, statistics and, by name, the
+    gradients of the first step and the fp32 parameters after the last step.
     """
     layout = plan_layout(cfg, world_size)
     groups = groups_of(layout, rank, device)
@@ -92,8 +92,8 @@ def train_on_ranks(
     state = starting_state(cfg, device, is_collapsed=is_collapsed)
     losses, norms, stats, gradients = [], [], [], {}
     for step in range(cfg.train.n_steps):
-        share = rank_share(batch_at(cfg, step), layout.dp_rank(rank), layout.dp)
-        microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+        own_batch = rank_batch(batch_at(cfg, step), layout.dp_rank(rank), layout.dp)
+        microbatches = split_microbatches(own_batch, cfg.train.microbatch_seqs)
         totals = accumulate(engine, microbatches, state, step=step + 1, groups=groups)
         if step == 0:
             gradients = engine.gradients()

@@ -1,4 +1,4 @@
-"""What a process really holds: every tensor of an engine, found by walking its objects."""
+"""The memory that a process really holds: every tensor of an engine, found by walking all Python objects."""
 
 import gc
 import time
@@ -15,12 +15,12 @@ from turnout.training.engine.engine import Engine
 from turnout.training.parallel.groups import Groups
 
 N_LOOKS = 3
-# By address, so that views count once. They are held, so that nothing else gets their addresses meanwhile.
+# By address, so that views count once. Holding the storages keeps their addresses from being reused.
 Storages = dict[int, UntypedStorage]
 
 
 def storages(tensors: Iterable[Tensor]) -> Storages:
-    # What torch.compile traced with stays about, with no memory behind it.
+    # Fake tensors of torch.compile's tracing stay alive, with no memory behind them.
     found = [t.untyped_storage() for t in tensors if t.device.type != "meta" and not is_fake(t)]
     return {storage.data_ptr(): storage for storage in found}
 
@@ -30,7 +30,7 @@ def n_bytes_of(found: Storages) -> int:
 
 
 def all_tensors() -> Storages:
-    """Return the memory of all tensors that any Python object of this process holds."""
+    """Return the memory of all tensors that Python objects of this process hold."""
     gc.collect()
     return storages(o for o in gc.get_objects() if issubclass(type(o), Tensor))
 
@@ -38,8 +38,8 @@ def all_tensors() -> Storages:
 def held_by(engine: Engine, groups: Groups, known: Storages) -> StateBytes:
     """Return the bytes of the engine's weights, gradients and optimizer state.
 
-    known: what was there before, or is not the engine's. All else that is no weight and not the optimizer's
-    is a gradient, but for DeepSpeed's bucket, which is told by its size, and the last norm.
+    known: what existed before, or is not the engine's. Everything else that is neither a weight nor optimizer
+    state is a gradient, except DeepSpeed's bucket, which is recognized by its size, and the last norm.
     """
     for group in (groups.dp, groups.tp, groups.ep, groups.edp):
         dist.barrier(group)  # gloo keeps the tensor of its last collective
@@ -48,17 +48,17 @@ def held_by(engine: Engine, groups: Groups, known: Storages) -> StateBytes:
     inner = engine._optimizer
     state = [value for own in inner.state.values() for value in own.values()]
     optimizer = storages([*(group["params"][0] for group in inner.param_groups), *state])
-    # By name too: of a gradient that nobody has asked for, there is no Python object.
+    # By name, too: a gradient has no Python object until someone asks for it.
     named = [getattr(p, kind, None) for p in parameters for kind in ("grad", "grad_accum")]
     norm = engine._engine.optimizer._global_grad_norm
     elsewhere = weights | optimizer | known | storages([norm] if isinstance(norm, Tensor) else [])
 
     def gradient_bytes() -> int:
         found = all_tensors() | storages(t for t in named if t is not None)
-        sizes = [storage.nbytes() for at, storage in found.items() if at not in elsewhere]
+        sizes = [storage.nbytes() for address, storage in found.items() if address not in elsewhere]
         return sum(n_bytes for n_bytes in sizes if n_bytes < 2 * BUCKET_ELEMENTS)
 
-    # The least of some looks: gloo's thread lets go of its last tensor when it runs again.
+    # The minimum of several looks: gloo's thread frees its last tensor when it runs again.
     looks = []
     for _ in range(N_LOOKS):
         time.sleep(0.01)
@@ -67,7 +67,7 @@ def held_by(engine: Engine, groups: Groups, known: Storages) -> StateBytes:
 
 
 def peak_allocated_bytes(run: Callable[[], object]) -> int:
-    """Return by how much torch's tensors on the CPU grow at most while run does."""
+    """Return the peak growth of torch's CPU memory during run."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()

@@ -1,6 +1,4 @@
-"""Tiny models and inputs: odd and unequal sizes, loud weights, masks and documents that differ per
-sequence.
-"""
+"""Tiny models and inputs: odd sizes, large weights, and masks and documents that differ per sequence."""
 
 from typing import Any
 
@@ -44,9 +42,7 @@ def tiny_decoder(
     gain: float = 8.0,
     seed: int = 0,
 ) -> Decoder:
-    """Build a decoder whose matrices are `gain` times the usual size, so that no path hides behind the
-    residual.
-    """
+    """Build a decoder with matrices `gain` times the usual, so that the residual hides no other path."""
     decoder = build_decoder(cfg, dtype=dtype, expert_backend=backend)
     init_weights(decoder, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +56,7 @@ def tiny_decoder(
 
 
 def decoder_by(backend: str, cfg: ModelConfig, recompute: Recompute = "none") -> Decoder:
-    """Build the tiny decoder in fp32 with its experts computed by a backend."""
+    """Build the tiny decoder in fp32 with an expert backend."""
     decoder = build_decoder(cfg, expert_backend=backend, recompute=recompute)
     decoder.load_state_dict(tiny_decoder(cfg, dtype=torch.float32).state_dict())
     return decoder

@@ -1,4 +1,4 @@
-"""What the server that ranks are forked from imports first: it goes with the tests, and the ranks with it."""
+"""Imported first by the server that ranks are forked from, so that it ends when the tests end."""
 
 from turnout.launch.ranks.parent import die_with_parent
 

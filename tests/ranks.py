@@ -4,8 +4,8 @@
 must be a module-level function. A rank that takes longer than TIMEOUT_S dumps the stacks of all its threads
 and dies.
 
-Where there is no GPU the ranks are forked from one server that has imported torch and DeepSpeed: importing
-them in each rank would take a core for minutes in all.
+Without a GPU the ranks are forked from one server that has imported torch and DeepSpeed: importing them in
+every rank would take minutes of CPU time.
 """
 
 import faulthandler
@@ -33,7 +33,7 @@ from torch import Tensor
 from turnout.launch.ranks.parent import die_with_parent
 
 TIMEOUT_S = 240
-# What every rank imports: DeepSpeed and torch, and what DeepSpeed looks for when an engine is built.
+# What every rank imports: torch, DeepSpeed, and what DeepSpeed imports when an engine is built.
 PRELOADED = [
     "tests.rank_server",
     "turnout.training.engine.build",
@@ -47,6 +47,8 @@ class RankFailed(AssertionError):
 
 
 class RankPool:
+    """The processes of one world size. They are stopped (SIGSTOP) between calls."""
+
     def __init__(self, world_size: int) -> None:
         self._store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
         context = _context()
@@ -61,7 +63,7 @@ class RankPool:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        # As this process ends, before multiprocessing asks them to end, which a stopped process never hears.
+        # At exit, before multiprocessing sends SIGTERM, to which a stopped process does not react.
         util.Finalize(None, self.close, exitpriority=0)
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
@@ -72,7 +74,7 @@ class RankPool:
         failures: list[str] = []
         for rank, pipe in enumerate(self._pipes):
             try:
-                # Peers of a failed rank may wait for it in a collective; no need to wait for them.
+                # Peers of a failed rank may wait for it in a collective; we do not wait for them.
                 if not pipe.poll(5 if failures else TIMEOUT_S + 30):
                     raise EOFError
                 is_ok, value = pickle.loads(pipe.recv_bytes())
@@ -84,7 +86,7 @@ class RankPool:
         if failures:
             self.close()
             raise RankFailed("\n".join(failures))
-        # Between calls each group of gloo polls, and those of all pools keep half a core.
+        # Idle gloo groups poll: those of all pools would keep half a core busy between calls.
         self._signal(signal.SIGSTOP)
         return results
 
@@ -94,7 +96,7 @@ class RankPool:
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
-            if process.is_alive():  # else its number may be another's by now
+            if process.is_alive():  # otherwise its pid may belong to another process by now
                 assert process.pid is not None
                 os.kill(process.pid, number)
 
@@ -108,6 +110,7 @@ _pools: dict[int, RankPool] = {}
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
+    """Call fn(rank, *args, **kwargs) on every rank and return the results by rank. Raises RankFailed."""
     pool = _pools.get(world_size)
     if pool is None or not pool.is_alive:
         pool = _pools[world_size] = RankPool(world_size)
@@ -115,7 +118,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any
 
 
 def join_alone() -> None:
-    """Give this process a process group of its own, for code that wants one without other ranks."""
+    """Give this process a process group of one rank, for code that needs a group."""
     if not torch.distributed.is_initialized():
         store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
@@ -129,9 +132,9 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
     )
-    die_with_parent()  # a stopped rank would never learn that nobody asks it any more
+    die_with_parent()  # a stopped rank would not notice that its parent has ended
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported is never garbage, and looking through it takes half a second
+    gc.freeze()  # imported objects are never garbage, and scanning them takes half a second
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
@@ -150,13 +153,13 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
 
 
 def _context() -> BaseContext:
-    """Return how ranks are started. A process forked from one that knows of CUDA could not use it."""
+    """Return how ranks are started. A process forked from one that has initialised CUDA cannot use it."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     kept = {name: os.environ.get(name) for name in RANK_ENV}
-    os.environ.update(RANK_ENV)  # the server reads it as it starts, and its imports depend on it
+    os.environ.update(RANK_ENV)  # the server inherits it at its start, and its imports depend on it
     try:
         forkserver.ensure_running()
     finally:
@@ -168,10 +171,10 @@ def _context() -> BaseContext:
 
 
 def _pack(answer: Any) -> bytes:
-    """Pickle an answer with its tensors' values in it.
+    """Pickle an answer together with the values of its tensors.
 
-    Connection.send would put each tensor into shared memory of its own and pass a file descriptor, which can
-    take longer than the training did.
+    Connection.send would put each tensor into its own shared memory and pass a file descriptor, which can
+    take longer than the training itself.
     """
     file = io.BytesIO()
     _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(answer)
@@ -180,9 +183,9 @@ def _pack(answer: Any) -> bytes:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor) and obj.dtype in _NUMPY_HAS:
+        if isinstance(obj, Tensor) and obj.dtype in _NUMPY_DTYPES:
             return torch.from_numpy, (obj.detach().contiguous().numpy(),)
         return NotImplemented
 
 
-_NUMPY_HAS = {torch.float64, torch.float32, torch.int64, torch.int32, torch.bool}
+_NUMPY_DTYPES = {torch.float64, torch.float32, torch.int64, torch.int32, torch.bool}

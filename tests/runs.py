@@ -1,5 +1,6 @@
 """Small run configs and corpora of random tokens for tests that train."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from turnout.training.config.run import RunConfig
 
 
 def run_config(**changes: Any) -> RunConfig:
-    """Return a small RunConfig; keywords are whole or partial sections, model={"top_k": 1} for example."""
+    """Return a small RunConfig. Keywords are whole or partial sections, such as model={"top_k": 1}."""
     tree: dict[str, dict[str, Any]] = {
         "model": {
             "n_layers": 2,
@@ -35,21 +36,19 @@ def run_config(**changes: Any) -> RunConfig:
 
 
 def uneven_batch(cfg: RunConfig, step: int) -> Batch:
-    """Return the global batch of a step; sequence i keeps about 1 / (i + 1) of its targets and has two
-    documents.
-    """
+    """Return the global batch of a step. Sequence i: two documents, about 1 / (i + 1) of its targets."""
     generator = torch.Generator().manual_seed(1000 + step)
     n_seqs, seq_len = cfg.batch_seqs, cfg.model.seq_len
     stream = torch.randint(cfg.model.vocab_size, (n_seqs, seq_len + 1), generator=generator)
     tokens, targets = stream[:, :-1].clone(), stream[:, 1:].clone()
-    share = 1.0 / torch.arange(1, n_seqs + 1)
-    targets[torch.rand(n_seqs, seq_len, generator=generator) > share[:, None]] = IGNORE_INDEX
-    targets[:, 0] = stream[:, 1]  # no sequence is wholly masked
+    kept_frac = 1.0 / torch.arange(1, n_seqs + 1)
+    targets[torch.rand(n_seqs, seq_len, generator=generator) > kept_frac[:, None]] = IGNORE_INDEX
+    targets[:, 0] = stream[:, 1]  # no sequence is masked completely
     doc_ids = (torch.arange(seq_len) >= seq_len // 3).long().repeat(n_seqs, 1)
     return Batch(tokens, targets, doc_ids, torch.arange(n_seqs) + step * n_seqs)
 
 
-def rank_share(batch: Batch, dp_rank: int, dp: int) -> Batch:
+def rank_batch(batch: Batch, dp_rank: int, dp: int) -> Batch:
     """Return the consecutive sequences of one data-parallel rank."""
     per_rank = batch.tokens.size(0) // dp
     rows = slice(dp_rank * per_rank, (dp_rank + 1) * per_rank)
@@ -57,6 +56,5 @@ def rank_share(batch: Batch, dp_rank: int, dp: int) -> Batch:
 
 
 def read_rows(run_dir: Path) -> list[dict[str, float]]:
-    import json
-
+    """Return the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

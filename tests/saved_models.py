@@ -1,4 +1,4 @@
-"""A run directory with a checkpoint of a whole model, which no training has made."""
+"""A run directory with a checkpoint of a whole model, written without training."""
 
 from pathlib import Path
 
@@ -33,17 +33,17 @@ def save_model(
         {"config.toml": to_toml(cfg).encode(), f"tokenizer{tokenizer.suffix}": tokenizer.read_bytes()},
     )
     saver = saver_of(run_dir, groups, cfg, token=take_over(run_dir), attached=attached)
-    saver.save(_share_of(decoder, state), state_at(step, optimizer={}))
+    saver.save(_rank_state_of(decoder, state), state_at(step, optimizer={}))
     saver.close()
     groups.close()
     return checkpoint_path(run_dir, step)
 
 
-def _share_of(decoder: Decoder, state: RouterState) -> RankState:
-    places, tensors = {}, {}
+def _rank_state_of(decoder: Decoder, state: RouterState) -> RankState:
+    placements, tensors = {}, {}
     for name, parameter in decoder.named_parameters():
         shape = tuple(parameter.shape)
         matrix = Matrix.of(shape, split_of(name))
-        places[name] = Placement(shape, matrix, Shard(0, matrix.row_width, 0, parameter.numel()))
+        placements[name] = Placement(shape, matrix, Shard(0, matrix.row_width, 0, parameter.numel()))
         tensors[key_of(MASTER, name)] = parameter.detach().flatten()
-    return RankState((MASTER,), places, tensors, {BIAS: state.bias_ME, LOAD_FRAC: state.load_frac_ME})
+    return RankState((MASTER,), placements, tensors, {BIAS: state.bias_ME, LOAD_FRAC: state.load_frac_ME})

@@ -1,16 +1,17 @@
 """`python -m tests.tiers quick|test|rest`: run the parts of a tier and print one summary.
 
 quick   lint, types, and the tests that start no process
-test    what proves the promises of README.md: layouts, resuming, damage, its commands, SLURM
+test    the tests of what README.md promises: layouts, resuming, damage, its commands, SLURM
 rest    what `test` leaves out: redundant layouts, long schedules, Triton's interpreter, other clients
 
-Parts in different lanes run at the same time. Every part runs, whichever fails. Exit code 1 if one did.
+Parts in different lanes run at once. Every part runs, even after a failure. Exit code 1 if any failed.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -22,15 +23,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "build" / "tests"
 BIN = Path(sys.executable).parent
-PYTEST = (sys.executable, "-m", "pytest")
-# Two files at a time, in the order of the arguments; a file's tests share what it prepares.
+# By this path when the environment's own has a blank, with which torch could not compile.
+PLAIN_ENV = Path(tempfile.gettempdir(), f"turnout-tests-{os.getpid()}")
+PYTHON = str(PLAIN_ENV / "bin" / "python") if " " in sys.prefix else sys.executable
+PYTEST = (PYTHON, "-m", "pytest")
+# Two files at a time, in the order of the arguments. The tests of a file share its fixtures.
 TWO_WORKERS = ("--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 N_SLOWEST = 12
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command of a tier. lane: parts of one lane run one after the other."""
+    """A command of a tier. lane: parts of one lane run one after another."""
 
     name: str
     command: tuple[str, ...]
@@ -38,7 +42,7 @@ class Part:
 
     @property
     def report(self) -> Path | None:
-        """Where pytest leaves what became of each test; None for another command."""
+        """The file into which pytest writes the result of each test; None for another command."""
         return REPORTS / f"{self.name}.xml" if "pytest" in self.command else None
 
 
@@ -67,6 +71,7 @@ TIERS = {
         tests("long", *WITH_PROCESSES, "tests/bench", "-m", "long", *TWO_WORKERS),
         make("test-megablocks"),
         make("test-transformers4"),
+        make("test-llamacpp"),
         tests("long-slurm", "tests/slurm", "-m", "long", lane="slurm"),
     ],
 }
@@ -74,7 +79,7 @@ TIERS = {
 
 @dataclass
 class Outcome:
-    """What became of a part. seconds: by test file. failed, skipped: the tests, and why."""
+    """The result of a part. failed: tests. skipped: number by reason. seconds: by test file."""
 
     part: Part
     code: int
@@ -99,7 +104,7 @@ def run(part: Part) -> Outcome:
 
 
 def read_report(report: Path, outcome: Outcome) -> None:
-    """Add what pytest has left of each test to an outcome."""
+    """Add the results of pytest's report to an outcome."""
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         file, name = case.get("classname", ""), case.get("name", "")
         outcome.seconds[file] += float(case.get("time", 0))  # type: ignore[assignment]
@@ -113,7 +118,7 @@ def read_report(report: Path, outcome: Outcome) -> None:
 
 
 def summarise(outcomes: Sequence[Outcome], elapsed_s: float) -> int:
-    """Print what became of all parts; return the exit code."""
+    """Print the results of all parts; return the exit code."""
     print(f"\n{'part':20} {'minutes':>7} {'passed':>7} {'failed':>7} {'skipped':>7}  result")
     for one in outcomes:
         counts = (one.n_passed, len(one.failed), one.skipped.total())
@@ -139,14 +144,19 @@ def main() -> int:
     parser.add_argument("tier", choices=TIERS)
     parts = TIERS[parser.parse_args().tier]
     REPORTS.mkdir(parents=True, exist_ok=True)
-    os.environ["PYTHONPATH"] = str(ROOT)  # so that commands, too, are of this tree
+    os.environ["PYTHONPATH"] = str(ROOT)  # so that commands also use this tree
     lanes: dict[str, list[Part]] = {}
     for part in parts:
         lanes.setdefault(part.lane, []).append(part)
     start_s = time.monotonic()
-    with ThreadPoolExecutor(len(lanes)) as pool:
-        found = pool.map(lambda lane: [run(part) for part in lane], lanes.values())
-        outcomes = [outcome for lane in found for outcome in lane]
+    if sys.executable != PYTHON:
+        PLAIN_ENV.symlink_to(sys.prefix)
+    try:
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            found = pool.map(lambda lane: [run(part) for part in lane], lanes.values())
+            outcomes = [outcome for lane in found for outcome in lane]
+    finally:
+        PLAIN_ENV.unlink(missing_ok=True)
     return summarise(outcomes, time.monotonic() - start_s)
 
 

@@ -1,4 +1,4 @@
-"""From the corpus to this rank's micro-batches of each step."""
+"""The micro-batches that each rank reads from the corpus in each step."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +10,11 @@ from turnout.training.config.run import RunConfig
 from turnout.training.parallel.layout import Layout
 
 if TYPE_CHECKING:
-    import torch  # which who only looks at a corpus need not wait for
+    import torch  # slow, and not needed to inspect a corpus
 
 
 def build_loader(cfg: RunConfig, corpus: Corpus) -> Loader:
+    """Build the loader of a run's global batches."""
     return Loader(
         corpus,
         seq_len=cfg.model.seq_len,
@@ -32,9 +33,9 @@ def prefetch(
     start_step: int = 0,
     data_step_at: Callable[[int], int] = int,
 ) -> Prefetcher[list[Batch]]:
-    """Load a rank's micro-batches of each step ahead of time; the order is fixed by the step alone.
+    """Load a rank's micro-batches of each step ahead of time. The step alone decides which samples it reads.
 
-    data_step_at: the data step that a step reads; the same number where no data is left out.
+    data_step_at: returns the data step that a step reads; they are equal unless data has been left out.
     """
     per_rank, dp_rank = cfg.batch_seqs // layout.dp, layout.dp_rank(rank)
     mine = slice(dp_rank * per_rank, (dp_rank + 1) * per_rank)
@@ -46,7 +47,7 @@ def prefetch(
 
 
 def to_device(batch: Batch, device: "torch.device") -> Batch:
-    """Move what the model reads on the device; doc_ids stay on the host, where documents are found."""
+    """Move tokens and targets [B, S] to the device; doc_ids stay on the host, where documents are found."""
     if device.type == "cpu":
         return batch
     return replace(
@@ -57,7 +58,7 @@ def to_device(batch: Batch, device: "torch.device") -> Batch:
 
 
 def split_microbatches(batch: Batch, microbatch_seqs: int) -> list[Batch]:
-    """Cut a rank's share of the batch into micro-batches of microbatch_seqs sequences."""
+    """Split a rank's part of the batch into micro-batches of microbatch_seqs sequences."""
     n_seqs = batch.tokens.size(0)
     return [
         Batch(

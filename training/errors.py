@@ -1,6 +1,4 @@
-"""The errors of training that a user can cause or must hear of, and the words of others in them. What raises
-them is elsewhere.
-"""
+"""Exceptions that a user can cause or needs to see, and `printable`, which makes text safe to show."""
 
 
 class ConfigError(ValueError):
@@ -8,34 +6,34 @@ class ConfigError(ValueError):
 
 
 class EngineError(RuntimeError):
-    """The engine did not do what it promises; nothing the user set is to blame."""
+    """The engine computed a wrong gradient or norm; no setting of the user is to blame."""
 
 
 class DivergedError(RuntimeError):
-    """Training went wrong: not finite, a spike, a collapse. The update was not applied, the run must stop."""
+    """A non-finite loss or norm, a spike, or a collapse. The update was not applied; the run must stop."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another run; the message says which file, and why."""
+    """A checkpoint is missing, damaged or from another run; the message names the file and the reason."""
 
 
 class UnreadableError(CheckpointError):
-    """A file of a checkpoint could not be read. What is in it may be intact."""
+    """A file of a checkpoint could not be read; its contents may be intact."""
 
 
 class TakenOverError(RuntimeError):
-    """A later start of the run owns its directory; this one must not write there any more."""
+    """A later attempt of the run owns its directory; this one must not write there any more."""
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; the earlier ones are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
 class ExportError(RuntimeError):
-    """What was written is not the model it was written from; it was removed."""
+    """An export differs from the model it was made from; it was removed."""
 
 
 def printable(text: str, n_chars: int = 300) -> str:
-    """Return a stranger's words fit for one line of a terminal."""
+    """Return untrusted text in a form that is safe on one line of a terminal, at most n_chars long."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:n_chars])
     return shown + (".." if len(text) > n_chars else "")

@@ -1,8 +1,8 @@
-"""Whether training has gone wrong, judged from one step's global numbers.
+"""Detect anomalies of training from one step's loss, gradient norm and expert counts, over all ranks.
 
-Pure: no ranks, no clock, no files. Every rank that examines the same numbers comes to the same finding; what
-is then done is decided by its caller. The state is plain numbers, for the checkpoint: whoever goes back to a
-checkpoint goes back to its state too, so nothing here needs a reset.
+Pure: no ranks, no clock, no files. Every rank that examines the same values finds the same anomaly; the
+caller (training/guard_policy.py) decides what to do about it. The state consists of plain numbers and is part
+of each checkpoint: returning to a checkpoint restores it, so nothing here needs a reset.
 """
 
 import math
@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Literal, Self
 from turnout.training.config.guard import GuardConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor  # which readers of checkpoints need not wait for
+    from torch import Tensor  # slow to import, and not needed to read checkpoints
 
 
 @dataclass(frozen=True)
 class GuardState:
-    """What is remembered between steps; JSON gives back the very same.
+    """The guard's memory between steps. A round trip through JSON changes nothing.
 
-    The losses of steps without a finding of their own, the newest with weight 1 and each step before it with
-    (1 - 1 / spike_window_steps) times the weight of the next:
-      n_losses       how many
-      weight_sum     of their weights
-      weight_sq_sum  of the squares of their weights
-      mean           weighted
+    Statistics of the losses that were neither spikes nor non-finite. The newest loss has weight 1, each
+    earlier one (1 - 1 / spike_window_steps) times the weight of its successor:
+      n_losses       number of losses
+      weight_sum     sum of their weights
+      weight_sq_sum  sum of the squared weights
+      mean           weighted mean
       sq_dev_sum     weighted sum of squared deviations from the mean
-    For each expert layer (empty before the first counts), for how many steps in a row it was above the limit:
-      overloaded_steps  max_load_frac
-      dead_steps        max_dead_frac
+    For each expert layer, the number of consecutive steps above a limit (empty before the first counts):
+      overloaded_steps  above max_load_frac
+      dead_steps        above max_dead_frac
     """
 
     n_losses: int
@@ -45,17 +45,19 @@ class GuardState:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the losses; needs two of them.
+        """Standard deviation of the losses; defined from two losses on.
 
-        The divisor makes the variance unbiased for such weights (Galassi et al., GNU Scientific Library
+        The divisor makes the variance unbiased for these weights (Galassi et al., GNU Scientific Library
         manual, "Weighted samples").
         """
         return math.sqrt(self.sq_dev_sum / (self.weight_sum - self.weight_sq_sum / self.weight_sum))
 
     def after_loss(self, loss: float, window_steps: int) -> Self:
-        """Return the state with one more loss (West 1979, doi 10.1145/359146.359153, with the old weights
-        scaled down first, as in Finch 2009, "Incremental calculation of weighted mean and variance", section
-        9). Dividing by the weights seen so far leaves no bias toward the initial zero.
+        """Return the state with one more loss.
+
+        The update is that of West 1979 (doi 10.1145/359146.359153), with the old weights scaled down first as
+        in Finch 2009, "Incremental calculation of weighted mean and variance", section 9. Dividing by the sum
+        of the weights seen so far avoids a bias toward the initial zero.
         """
         decay = 1 - 1 / window_steps
         weight_sum = decay * self.weight_sum + 1
@@ -72,11 +74,12 @@ class GuardState:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that has gone wrong.
+class Anomaly:
+    """One way in which a step is abnormal.
 
-    measured  what was found: the loss or the gradient norm; standard deviations above the mean; a share
-    limit     of the config, which measured is above; None of non_finite, which has none
+    measured  non_finite: the loss or the gradient norm; spike: standard deviations above the mean;
+              collapse: fraction of the rows or of the experts
+    limit     the setting that measured exceeds; None for non_finite
     text      one line for the log
     """
 
@@ -88,19 +91,19 @@ class Finding:
 
 def examine(
     state: GuardState, cfg: GuardConfig, *, loss: float, grad_norm: float, counts_ME: "Tensor | None"
-) -> tuple[GuardState, Finding | None]:
-    """Return the state after a step and the worst that is wrong with the step, if anything is.
+) -> tuple[GuardState, Anomaly | None]:
+    """Return the state after a step, and the most severe anomaly of the step or None.
 
     loss       mean over the global batch
-    grad_norm  global, before clipping
+    grad_norm  global norm before clipping
     counts_ME  [M, E] int64, rows of the global batch that chose each expert; None: not examined
 
-    A step that is not finite leaves the state as it was: routers that hold NaN choose experts by accident. A
-    collapse is found anew at each step for as long as it lasts.
+    A non-finite step leaves the state unchanged, because routers that hold NaN choose experts arbitrarily. A
+    collapse is reported at every step while it lasts.
     """
-    found = _non_finite(loss, grad_norm)
-    if found is not None:
-        return state, found
+    anomaly = _non_finite(loss, grad_norm)
+    if anomaly is not None:
+        return state, anomaly
     collapse = None
     if counts_ME is not None and cfg.on_collapse != "off":
         state, collapse = _examine_collapse(state, cfg, counts_ME)
@@ -110,33 +113,33 @@ def examine(
     return state, spike or collapse
 
 
-def _non_finite(loss: float, grad_norm: float) -> Finding | None:
+def _non_finite(loss: float, grad_norm: float) -> Anomaly | None:
     if not math.isfinite(loss):
-        return Finding("non_finite", loss, None, f"loss is {loss}, gradient norm is {grad_norm:.4g}")
+        return Anomaly("non_finite", loss, None, f"loss is {loss}, gradient norm is {grad_norm:.4g}")
     if not math.isfinite(grad_norm):
         text = f"gradient norm is {grad_norm} though the loss is {loss:.4g}"
-        return Finding("non_finite", grad_norm, None, text)
+        return Anomaly("non_finite", grad_norm, None, text)
     return None
 
 
-def _examine_spike(state: GuardState, cfg: GuardConfig, loss: float) -> tuple[GuardState, Finding | None]:
+def _examine_spike(state: GuardState, cfg: GuardConfig, loss: float) -> tuple[GuardState, Anomaly | None]:
     assert cfg.spike_sigma is not None and cfg.spike_window_steps is not None, "GuardConfig fills these in"
     if state.n_losses >= cfg.spike_window_steps:
         excess, std = loss - state.mean, state.std
-        # Without any spread, every loss above the mean is infinitely many deviations above it.
+        # If all losses were equal, any larger one is infinitely many deviations above the mean.
         n_sigmas = excess / std if std > 0 else (math.inf if excess > 0 else 0.0)
         if n_sigmas > cfg.spike_sigma:
             text = (
                 f"loss {loss:.4g} is {n_sigmas:.3g} standard deviations above its mean {state.mean:.4g} "
                 f"(limit guard.spike_sigma={cfg.spike_sigma:g})"
             )
-            return state, Finding("spike", n_sigmas, cfg.spike_sigma, text)
+            return state, Anomaly("spike", n_sigmas, cfg.spike_sigma, text)
     return state.after_loss(loss, cfg.spike_window_steps), None
 
 
 def _examine_collapse(
     state: GuardState, cfg: GuardConfig, counts_ME: "Tensor"
-) -> tuple[GuardState, Finding | None]:
+) -> tuple[GuardState, Anomaly | None]:
     patience_steps = cfg.collapse_patience_steps
     assert patience_steps is not None, "GuardConfig fills it in"
     counts_by_layer = counts_ME.tolist()
@@ -152,26 +155,26 @@ def _examine_collapse(
             f"layer {layer} sends {loads_M[layer]:.3g} of its rows to expert {counts.index(max(counts))}, "
             f"above guard.max_load_frac={cfg.max_load_frac:g} for {overloaded_steps[layer]} steps"
         )
-        return state, Finding("collapse", loads_M[layer], cfg.max_load_frac, text)
+        return state, Anomaly("collapse", loads_M[layer], cfg.max_load_frac, text)
     layer = _worst_layer(dead_M, dead_steps, patience_steps)
     if layer is not None:
         text = (
             f"layer {layer} sends no row to {dead_M[layer]:.3g} of its experts, above "
             f"guard.max_dead_frac={cfg.max_dead_frac:g} for {dead_steps[layer]} steps"
         )
-        return state, Finding("collapse", dead_M[layer], cfg.max_dead_frac, text)
+        return state, Anomaly("collapse", dead_M[layer], cfg.max_dead_frac, text)
     return state, None
 
 
-def _steps_above(shares_M: list[float], limit: float | None, steps_M: list[int]) -> list[int]:
-    """Return for how many steps in a row each layer's share has been above the limit."""
-    before_M = steps_M or [0] * len(shares_M)
+def _steps_above(fracs_M: list[float], limit: float | None, steps_M: list[int]) -> list[int]:
+    """Return for how many consecutive steps each layer's fraction has been above the limit."""
+    before_M = steps_M or [0] * len(fracs_M)
     if limit is None:
-        return [0] * len(shares_M)
-    return [n + 1 if x > limit else 0 for x, n in zip(shares_M, before_M, strict=True)]
+        return [0] * len(fracs_M)
+    return [n + 1 if x > limit else 0 for x, n in zip(fracs_M, before_M, strict=True)]
 
 
-def _worst_layer(shares_M: list[float], steps_M: list[int], patience_steps: int) -> int | None:
-    """Return the layer of the largest share of those above their limit for long enough."""
+def _worst_layer(fracs_M: list[float], steps_M: list[int], patience_steps: int) -> int | None:
+    """Return the layer with the largest fraction among those above their limit for long enough."""
     layers = [layer for layer, n_steps in enumerate(steps_M) if n_steps >= patience_steps]
-    return max(layers, key=lambda layer: shares_M[layer], default=None)
+    return max(layers, key=lambda layer: fracs_M[layer], default=None)

@@ -1,4 +1,4 @@
-"""What a device can do at most, what is chosen for it, and how much memory this process has used."""
+"""Properties of the device: its peak FLOP/s, the expert backend chosen for it, and peak memory."""
 
 import resource
 import time
@@ -9,7 +9,7 @@ import torch
 from turnout.moe.experts.experts import choose_backend
 from turnout.training.config.run import RunConfig
 
-# Dense bf16 FLOP/s by the vendor's data sheets. Whole names: the PCIe and NVL boards of a family are slower.
+# Dense bf16 FLOP/s from the vendor's data sheets. Full names, because PCIe and NVL boards are slower.
 _GPU_BF16_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def expert_backend_of(cfg: RunConfig, device: torch.device) -> str:
-    """Return the backend that a run uses on a device; `auto` chooses one that can count its rows."""
+    """Return the backend that a run uses on a device; `auto` chooses one that can index all its rows."""
     if cfg.train.expert_backend != "auto":
         return cfg.train.expert_backend
     chosen = choose_backend(cfg.model, device, DTYPES[cfg.train.precision])
@@ -32,14 +32,14 @@ def expert_backend_of(cfg: RunConfig, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """flops_per_s of one rank, and where the number comes from: MFU means nothing without it."""
+    """FLOP/s of one rank, and the source of that number, without which an MFU means nothing."""
 
     flops_per_s: float
     source: str
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> PeakFlops:
-    """Return the peak of a known GPU by its data sheet, else the best of some square matrix products."""
+    """Return the data-sheet peak of a known GPU, otherwise the best of some square matrix products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if name in _GPU_BF16_FLOPS and dtype in (torch.bfloat16, torch.float16):
@@ -69,9 +69,7 @@ def _time_matmul(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory this process has held: on its GPU where it has one, else resident on the
-    host.
-    """
+    """Return the peak memory of this process: allocated on its GPU, or resident on the host without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts in KiB

@@ -1,4 +1,9 @@
-"""The run as a story: build, go on from the newest checkpoint, train step by step, evaluate, save, sample."""
+"""A run on one rank, from top to bottom: build what it needs, resume from the newest checkpoint, take step
+after step, and once in a while log, evaluate and save; at the end write samples.
+
+What a step computes is in training/step.py, and what follows a step that went wrong in
+training/guard_policy.py.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -21,7 +26,7 @@ from turnout.training.errors import DivergedError, SaveError, TakenOverError
 from turnout.training.evaluation.held_out import evaluate
 from turnout.training.generation.generate import continue_prompts
 from turnout.training.guard_policy import GuardPolicy, Intervention
-from turnout.training.hardware import DTYPES, PeakFlops, expert_backend_of, peak_flops
+from turnout.training.hardware import DTYPES, expert_backend_of, peak_flops
 from turnout.training.metrics import MetricsLog, Row
 from turnout.training.optimizers.schedule import lr_at
 from turnout.training.parallel.groups import Groups
@@ -37,8 +42,10 @@ SKIPPED_FILE = "skipped.json"  # in the run directory: data left out, known befo
 
 @dataclass(frozen=True)
 class Observer:
-    """Who is told of the run on the first rank: rows of metrics, texts under a name, events in words, and
-    where it stands.
+    """Callbacks of whoever watches the run, called on the first rank only.
+
+    on_row: a row of metrics. on_text: a sample, as prompt and continuation. on_event: one line on something
+    unusual. on_status: where the attempt stands.
     """
 
     on_row: Callable[[Row], None]
@@ -57,28 +64,31 @@ def train(
     attached: Attached,
     attempt_dir: Path,
 ) -> None:
-    """Run the whole of cfg on this rank, from the run's newest checkpoint on, or until it is asked to stop;
-    every rank calls it, and the first brings an observer.
+    """Train cfg on this rank, from the run's newest checkpoint to the last step, or until asked to stop.
 
-    start_dir: where the stop file of this start appears.
+    Every rank calls this; only the first has an observer. attempt_dir: where this attempt's stop file
+    appears.
 
-    Raises ConfigError, DataError, CheckpointError, DivergedError, SaveError or TakenOverError, each the same
-    on every rank where the cause is shared.
+    Raises ConfigError, DataError, CheckpointError, DivergedError, SaveError or TakenOverError: the same one
+    on every rank where the ranks share the cause.
     """
     run = Run(cfg, run_dir, groups, observer, fencing_token, attached, StopFile(attempt_dir, groups))
     run.resume()
     try:
         while run.progress.step < cfg.train.n_steps:
-            intervention = run.train_on()
+            intervention = run.train_steps()
             if intervention is not None:
                 run.roll_back(intervention)
             elif run.progress.step < cfg.train.n_steps:
                 run.stop_early()
                 return
-    except DivergedError:  # on every rank at the same step, so what is being saved can still be
+    except (
+        DivergedError
+    ):  # every rank raises it at the same step, so a save in the background can still finish
         run.wait_saved()
         raise
-    run.finish()
+    run.write_samples()
+    run.close("done")
 
 
 class Run:
@@ -94,75 +104,98 @@ class Run:
         attached: Attached,
         stop_file: StopFile,
     ) -> None:
+        """Build what the run needs, and log what was chosen."""
         self.cfg, self.run_dir, self.groups, self._observer = cfg, run_dir, groups, observer
-        # Checksums were verified before the ranks started.
+        # Size only: the command verified the checksums before it started the ranks.
         self._corpus = open_corpus(Path(cfg.data.corpus), verify="size")
         self._loader = build_loader(cfg, self._corpus)
         self._engine, self._decoder = build_engine(cfg, groups)
         self.progress = Progress(RouterState.initial(cfg.model, groups.device))
         layout = groups.layout
-        self._saved_layout = SavedLayout(
+        self._layout = SavedLayout(
             world_size=layout.world_size, tp=layout.tp, ep=layout.ep, zero_stage=cfg.parallel.zero_stage
         )
-        self._saver = Saver(run_dir, groups, cfg.checkpoint, fencing_token, attached, self._saved_layout)
+        self._saver = Saver(run_dir, groups, cfg.checkpoint, fencing_token, attached, self._layout)
         self._metrics: MetricsLog | None = None
         peak = peak_flops(groups.device, DTYPES[cfg.train.precision])
         self._throughput = Throughput(cfg.model, groups, peak)
         self._stop_file, self._gap = stop_file, MaxTimer()
-        _log_choices(cfg, groups, peak)
+        log.info(
+            "rank %d of %d: dp=%d tp=%d ep=%d, ZeRO-%d, %s, experts by %s, device %s, peak %.3g FLOP/s (%s)",
+            groups.rank,
+            layout.world_size,
+            layout.dp,
+            layout.tp,
+            layout.ep,
+            cfg.parallel.zero_stage,
+            cfg.train.precision,
+            expert_backend_of(cfg, groups.device),
+            groups.device,
+            peak.flops_per_s,
+            peak.source,
+        )
 
     def resume(self) -> None:
-        """Go on from the newest intact checkpoint, where there is one. Collective. Raises CheckpointError."""
+        """Restore the newest intact checkpoint, if the run has one. Collective. Raises CheckpointError."""
         skipped = read_skips(self.run_dir / SKIPPED_FILE)
         found = self._saver.find_intact(self._report)
-        if found is None:
-            self.progress = replace(self.progress, skipped=skipped, n_interventions=len(skipped))
-            self._open_metrics()
-        else:
+        if found is not None:
             self._restore(*found, skipped)
+            return
+        self.progress = replace(self.progress, skipped=skipped, n_interventions=len(skipped))
+        self._open_metrics()
 
     def _restore(self, path: Path, manifest: Manifest, skipped: tuple[SkippedWindow, ...]) -> None:
         reader = TensorReader(path, manifest)
         router_state = restore(reader, self._engine, self.progress.router_state, self.groups)
         self.progress = Progress.restored(router_state, manifest.state, skipped)
-        saved, now = manifest.saved_layout, self._saved_layout
-        self._report(f"going on from {path}" + ("" if saved == now else f", saved at {saved}, now {now}"))
+        saved, now = manifest.saved_layout, self._layout
+        self._report(f"resuming from {path}" + ("" if saved == now else f", saved with {saved}, now {now}"))
         self._open_metrics()
 
-    def train_on(self) -> Intervention | None:
-        """Train to the last step, to a step after which the run must go back, and return why, or to where it
-        is asked to stop.
+    def train_steps(self) -> Intervention | None:
+        """Train to the last step, to the step boundary at which the run is asked to stop, or to a step after
+        which the run must roll back; return the reason for a rollback.
         """
-        cfg, progress = self.cfg, self.progress
-        policy = GuardPolicy(cfg, self.groups, progress)
+        cfg, groups, progress = self.cfg, self.groups, self.progress
+        policy = GuardPolicy(cfg, groups, progress)
         self._throughput.restart()
         self._gap.begin()
         with prefetch(
             self._loader,
             cfg,
-            self.groups.layout,
-            self.groups.rank,
+            groups.layout,
+            groups.rank,
             start_step=progress.step,
             data_step_at=lambda step: data_step_at(step, progress.skipped),
         ) as batches:
             for step, microbatches in batches:
                 with _naming_step(step + 1):
-                    result, intervention = self._step(step, microbatches, policy)
+                    result, intervention = self._take_step(step, microbatches, policy)
                     if intervention is not None and intervention.action == "rollback":
                         return intervention
-                    self._record(result)
-                    self._save_if_due()
+                    is_last = progress.step == cfg.train.n_steps
+                    row: Row = {"step": progress.step}
+                    if is_last or progress.step % cfg.log.every_steps == 0:
+                        row |= _step_row(result, progress, self._lr_at(step), self._engine.loss_scale)
+                        row |= self._throughput.row()
+                    if is_last or _is_due(progress.step, cfg.eval.every_steps):
+                        row |= self._evaluate()
+                    if len(row) > 1:
+                        self._log(row)
+                    if is_last or _is_due(progress.step, cfg.checkpoint.every_steps):
+                        self.save()
                     self._gap.end()
                     if self._stop_file.is_there():
                         return None
                     self._gap.begin()
-                    self.groups.recorder.enter_phase(progress.step, "data")
+                    groups.recorder.enter_phase(progress.step, "data")
         return None
 
-    def _step(
+    def _take_step(
         self, step: int, microbatches: list[Batch], policy: GuardPolicy
     ) -> tuple[StepResult, Intervention | None]:
-        """Take one step and note its outcome."""
+        """Take one optimizer step and record its outcome in the progress. step counts from 0."""
         cfg, progress = self.cfg, self.progress
         self._saver.poll()
         result = train_step(
@@ -182,105 +215,118 @@ class Run:
         progress.n_skipped_in_a_row = 0 if was_applied else progress.n_skipped_in_a_row + 1
         if intervention is not None and intervention.action == "skip":
             progress.n_interventions += 1
-            self._report(f"step {step + 1}: {intervention.finding.text}; its update was skipped")
+            self._report(f"step {step + 1}: {intervention.anomaly.text}; its update was skipped")
         self._throughput.count(cfg.train.batch_tokens)
         return result, intervention
 
+    def _lr_at(self, step: int) -> float:
+        cfg = self.cfg
+        return lr_at(step, lr=cfg.optim.lr, schedule=cfg.optim.schedule, n_steps=cfg.train.n_steps)
+
+    def _evaluate(self) -> Row:
+        self.groups.recorder.enter_phase(self.progress.step, "evaluation")
+        found = evaluate(
+            self._decoder,
+            self._corpus,
+            self.progress.router_state,
+            self.groups,
+            microbatch_seqs=self.cfg.train.microbatch_seqs,
+            max_documents=self.cfg.eval.max_documents,
+        )
+        self._throughput.restart()
+        return {
+            "eval/loss": found.loss,
+            "eval/bits_per_byte": found.bits_per_byte,
+            "eval/n_documents": found.n_documents,
+            "eval/n_bytes": found.n_bytes,
+        }
+
+    def _log(self, row: Row) -> None:
+        if self._metrics is not None and self._observer is not None:
+            self._metrics.write(row)
+            self._observer.on_row(row)
+            self._report_status("training")
+
+    def save(self) -> None:
+        """Save this step, in the background where checkpoint.async_save is set. Collective."""
+        self.groups.recorder.enter_phase(self.progress.step, "checkpoint")
+        rank_state = rank_state_of(self._engine, self.progress.router_state, self.groups)
+        scalars, scaler = self._engine.optimizer_scalars(), self._engine.loss_scaler_state()
+        self._saver.save(rank_state, self.progress.to_state(optimizer=scalars, loss_scaler=scaler))
+
     def roll_back(self, intervention: Intervention) -> None:
-        """Go back to the newest intact checkpoint, and leave out the data that led here. Collective."""
-        here, step = self.progress, self.progress.step
+        """Restore the newest intact checkpoint, and leave out the data that led here. Collective.
+
+        Raises DivergedError where there is no checkpoint yet, CheckpointError where none is intact.
+        """
+        here, step, found_text = self.progress, self.progress.step, intervention.anomaly.text
         last = data_step_at(step - 1, here.skipped)
         found = self._saver.find_intact(self._report)
         if found is None:
             raise DivergedError(
-                f"step {step}: {intervention.finding.text}, but there is no checkpoint to go back to yet; lower "
+                f"step {step}: {found_text}, but there is no checkpoint to roll back to yet; lower "
                 "checkpoint.every_steps, or lower optim.lr"
             )
-        # Not before the checkpoint: the data up to there has been read, and stays where it is in the order.
+        # Only data after the checkpoint: the run has learned from what came before, which keeps its place.
         first_unread = data_step_at(found[1].state.step, here.skipped)
         assert self.cfg.guard.skip_window_steps is not None, "GuardConfig fills it in"
         first = max(first_unread, last + 1 - self.cfg.guard.skip_window_steps)
-        window = SkippedWindow(first, last, f"step {step}: {intervention.finding.text}")
+        window = SkippedWindow(first, last, f"step {step}: {found_text}")
         skipped = merged(here.skipped, [window])
-        # On disk before training goes on, so that a kill does not lead back into the same data.
+        # On disk before training continues, so that a kill does not lead back into the same data.
         if self.groups.is_first:
             write_skips(self.run_dir / SKIPPED_FILE, skipped)
-        self._report(
-            f"step {step}: {intervention.finding.text}; going back, without data steps {first} to {last}"
-        )
+        self._report(f"step {step}: {found_text}; rolling back, without data steps {first} to {last}")
         self._restore(*found, skipped)
         self.progress.n_interventions = here.n_interventions + 1
 
     def wait_saved(self) -> None:
-        """Wait for the save under way, in a run that ends for another reason."""
+        """Wait for a save in the background, in a run that ends for another reason."""
         try:
             self._saver.wait()
         except (SaveError, TakenOverError) as err:
             self._report(str(err))
 
     def stop_early(self) -> None:
-        """Save where the run is, and end; whoever asked for it lets it go on later."""
+        """Save this step, unless that has been done, and end; --resume continues from it."""
         if self._saver.newest_step != self.progress.step:
-            self._save()
-        self.groups.recorder.enter_phase(self.progress.step, "last checkpoint")
-        self._saver.close()
-        self._report(f"stopped after step {self.progress.step}, as asked; saved, and can be gone on with")
-        self._report_status("saved")
-        self._close()
+            self.save()
+        self.close("saved")
 
-    def finish(self) -> None:
-        """Sample from the trained model, and see the last checkpoint written."""
-        self.groups.recorder.enter_phase(self.progress.step, "sampling")
-        for prompt, text in self._samples():
+    def write_samples(self) -> None:
+        """Continue the prompts of sample.prompts with the trained model. Collective."""
+        cfg, step = self.cfg, self.progress.step
+        self.groups.recorder.enter_phase(step, "sampling")
+        if not cfg.sample.prompts:
+            return
+        tokenizer, state = self._corpus.load_tokenizer(), self.progress.router_state
+        texts = continue_prompts(self._decoder, tokenizer, state, cfg.sample, seed=cfg.train.seed)
+        for prompt, text in zip(cfg.sample.prompts, texts, strict=True):
             if self._metrics is not None and self._observer is not None:
-                self._metrics.write_text("sample", f"**{prompt}**{text}", self.progress.step)
+                self._metrics.write_text("sample", f"**{prompt}**{text}", step)
                 self._observer.on_text(prompt, text)
+
+    def close(self, state: State) -> None:
+        """Wait for the last checkpoint, and end. Raises SaveError or TakenOverError if that fails.
+
+        state: what the status file says of this attempt from now on.
+        """
         self.groups.recorder.enter_phase(self.progress.step, "last checkpoint")
         self._saver.close()
-        self._report_status("done")
-        self._close()
-
-    def _close(self) -> None:
+        if state == "saved":
+            self._report(f"stopped after step {self.progress.step}, as asked; --resume continues from there")
+        self._report_status(state)
         if self._metrics is not None:
             self._metrics.close()
         self._engine.close()
 
-    def _record(self, result: StepResult) -> None:
-        """Write a row of metrics, with an evaluation, where one is due."""
-        cfg, progress = self.cfg, self.progress
-        is_last = progress.step == cfg.train.n_steps
-        row: Row = {"step": progress.step}
-        if is_last or progress.step % cfg.log.every_steps == 0:
-            lr = self._lr_at(progress.step - 1)
-            row |= _step_row(result, progress, lr, self._engine.loss_scale) | self._throughput.row()
-        if is_last or _is_due(progress.step, cfg.eval.every_steps):
-            self.groups.recorder.enter_phase(progress.step, "evaluation")
-            row |= self._evaluation_row()
-            self._throughput.restart()
-        if len(row) > 1 and self._metrics is not None and self._observer is not None:
-            self._metrics.write(row)
-            self._observer.on_row(row)
-            self._report_status("training")
-
-    def _save_if_due(self) -> None:
-        step = self.progress.step
-        if step == self.cfg.train.n_steps or _is_due(step, self.cfg.checkpoint.every_steps):
-            self._save()
-
-    def _save(self) -> None:
-        self.groups.recorder.enter_phase(self.progress.step, "checkpoint")
-        share = rank_state_of(self._engine, self.progress.router_state, self.groups)
-        scalars, scaler = self._engine.optimizer_scalars(), self._engine.loss_scaler_state()
-        self._saver.save(share, self.progress.to_state(optimizer=scalars, loss_scaler=scaler))
-
     def _open_metrics(self) -> None:
+        """Open metrics.jsonl and the trackers on the first rank, without rows after this step."""
         if self._metrics is not None:
             self._metrics.close()
         if self.groups.is_first:
-            config = self.cfg.model_dump(mode="json")
-            self._metrics = MetricsLog(
-                self.run_dir, self.cfg.log.trackers, config, after_step=self.progress.step
-            )
+            config, step = self.cfg.model_dump(mode="json"), self.progress.step
+            self._metrics = MetricsLog(self.run_dir, self.cfg.log.trackers, config, after_step=step)
 
     def _report(self, event: str) -> None:
         log.info(event)
@@ -292,38 +338,10 @@ class Run:
             longest = (self._gap.longest_s, self._saver.longest_s)
             self._observer.on_status(Status(state, self.progress.step, *longest))
 
-    def _lr_at(self, step: int) -> float:
-        cfg = self.cfg
-        return lr_at(step, lr=cfg.optim.lr, schedule=cfg.optim.schedule, n_steps=cfg.train.n_steps)
-
-    def _evaluation_row(self) -> Row:
-        evaluation = evaluate(
-            self._decoder,
-            self._corpus,
-            self.progress.router_state,
-            self.groups,
-            microbatch_seqs=self.cfg.train.microbatch_seqs,
-            max_documents=self.cfg.eval.max_documents,
-        )
-        return {
-            "eval/loss": evaluation.loss,
-            "eval/bits_per_byte": evaluation.bits_per_byte,
-            "eval/n_documents": evaluation.n_documents,
-            "eval/n_bytes": evaluation.n_bytes,
-        }
-
-    def _samples(self) -> list[tuple[str, str]]:
-        cfg = self.cfg
-        if not cfg.sample.prompts:
-            return []
-        tokenizer, state = self._corpus.load_tokenizer(), self.progress.router_state
-        texts = continue_prompts(self._decoder, tokenizer, state, cfg.sample, seed=cfg.train.seed)
-        return list(zip(cfg.sample.prompts, texts, strict=True))
-
 
 @contextmanager
 def _naming_step(n_done: int) -> Iterator[None]:
-    """Put the step into what went wrong in it, a lost peer too, which may be noticed in any collective."""
+    """Add the step to an error raised in it; any collective may be the one that notices a lost peer."""
     try:
         yield
     except RuntimeError as err:
@@ -350,21 +368,3 @@ def _step_row(result: StepResult, progress: Progress, lr: float, loss_scale: flo
         "router/dropped_rows": int(result.n_dropped),
         "perf/extra_chunks": int(result.n_extra_chunks),
     }
-
-
-def _log_choices(cfg: RunConfig, groups: Groups, peak: PeakFlops) -> None:
-    layout = groups.layout
-    log.info(
-        "rank %d of %d: dp=%d tp=%d ep=%d, ZeRO-%d, %s, experts by %s, device %s, peak %.3g FLOP/s (%s)",
-        groups.rank,
-        layout.world_size,
-        layout.dp,
-        layout.tp,
-        layout.ep,
-        cfg.parallel.zero_stage,
-        cfg.train.precision,
-        expert_backend_of(cfg, groups.device),
-        groups.device,
-        peak.flops_per_s,
-        peak.source,
-    )

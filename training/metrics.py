@@ -1,6 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, which is the record, and accelerate's trackers fed from the same
-rows.
-"""
+"""Metrics of a run: metrics.jsonl, which is the record, and accelerate's trackers with the same rows."""
 
 import json
 import math
@@ -17,9 +15,9 @@ Row = dict[str, float | int]
 
 
 class MetricsLog:
-    """Writes rows of `area/quantity_unit` numbers. Only the first rank has one.
+    """Writes rows of values named `area/quantity_unit`. Only the first rank has one.
 
-    after_step: the run goes on after this step. Later rows, which an earlier start of it left, are dropped.
+    after_step: the run resumes after this step; later rows, written by an earlier attempt, are deleted.
     """
 
     def __init__(
@@ -32,8 +30,8 @@ class MetricsLog:
         self._trackers = {name: _start_tracker(name, run_dir, config, after_step) for name in trackers}
 
     def write(self, row: Row) -> None:
-        """Append one row; row["step"] counts optimizer steps done."""
-        # JSON has no infinity: the norm of a skipped fp16 step is null.
+        """Append one row; row["step"] is the number of optimizer steps done."""
+        # JSON has no infinity, so the norm of a skipped fp16 step becomes null.
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
@@ -42,7 +40,7 @@ class MetricsLog:
             tracker.log(values, step=int(row["step"]))
 
     def write_text(self, name: str, text: str, step: int) -> None:
-        """Hand a text to TensorBoard where it is on; other trackers get numbers only."""
+        """Write a text to TensorBoard if it is on; the other trackers get numbers only."""
         if (tracker := self._trackers.get("tensorboard")) is not None:
             tracker.writer.add_text(name, text, step)
 
@@ -53,17 +51,17 @@ class MetricsLog:
 
 
 def _rows_until(path: Path, step: int) -> bytes:
-    """Return the rows up to a step, without a last one that a kill has cut."""
+    """Return the rows up to a step, without a last line that a kill has truncated."""
     whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     return b"".join(line for line in whole if json.loads(line)["step"] <= step)
 
 
 def _start_tracker(name: str, run_dir: Path, config: Mapping[str, Any], after_step: int) -> "GeneralTracker":
-    # Imported here because it brings torch with it, for which who only names a row need not wait.
+    # Imported here because it imports torch, which is slow and not needed by code that only names a Row.
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     if name == "tensorboard":
-        # Without it the points of an earlier start would stay beside those of this one.
+        # Without purge_step the points of an earlier attempt would remain beside those of this one.
         tracker = TensorBoardTracker("tensorboard", logging_dir=run_dir, purge_step=after_step + 1)
         tracker.start()
         tracker.writer.add_text("config", "```json\n" + json.dumps(config, indent=2) + "\n```")

@@ -1,6 +1,4 @@
-"""What is minimised, as sums over the tokens of one micro-batch. The division by tokens is in
-training/step.py.
-"""
+"""The training objective, as sums over the tokens of one micro-batch; training/step.py divides by tokens."""
 
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ from turnout.training.linear_cross_entropy import linear_cross_entropy, score_lo
 
 @dataclass(frozen=True)
 class ObjectiveSums:
-    """Sums over the counted tokens of one micro-batch.
+    """Sums over the unmasked tokens of one micro-batch.
 
     total  [] with gradient: cross-entropy plus the weighted balancing terms
     nll    [] nats, the cross-entropy alone, detached
@@ -36,7 +34,7 @@ class Objective(nn.Module):
         self.decoder = decoder
 
     def forward(self, batch: Batch, router_state: RouterState) -> ObjectiveSums:
-        """batch: tokens, targets and doc_ids [B, S]; a target of IGNORE_INDEX counts nowhere."""
+        """batch: tokens, targets, doc_ids [B, S]; all sums leave out tokens whose target is IGNORE_INDEX."""
         balance = self.decoder.cfg.balance
         is_counted = batch.targets != IGNORE_INDEX
         hidden, stats = self.decoder(batch.tokens, batch.doc_ids, is_counted, router_state)

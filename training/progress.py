@@ -1,4 +1,4 @@
-"""What has happened so far in a run: what the loop carries from step to step beside the engine's state."""
+"""The progress of a run: what the training loop carries from step to step besides the engine's state."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -10,7 +10,7 @@ from turnout.training.guard import GuardState
 
 @dataclass
 class Progress:
-    """step: optimizer steps done. n_skipped: of those, the ones that changed no weight."""
+    """step: optimizer steps done. n_skipped: how many of them changed no weight."""
 
     router_state: RouterState
     step: int = 0
@@ -27,7 +27,7 @@ class Progress:
     ) -> "Progress":
         """Return the progress of a checkpoint.
 
-        skipped: the run's own ledger of data left out, which may know of later windows than the checkpoint.
+        skipped: the run's own list of data left out, which may contain later windows than the checkpoint.
         """
         skipped = merged(state.skipped, skipped)
         return cls(
@@ -42,7 +42,7 @@ class Progress:
         )
 
     def to_state(self, *, optimizer: dict[str, float], loss_scaler: dict[str, float]) -> TrainingState:
-        """Return what a checkpoint keeps of this, beside the engine's scalars."""
+        """Return what a checkpoint stores of this, together with the engine's scalars."""
         return TrainingState(
             step=self.step,
             tokens_seen=self.tokens_seen,

@@ -1,7 +1,7 @@
-"""Names that earlier releases used, and what they are called now: one table for everything that was renamed.
+"""Names of earlier releases and their names today, in one place: old name -> new name.
 
-Files that an earlier release wrote are read with today's names, in silence. An old name that a person types is
-refused with the new one (launch/settings.py, launch/cli/main.py).
+Files that an earlier release wrote are read silently, with the old names replaced. An old name that a user
+types is an error that names the new one (launch/settings.py, launch/cli/main.py).
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ SETTINGS = {"parallel.ep_trips": "parallel.ep_chunks", "checkpoint.is_async": "c
 METRICS = {"router/dropped_tokens": "router/dropped_rows", "perf/extra_trips": "perf/extra_chunks"}
 PROVENANCE = {"starts": "attempts"}
 MANIFEST, MANIFEST_TENSOR = {"saved_at": "saved_layout"}, {"pieces": "shards"}
-ATTEMPT_DIR, EARLIER_ATTEMPT_DIR = "attempt", "start"  # in logs/, before a hyphen and a number
+ATTEMPT_DIR, EARLIER_ATTEMPT_DIR = "attempt", "start"  # directories in logs/, as attempt-00001
 
 
 def rename_keys(fields: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields with today's names; a field that has today's name already is kept as it is."""
+    """Return the fields under today's names; a field with any other name is unchanged."""
     return {new_names.get(name, name): value for name, value in fields.items()}
 
 
 def rename_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tree of settings, of plain values, with today's names."""
+    """Return a config as plain values, {section: {name: value}}, with today's names."""
     renamed = {name: dict(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
     for old, new in SETTINGS.items():
         (old_section, _, old_name), (new_section, _, new_name) = old.rpartition("."), new.rpartition(".")
@@ -32,7 +32,7 @@ def rename_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rename_manifest(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's manifest, of plain values, with today's names."""
+    """Return a checkpoint's manifest as plain values with today's names."""
     renamed = rename_keys(tree, MANIFEST)
     if isinstance(tensors := renamed.get("tensors"), Mapping):
         renamed["tensors"] = {

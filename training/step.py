@@ -1,7 +1,7 @@
-"""One optimizer step. The one place where anything is divided by a number of tokens.
+"""One optimizer step. The only place where anything is divided by a number of tokens.
 
 Ranks and micro-batches hold different numbers of unmasked tokens, so a mean of their means is biased. Every
-loss is therefore a sum, and is divided once by the token count of the global batch.
+loss is therefore a sum, divided once by the token count of the global batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ class StepResult:
     z_loss         [] mean over expert layers, without its coefficient
     entropy        [] nats, of the router probabilities, mean over expert layers
     counts_ME      [M, E] int64, rows that chose each expert
-    n_dropped      [] int64, rows cut by the capacity factor, all layers
-    n_extra_trips  [] int64, see RouterStats; all layers and data-parallel ranks
-    local_nll      [] fp64 nats, this rank's share of the sum of the cross-entropy
+    n_dropped      [] int64, rows dropped by the capacity factor, all layers
+    n_extra_chunks [] int64, see RouterStats; all layers and data-parallel ranks
+    local_nll      [] fp64 nats, this rank's part of the summed cross-entropy
     """
 
     loss: Tensor
@@ -46,11 +46,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What the forward and backward passes of a step left.
+    """Sums from the forward and backward passes of a step.
 
     n_tokens   [] int64, unmasked targets of the global batch
     sums       [6 + M * E] fp64 over the global batch, as _pack lays them out
-    local_nll  [] fp64, this rank's share of the cross-entropy
+    local_nll  [] fp64 nats, this rank's part of the summed cross-entropy
     """
 
     n_tokens: Tensor
@@ -71,7 +71,7 @@ class StepTotals:
 def accumulate(
     engine: Engine, microbatches: Sequence[Batch], router_state: RouterState, *, step: int, groups: Groups
 ) -> StepTotals:
-    """Run forward and backward over this rank's micro-batches; the engine then holds the step's gradient."""
+    """Run forward and backward over this rank's micro-batches, and leave the gradient in the engine."""
     assert len(microbatches) == engine.n_microbatches
     n_tokens = sum((mb.targets != IGNORE_INDEX).sum() for mb in microbatches)
     assert isinstance(n_tokens, Tensor)
@@ -92,7 +92,7 @@ def accumulate(
 
 
 def apply_update(engine: Engine, totals: StepTotals, router_state: RouterState, *, lr: float) -> StepResult:
-    """Clip and apply the gradient that accumulate left."""
+    """Clip and apply the gradient that `accumulate` computed."""
     return _unpack(totals, router_state, engine.step(lr))
 
 
@@ -106,11 +106,11 @@ def train_step(
     groups: Groups,
     is_wanted: Callable[[StepTotals], bool] | None = None,
 ) -> StepResult:
-    """Apply one optimizer step to the global batch, of which this rank holds `microbatches`.
+    """Take one optimizer step on the global batch; `microbatches` is this rank's part.
 
-    step counts from 1 and is only for the ledger. is_wanted looks at the totals before the update, and must
-    say the same on every rank; where it says no, no weight changes. Nor does one where the gradient norm is
-    not finite. The outcome says so.
+    step counts from 1 and is only for the flight recorder. is_wanted sees the totals before the update and
+    must return the same on every rank. If it returns False, or the gradient norm is not finite, no weight
+    changes, and the outcome's was_applied is False.
     """
     totals = accumulate(engine, microbatches, router_state, step=step, groups=groups)
     if is_wanted is not None and not is_wanted(totals):
@@ -120,7 +120,7 @@ def train_step(
 
 
 def advance_router_state(state: RouterState, result: StepResult, balance: BalanceConfig) -> RouterState:
-    """Return the router state after a step; a step that was not applied leaves it as it was."""
+    """Return the router state after a step; a step that was not applied leaves it unchanged."""
     return state.after_step(result.counts_ME, balance) if result.outcome.was_applied else state
 
 
@@ -128,7 +128,7 @@ _N_SCALARS = 6
 
 
 def _pack(objective: ObjectiveSums) -> Tensor:
-    """Lay all sums of a micro-batch in one fp64 row, so that they cost one reduction."""
+    """Put all sums of a micro-batch into one fp64 row, so that they need only one reduction."""
     stats = objective.stats
     scalars = [objective.nll, stats.balance_sum.mean(), stats.z_sum.mean(), stats.entropy_sum.mean()]
     scalars += [stats.n_dropped.sum(), stats.n_extra_chunks.sum()]

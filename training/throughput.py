@@ -1,4 +1,4 @@
-"""Times of a run: its speed between logged rows, and the longest of what must fit before a time limit."""
+"""Timing of a run: its speed between logged rows, and its longest phases, which a time limit must allow."""
 
 import time
 
@@ -12,20 +12,20 @@ from turnout.training.parallel.groups import Groups
 
 
 class MaxTimer:
-    """The longest of some times, seconds."""
+    """Times phases and keeps the longest."""
 
     def __init__(self) -> None:
         self.longest_s = 0.0
 
     def begin(self) -> None:
-        self._start_s = time.monotonic()
+        self._begin_s = time.monotonic()
 
     def end(self) -> None:
-        self.longest_s = max(self.longest_s, time.monotonic() - self._start_s)
+        self.longest_s = max(self.longest_s, time.monotonic() - self._begin_s)
 
 
 class Throughput:
-    """Speed since the last row, over all ranks."""
+    """Speed over all ranks since the last row."""
 
     def __init__(self, model: ModelConfig, groups: Groups, peak: PeakFlops) -> None:
         self._flops_per_token, self._groups, self._peak = flops_per_token(model), groups, peak

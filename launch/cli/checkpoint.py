@@ -1,17 +1,15 @@
-"""`turnout checkpoint` and its commands; launch/cli/main.py registers them."""
+"""`turnout checkpoint` and its subcommands on the command line; launch/cli/main.py registers them."""
 
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
-checkpoint = App(
-    name="checkpoint", help="Look at the checkpoints of a run, verify them, and remove old ones."
-)
+checkpoint = App(name="checkpoint", help="List, verify, show or remove the checkpoints of a run.")
 
 
 @checkpoint.command(name="list")
-def list_(run_dir: Annotated[Path, Parameter(help="What --run-dir named.")], /) -> None:
+def list_(run_dir: Annotated[Path, Parameter(help="The run directory, as given to --run-dir.")], /) -> None:
     """List a run's checkpoints, newest first, without reading their tensors.
 
     Example: turnout checkpoint list runs/first
@@ -23,9 +21,9 @@ def list_(run_dir: Annotated[Path, Parameter(help="What --run-dir named.")], /) 
 
 @checkpoint.command
 def verify(
-    directory: Annotated[Path, Parameter(help="A checkpoint, or a run directory for all of its own.")], /
+    directory: Annotated[Path, Parameter(help="A checkpoint, or a run directory to verify all of them.")], /
 ) -> None:
-    """Read every byte and compare it with the checksums; exit code 4 where a file is damaged.
+    """Read every byte and compare it with the checksums. The exit code is 4 if a file is damaged.
 
     Example: turnout checkpoint verify runs/first/checkpoints/step-00001000
     """
@@ -40,10 +38,10 @@ def show(
     /,
     *,
     tensors: Annotated[
-        bool, Parameter(negative=(), help="Read the weights: mean, std, min and max of each parameter.")
+        bool, Parameter(negative=(), help="Also read the weights: mean, std, min and max of each parameter.")
     ] = False,
 ) -> None:
-    """Show what a checkpoint holds: step, data, layout, optimizer, and each parameter's shape.
+    """Show what a checkpoint holds: step, data, layout, optimizer, and the shape of each parameter.
 
     Example: turnout checkpoint show runs/first --tensors
     """
@@ -54,12 +52,18 @@ def show(
 
 @checkpoint.command
 def prune(
-    run_dir: Annotated[Path, Parameter(help="What --run-dir named; the run may be going on.")],
+    run_dir: Annotated[
+        Path, Parameter(help="The run directory, as given to --run-dir. The run may be training.")
+    ],
     /,
     *,
-    keep_last: Annotated[int, Parameter(help="How many of the newest stay.")],
-    keep_every_steps: Annotated[int | None, Parameter(help="Those of each so many steps stay, too.")] = None,
-    dry_run: Annotated[bool, Parameter(negative=(), help="Only say what would be removed.")] = False,
+    keep_last: Annotated[int, Parameter(help="How many of the newest checkpoints to keep.")],
+    keep_every_steps: Annotated[
+        int | None, Parameter(help="Also keep the checkpoints whose step is a multiple of this.")
+    ] = None,
+    dry_run: Annotated[
+        bool, Parameter(negative=(), help="Print what would be removed, and remove nothing.")
+    ] = False,
 ) -> None:
     """Remove old checkpoints, but never the newest intact one.
 

@@ -10,50 +10,65 @@ from turnout.launch.settings import load_config
 
 
 def submit(
-    recipe: Annotated[str, Parameter(help="Name of a packaged recipe, or a TOML file.")],
+    recipe: Annotated[str, Parameter(help="A packaged recipe by name, or a TOML file.")],
     /,
     *,
-    run_dir: Annotated[Path, Parameter(help="Directory of everything the run writes, seen by all nodes.")],
-    nodes: Annotated[str, Parameter(help="How many nodes, as 8, or 4-8 to go on with what there is.")],
-    time: Annotated[str, Parameter(help="Time limit of each life of the job, as 24:00:00.")] = "24:00:00",
-    gpus_per_node: Annotated[int | None, Parameter(help="GPUs of each node, with one rank each.")] = None,
-    ranks_per_node: Annotated[int | None, Parameter(help="CPU ranks of each node without GPUs.")] = None,
+    run_dir: Annotated[
+        Path, Parameter(help="Directory for everything that the run writes; all nodes must see it.")
+    ],
+    nodes: Annotated[
+        str,
+        Parameter(help="Number of nodes, such as 8; 4-8 lets the run continue on any number from 4 to 8."),
+    ],
+    time: Annotated[
+        str, Parameter(help="Time limit of the job, such as 24:00:00; each requeue starts it again.")
+    ] = "24:00:00",
+    gpus_per_node: Annotated[int | None, Parameter(help="GPUs per node, one rank on each.")] = None,
+    ranks_per_node: Annotated[int | None, Parameter(help="CPU ranks per node, if it has no GPUs.")] = None,
     overrides: Annotated[
-        tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
+        tuple[str, ...], Parameter(name="--set", help="Change a setting: PATH=VALUE; may be repeated.")
     ] = (),
     allow_change: Annotated[
         tuple[str, ...],
-        Parameter(help="A setting that may differ from the run's, as optim.lr; repeat at will."),
+        Parameter(help="A setting, such as optim.lr, that may differ from before; may be repeated."),
     ] = (),
     sbatch: Annotated[
-        tuple[str, ...], Parameter(help="An option for sbatch, as partition=gpu; repeat at will.")
+        tuple[str, ...], Parameter(help="An option for sbatch, such as partition=gpu; may be repeated.")
     ] = (),
     srun: Annotated[
         tuple[str, ...],
-        Parameter(help="An option for the ranks' srun, as container-image=turnout.sqsh; repeat at will."),
+        Parameter(
+            help="An option for the srun of the ranks, such as container-image=turnout.sqsh; may be repeated."
+        ),
     ] = (),
-    env_file: Annotated[Path | None, Parameter(help="Shell file of the site's own NCCL variables.")] = None,
-    warn_s: Annotated[
-        int, Parameter(help="Seconds before the time limit at which SLURM warns the job, at the latest.")
-    ] = 300,
-    max_failures: Annotated[int, Parameter(help="Failures without progress, after which the run stops.")] = 3,
-    chain: Annotated[
-        int | None, Parameter(help="Submit so many jobs, one after the other, where none may be requeued.")
+    env_file: Annotated[
+        Path | None, Parameter(help="Shell file that sets the site's own NCCL variables.")
     ] = None,
-    shared: Annotated[bool, Parameter(negative=(), help="Leave other jobs room on the nodes.")] = False,
+    warn_s: Annotated[
+        int, Parameter(help="SLURM warns the job at least this many seconds before its time limit.")
+    ] = 300,
+    max_failures: Annotated[int, Parameter(help="Stop after this many failures without progress.")] = 3,
+    chain: Annotated[
+        int | None,
+        Parameter(help="For sites that requeue no job: submit this many jobs, each after the one before."),
+    ] = None,
+    shared: Annotated[bool, Parameter(negative=(), help="Let other jobs share the nodes.")] = False,
     preflight: Annotated[
-        bool, Parameter(negative=(), help="Only check the nodes, and that their ranks reach one another.")
+        bool,
+        Parameter(negative=(), help="Train nothing: check the nodes, and that their ranks reach each other."),
     ] = False,
-    dry_run: Annotated[bool, Parameter(negative=(), help="Print the batch script, submit nothing.")] = False,
+    dry_run: Annotated[
+        bool, Parameter(negative=(), help="Print the batch script, and submit nothing.")
+    ] = False,
 ) -> None:
-    """Submit a run to SLURM; it saves before its limit, is requeued, and goes on until it is finished.
+    """Submit a run to SLURM. It saves before its time limit, is requeued, and resumes until it is finished.
 
     Example: turnout submit small --run-dir runs/small --nodes 8 --gpus-per-node 8 --time 24:00:00
     """
     cfg = load_config(recipe, overrides)
-    from turnout.launch.slurm.submit import Wanted, submit_run
+    from turnout.launch.slurm.submit import SubmitOptions, submit_run
 
-    wanted = Wanted(
+    options = SubmitOptions(
         run_dir=run_dir,
         nodes=nodes,
         time=time,
@@ -70,18 +85,20 @@ def submit(
         is_preflight=preflight,
         is_dry=dry_run,
     )
-    sys.exit(submit_run(cfg, wanted))
+    sys.exit(submit_run(cfg, options))
 
 
 def status(
     run_dir: Annotated[
-        Path | None, Parameter(help="What --run-dir named; default: all in the queue.")
+        Path | None, Parameter(help="The run directory; default: all your runs in the queue.")
     ] = None,
     /,
     *,
-    verify: Annotated[bool, Parameter(negative=(), help="Read every byte of the newest checkpoint.")] = False,
+    verify: Annotated[
+        bool, Parameter(negative=(), help="Also verify every byte of the newest checkpoint.")
+    ] = False,
 ) -> None:
-    """Show where a run stands: queue, step, loss, speed, time to the end, checkpoint and last failure.
+    """Show the state of a run: queue, step, loss, speed, time left, newest checkpoint and last failure.
 
     Example: turnout status runs/small --verify
     """

@@ -1,4 +1,4 @@
-"""The commands that ask a trained model: how well it predicts, and which experts it uses."""
+"""`turnout evaluate`, `lm-eval` and `experts` on the command line; launch/cli/main.py registers them."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,22 +11,25 @@ Model = Annotated[
     Path, Parameter(help="A run (its newest intact checkpoint), a checkpoint, or an exported model.")
 ]
 Split = Annotated[
-    Literal["train", "valid"] | None, Parameter(help="Which part of the corpus; default: valid.")
+    Literal["train", "valid"] | None, Parameter(help="Which split of the corpus; default: valid.")
 ]
-TextField = Annotated[
-    str | None, Parameter(help="Field that holds the text in jsonl and parquet; default: text.")
+TextField = Annotated[str | None, Parameter(help="Field with the text in jsonl and parquet; default: text.")]
+DType = Annotated[Literal["float32", "bfloat16"], Parameter(help="Dtype of the weights and the arithmetic.")]
+MaxDocuments = Annotated[
+    int | None, Parameter(help="Read at most this many documents, in turn from each source; default: all.")
 ]
-DType = Annotated[Literal["float32", "bfloat16"], Parameter(help="What the model computes in.")]
-MaxDocuments = Annotated[int | None, Parameter(help="Only so many, taken from the sources in turn.")]
-Microbatch = Annotated[int, Parameter(help="Sequences that the model takes at once.")]
+Microbatch = Annotated[int, Parameter(help="Sequences per forward pass.")]
 
 
 def evaluate(
     model: Model,
     /,
-    *texts: Annotated[str, Parameter(help="PATH or NAME=PATH: txt, jsonl, parquet, also compressed.")],
+    *texts: Annotated[
+        str,
+        Parameter(help="PATH or NAME=PATH: a file or directory of txt, jsonl or parquet, also compressed."),
+    ],
     corpus: Annotated[
-        Path | None, Parameter(help="A corpus of `turnout prepare` with the model's tokenizer.")
+        Path | None, Parameter(help="A prepared corpus with the model's tokenizer, in place of texts.")
     ] = None,
     split: Split = None,
     text_field: TextField = None,
@@ -34,19 +37,19 @@ def evaluate(
     microbatch_seqs: Microbatch = 8,
     dtype: DType = "float32",
     out: Annotated[
-        Path | None, Parameter(help="FILE.json or FILE.jsonl for the numbers of each document.")
+        Path | None, Parameter(help="FILE.json or FILE.jsonl for the results of each document.")
     ] = None,
 ) -> None:
-    """Loss, perplexity and bits per byte of texts, by source and in total.
+    """Compute loss, perplexity and bits per byte of texts, by source and in total.
 
-    Each document is scored alone, bos first, each of its tokens once, in windows of seq_len tokens that do
-    not overlap in what they score; the last window keeps a full context. Its bits are divided by the UTF-8
-    bytes of its text. This is lm-eval's rolling log-likelihood with add_bos_token=False.
+    Each document is scored alone, after bos, in windows of seq_len tokens. Each token is scored once; the
+    last window starts early enough to be full. Bits are divided by the UTF-8 bytes of the text. This is
+    lm-eval's rolling log-likelihood with add_bos_token=False.
 
     Example: turnout evaluate runs/first prose=docs/ code=src.jsonl.gz --out scores.json
     """
     check_is_model(model)
-    # Imported here, as below, because torch takes a second to import; --help and refusals do without.
+    # Imported here, as below, because torch takes a second to import; --help and errors need not wait.
     from turnout.launch.commands.evaluate import run_evaluate
 
     run_evaluate(
@@ -66,17 +69,22 @@ def lm_eval(
     model: Model,
     /,
     *,
-    tasks: Annotated[str, Parameter(help="Names of tasks or groups, separated by commas.")],
-    include_path: Annotated[Path | None, Parameter(help="Directory with YAML of tasks of your own.")] = None,
-    limit: Annotated[int | None, Parameter(help="Only the first so many documents of each task.")] = None,
+    tasks: Annotated[str, Parameter(help="Names of lm-eval tasks or groups, separated by commas.")],
+    include_path: Annotated[
+        Path | None,
+        Parameter(help="Directory with the YAML files of your own tasks. Their code is executed."),
+    ] = None,
+    limit: Annotated[
+        int | None, Parameter(help="Use only this many documents of each task, its first; default: all.")
+    ] = None,
     num_fewshot: Annotated[
-        int | None, Parameter(help="Examples before each question; default: the task's.")
+        int | None, Parameter(help="Examples before each question; default: as the task says.")
     ] = None,
     microbatch_seqs: Microbatch = 8,
     dtype: DType = "float32",
-    out: Annotated[Path | None, Parameter(help="FILE.json for the results and each sample.")] = None,
+    out: Annotated[Path | None, Parameter(help="FILE.json for the results and samples.")] = None,
 ) -> None:
-    """Tasks of the lm-evaluation-harness; needs pip install 'turnout[lm-eval]'.
+    """Run tasks of the lm-evaluation-harness; needs pip install 'turnout[lm-eval]'.
 
     Example: turnout lm-eval runs/first --tasks own_words --include-path tasks/ --limit 100
     """
@@ -97,24 +105,26 @@ def lm_eval(
 
 def experts(
     model: Model,
-    text: Annotated[str | None, Parameter(help="Some words, in quotes.")] = None,
+    text: Annotated[str | None, Parameter(help="The text to show, in quotes.")] = None,
     /,
     *,
     corpus: Annotated[
-        Path | None, Parameter(help="A corpus of `turnout prepare`, whose documents are counted instead.")
+        Path | None, Parameter(help="Count over a prepared corpus, in place of a text.")
     ] = None,
     split: Split = None,
     max_documents: MaxDocuments = None,
     microbatch_seqs: Microbatch = 8,
     dtype: DType = "float32",
     out: Annotated[
-        Path | None, Parameter(help="Of a text: a figure, FILE.svg or FILE.png. Of a corpus: a directory.")
+        Path | None,
+        Parameter(help="For a text: a figure, FILE.svg or FILE.png. For a corpus: a directory, required."),
     ] = None,
 ) -> None:
-    """Which experts each token of a text takes, layer by layer; or which tokens the experts of a corpus get.
+    """Show which experts the tokens of a text use, or what the experts specialise in over a corpus.
 
-    Of a text: one row per token, one column per expert layer, with ids and weights of its experts. Of a
-    corpus: the share of each expert's rows by source and by class of token, against that of all tokens.
+    For a text: one row per token and one column per expert layer, with the ids and weights of the experts.
+    For a corpus: what share of each expert's rows comes from each source and token class, compared with
+    their share of all tokens.
 
     Example: turnout experts runs/first "def add(a, b): return a + b" --out routes.svg
     """

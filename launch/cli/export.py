@@ -1,4 +1,4 @@
-"""The commands that bring weights out of Turnout and into it; launch/cli/main.py registers them."""
+"""`turnout export` and `turnout import` on the command line; launch/cli/main.py registers them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,9 @@ from turnout.launch.settings import load_config
 from turnout.launch.verify import check_is_model
 from turnout.training.errors import ConfigError
 
-TAKEN_FROM_RECIPE = ("model.seq_len", "model.balance")
-UPCYCLED_FROM_RECIPE = ("model.top_k", "model.router")
+# The model comes from the directory; only these sections of the recipe's model apply.
+FROM_RECIPE = ("model.seq_len", "model.balance")
+ALSO_FROM_RECIPE_IF_UPCYCLED = ("model.top_k", "model.router")
 
 
 def export(
@@ -19,39 +20,43 @@ def export(
     checkpoint: Annotated[
         Path, Parameter(help="A checkpoint, or a run directory for its newest intact one.")
     ],
-    out: Annotated[Path, Parameter(help="A new directory; it appears when what is in it has been proven.")],
+    out: Annotated[
+        Path, Parameter(help="A new directory. It gets its name only once its content is verified.")
+    ],
     format_: Annotated[
-        Literal["hf", "gguf"], Parameter(name="--format", help="For transformers, or for llama.cpp.")
+        Literal["hf", "gguf"], Parameter(name="--format", help="hf is for transformers, gguf for llama.cpp.")
     ],
     dtype: Annotated[
-        Literal["float32", "bfloat16", "q8_0"], Parameter(help="Of the matrices; q8_0 with gguf only.")
+        Literal["float32", "bfloat16", "q8_0"], Parameter(help="Dtype of the matrices; q8_0 only with gguf.")
     ] = "float32",
 ) -> None:
-    """Export trained weights, and prove that what was written computes the same logits.
+    """Export trained weights, and check that the exported model computes the same logits.
 
     Needs no GPU. Example: turnout export --checkpoint runs/first --out exports/first --format hf
     """
     check_is_model(checkpoint)
-    # Imported here because torch takes a second to import. --help and refusals need not wait for it.
+    # Imported here because torch takes a second to import; --help and errors need not wait for it.
     from turnout.launch.commands.export import run_export
 
     run_export(checkpoint, out, format_, dtype)
 
 
 def import_(
-    recipe: Annotated[str, Parameter(help="Recipe of the training to come; the model is not taken from it.")],
+    recipe: Annotated[str, Parameter(help="Recipe for the training; the model comes from --from instead.")],
     /,
     *,
-    from_: Annotated[Path, Parameter(name="--from", help="Directory with config.json and safetensors.")],
-    run_dir: Annotated[Path, Parameter(help="A new directory, for the run that is to go on.")],
+    from_: Annotated[
+        Path, Parameter(name="--from", help="Hugging Face directory: config.json, safetensors, tokenizer.")
+    ],
+    run_dir: Annotated[Path, Parameter(help="A new directory for the run.")],
     upcycle: Annotated[
-        int | None, Parameter(help="Make so many experts of each feed-forward layer of a dense model.")
+        int | None, Parameter(help="Copy each feed-forward layer of a dense model into this many experts.")
     ] = None,
     overrides: Annotated[
-        tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
+        tuple[str, ...], Parameter(name="--set", help="Change a setting: PATH=VALUE; may be repeated.")
     ] = (),
 ) -> None:
-    """Make a run of a Hugging Face model, from which `turnout train --resume` goes on at any layout.
+    """Turn a Hugging Face model into a run that `turnout train --resume` continues, at any layout.
 
     Example: turnout import tiny --from exports/first --run-dir runs/more --set train.n_steps=100
     """
@@ -65,11 +70,13 @@ def import_(
 
 
 def check_overrides(overrides: Sequence[str], *, is_upcycled: bool) -> None:
-    """Raise ConfigError for a setting of the model, which is the directory's, and would have no effect."""
-    taken = (*TAKEN_FROM_RECIPE, *(UPCYCLED_FROM_RECIPE if is_upcycled else ()))
+    """Raise ConfigError for a setting that has no effect because the model comes from the directory."""
+    applied = (*FROM_RECIPE, *(ALSO_FROM_RECIPE_IF_UPCYCLED if is_upcycled else ()))
     for path in (override.partition("=")[0].strip() for override in overrides):
-        if path.startswith("model.") and not any(path == one or path.startswith(f"{one}.") for one in taken):
+        if path.startswith("model.") and not any(
+            path == one or path.startswith(f"{one}.") for one in applied
+        ):
             raise ConfigError(
-                f"--set {path} has no effect: the model is the directory's, and of the recipe's only "
-                f"{', '.join(taken)} are taken; drop it"
+                f"--set {path} has no effect: the model comes from the directory, and only "
+                f"{', '.join(applied)} from the recipe; drop it"
             )

@@ -1,4 +1,7 @@
-"""The `turnout` command. Each command is a thin story; the exit codes are in launch/exit_codes.py."""
+"""The `turnout` command: registers the commands of this folder and turns errors into exit codes.
+
+The codes are in launch/exit_codes.py. An error that the user can cause ends in one line on stderr.
+"""
 
 import io
 import os
@@ -13,7 +16,7 @@ from turnout.data.errors import DataError
 from turnout.launch.cli import cluster, evaluate, export, generate, train
 from turnout.launch.cli.checkpoint import checkpoint
 from turnout.launch.exit_codes import BAD_CONFIG, DONE, OTHER, exit_code
-from turnout.launch.ranks.launcher import waiting_threads
+from turnout.launch.ranks.launcher import thread_wait_settings
 from turnout.launch.slurm.client import SlurmError
 from turnout.training.errors import CheckpointError, ConfigError, ExportError, printable
 from turnout.training.renames import COMMANDS
@@ -22,9 +25,8 @@ app = App(
     name="turnout",
     help="Pretrain Mixture-of-Experts language models; the parallel layout cannot change the result.",
     version=__version__,
-    suppress_keyboard_interrupt=False,  # it would end with 130; main says what happened and ends with 1
+    suppress_keyboard_interrupt=False,  # it would exit with 130; main reports the interrupt and exits with 1
 )
-
 
 for command in (
     train.prepare,
@@ -44,10 +46,13 @@ app.command(checkpoint)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; every error a user can cause ends in one line on stderr and its exit code."""
-    for name, value in waiting_threads().items():  # before any command imports torch, whose threads look once
+    """Run one command, and exit with its code. An error that the user can cause is one line on stderr."""
+    for (
+        name,
+        value,
+    ) in thread_wait_settings().items():  # set before torch is imported, because its threads read them once
         os.environ.setdefault(name, value)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale's encoding may not have a text's characters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale's encoding may lack characters of the text
         sys.stdout.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] in COMMANDS:
@@ -61,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (SlurmError, ExportError) as err:
         _fail(str(err), OTHER)
     except BrokenPipeError:
-        # Who read the output has had enough. What is left of it has nowhere to go, nor at the exit.
+        # The reader of the pipe is gone. What is still buffered would fail again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(OTHER)
     except OSError as err:
@@ -77,6 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    # A message may hold the words of a stranger's file, which are not to steer the terminal.
+    # A message may quote a file from elsewhere, whose control characters must not reach the terminal.
     print(f"turnout: {printable(message, len(message))}", file=sys.stderr)
     sys.exit(code)

@@ -12,25 +12,33 @@ from turnout.training.errors import ConfigError
 
 
 def prepare(
-    *inputs: Annotated[str, Parameter(help="PATH or NAME=PATH: a file, or a directory searched for files.")],
-    out: Annotated[Path, Parameter(help="Directory of the corpus; run again after a kill to continue.")],
+    *inputs: Annotated[
+        str, Parameter(help="PATH or NAME=PATH: a file, or a directory that is searched for files.")
+    ],
+    out: Annotated[
+        Path, Parameter(help="Directory for the corpus. If killed, run the same command again to continue.")
+    ],
     embedded: Annotated[
-        bool, Parameter(negative=(), help="Use this Python's standard library; needs no input.")
+        bool,
+        Parameter(negative=(), help="Use this Python's standard library as the text, in place of inputs."),
     ] = False,
     weight: Annotated[
-        tuple[str, ...], Parameter(help="NAME=W, the share of a source in training; repeat for each source.")
+        tuple[str, ...],
+        Parameter(help="NAME=W: the source's weight in training; repeat for each. Default: by tokens."),
     ] = (),
     tokenizer: Annotated[
-        Path | None, Parameter(help="tokenizer.model or tokenizer.json to use; else one is trained.")
+        Path | None, Parameter(help="A tokenizer.model or tokenizer.json; default: train a tokenizer.")
     ] = None,
     vocab_size: Annotated[
-        int | None, Parameter(help="Tokens of the tokenizer that is trained; default: 32768.")
+        int | None, Parameter(help="Vocabulary size of the trained tokenizer; default: 32768.")
     ] = None,
     text_field: Annotated[
-        str | None, Parameter(help="Field that holds the text in jsonl and parquet; default: text.")
+        str | None, Parameter(help="Field with the text in jsonl and parquet; default: text.")
     ] = None,
-    valid_frac: Annotated[float, Parameter(help="Share of documents held out for evaluation.")] = 0.01,
-    workers: Annotated[int | None, Parameter(help="Processes that tokenise; default: all cores.")] = None,
+    valid_frac: Annotated[
+        float, Parameter(help="Fraction of the documents held out for evaluation, 0 to 1.")
+    ] = 0.01,
+    workers: Annotated[int | None, Parameter(help="Processes that tokenise; default: one per core.")] = None,
 ) -> None:
     """Turn text (txt, jsonl, parquet, also .gz .bz2 .xz .zst) into a tokenised corpus for `turnout train`.
 
@@ -54,38 +62,40 @@ def prepare(
 
 
 def train(
-    recipe: Annotated[str, Parameter(help="Name of a packaged recipe, or a TOML file.")],
+    recipe: Annotated[str, Parameter(help="A packaged recipe by name, or a TOML file.")],
     /,
     *,
-    run_dir: Annotated[Path | None, Parameter(help="Directory of everything the run writes.")] = None,
+    run_dir: Annotated[
+        Path | None, Parameter(help="Directory for everything that the run writes; required to train.")
+    ] = None,
     nproc: Annotated[
-        int | None, Parameter(help="Ranks on this machine: one per GPU, or CPU processes; default: 1.")
+        int | None, Parameter(help="Ranks on this machine, one per GPU or CPU process; default: 1.")
     ] = None,
     hostfile: Annotated[
         Path | None,
-        Parameter(help="Machines to train on, as lines NAME slots=RANKS; reached by pdsh and ssh."),
+        Parameter(help="File of machines to train on, with lines NAME slots=RANKS; pdsh and ssh reach them."),
     ] = None,
     overrides: Annotated[
-        tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
+        tuple[str, ...], Parameter(name="--set", help="Change a setting: PATH=VALUE; may be repeated.")
     ] = (),
     resume: Annotated[
         bool,
         Parameter(
             negative=(),
-            help="Go on from the newest intact checkpoint in --run-dir, or start where there is no run.",
+            help="Resume from the newest intact checkpoint in --run-dir, or start if there is no run yet.",
         ),
     ] = False,
     allow_change: Annotated[
         tuple[str, ...],
         Parameter(
-            help="With --resume, a setting that may differ from the run's, as optim.lr; repeat at will."
+            help="With --resume: a setting, such as optim.lr, that may differ from before; may be repeated."
         ),
     ] = (),
     dry_run: Annotated[
-        bool, Parameter(negative=(), help="Print what the run needs and start nothing.")
+        bool, Parameter(negative=(), help="Print what the run needs (memory, data, disk), and start nothing.")
     ] = False,
 ) -> None:
-    """Train a model by a recipe, on the ranks of this machine, or of those of a hostfile.
+    """Train a model from a recipe, on this machine or on the machines of a hostfile.
 
     Example: turnout train tiny --run-dir runs/first --nproc 2 --set train.n_steps=200 --resume
     """
@@ -100,7 +110,7 @@ def train(
             f"--allow-change {allow_change[0]} has no effect without --resume; add it, or drop this"
         )
     cfg = load_config(recipe, overrides)
-    # Imported here, as below: a refusal need not wait for what a run needs, nor a run for the model.
+    # Imported here, as below: an error is reported before slow imports, and a run imports no model.
     if dry_run:
         from turnout.launch.commands.dry_run import plan_run
 
@@ -122,19 +132,23 @@ def train(
 
 
 def doctor(
-    recipe: Annotated[str, Parameter(help="Name of a packaged recipe, or a TOML file.")],
+    recipe: Annotated[str, Parameter(help="A packaged recipe by name, or a TOML file.")],
     /,
     *,
-    nproc: Annotated[int, Parameter(help="CPU ranks to lay out; their divisors are tried.")] = 2,
+    nproc: Annotated[
+        int, Parameter(help="CPU ranks to lay out; sizes that divide this number are tried.")
+    ] = 2,
     layouts: Annotated[
         tuple[str, ...],
-        Parameter(help="Only these, as tp=2,ep=4; default: all that fit.", consume_multiple=True),
+        Parameter(
+            help="Only these layouts, such as tp=2,ep=4; default: all that fit.", consume_multiple=True
+        ),
     ] = (),
     overrides: Annotated[
-        tuple[str, ...], Parameter(name="--set", help="path=value, as in a recipe; repeat at will.")
+        tuple[str, ...], Parameter(name="--set", help="Change a setting: PATH=VALUE; may be repeated.")
     ] = (),
 ) -> None:
-    """Look a config over, and see that every parallel layout trains it exactly as one process does.
+    """Review a config, and check that every parallel layout trains it exactly as one process does.
 
     Example: turnout doctor tiny --nproc 4 --set model.balance.scope=batch --layouts tp=1,ep=4 tp=1,ep=2
     """

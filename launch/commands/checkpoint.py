@@ -1,6 +1,6 @@
-"""`turnout checkpoint`: what a run has saved, whether it is intact, what it holds, and which old ones go.
+"""`turnout checkpoint`: list, verify, show and prune the checkpoints of a run.
 
-All but prune only read. A checkpoint may be a stranger's, so its words are printed by `printable`.
+Only prune writes. A checkpoint may come from a stranger, so its texts are printed through `printable`.
 """
 
 import math
@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 
 from turnout.launch.arguments import check_at_least
 from turnout.launch.console import format_size
-from turnout.launch.verify import check_run_dir, is_checkpoint, newest_intact, no_checkpoint_yet, verified
+from turnout.launch.verify import (
+    check_run_dir,
+    is_checkpoint,
+    newest_intact,
+    no_checkpoint_yet,
+    verify_with_bar,
+)
 from turnout.training.checkpoint.directory import (
     list_checkpoints,
     list_old,
@@ -36,7 +42,7 @@ COLUMNS = ("step", "size", "saved layout", "tokens seen", "written", "state")
 
 
 def list_saved(run_dir: Path) -> None:
-    """Print a table of a run's checkpoints, newest first. Their tensors are not read."""
+    """Print a table of a run's checkpoints, newest first, without reading their tensors."""
     check_run_dir(run_dir)
     found = [*list_checkpoints(run_dir), *list_set_aside(run_dir), *list_unfinished(run_dir)]
     if not found:
@@ -50,7 +56,7 @@ def list_saved(run_dir: Path) -> None:
 
 
 def _row(path: Path) -> tuple[str, ...]:
-    """Return a directory's texts for COLUMNS. The run may remove or finish it meanwhile."""
+    """Return one row of COLUMNS. The run may remove or finish the directory meanwhile."""
     layout = tokens = "-"
     if path.suffix == ".tmp":
         state = "unfinished"
@@ -63,11 +69,11 @@ def _row(path: Path) -> tuple[str, ...]:
             state = "readable"
         except (CheckpointError, OSError) as err:
             state = f"damaged: {err}"
-    return str(nominal_step(path)), format_size(_bytes_in(path)), layout, tokens, _written(path), state
+    return str(nominal_step(path)), format_size(_bytes_in(path)), layout, tokens, _written_at(path), state
 
 
 def verify_all(directory: Path) -> None:
-    """Read every byte of a checkpoint, or of all those of a run. Raises CheckpointError for damaged ones."""
+    """Verify a checkpoint, or all checkpoints of a run. Raises CheckpointError if one is damaged."""
     is_one = is_checkpoint(directory)
     if not is_one:
         check_run_dir(directory)
@@ -77,7 +83,7 @@ def verify_all(directory: Path) -> None:
     faults, intact = [], []
     for path in paths:
         try:
-            print(verified(path), flush=True)
+            print(verify_with_bar(path), flush=True)
             intact.append(path)
         except CheckpointError as err:
             faults.append(str(err))
@@ -89,14 +95,14 @@ def verify_all(directory: Path) -> None:
 
 
 def show_contents(directory: Path, *, has_tensors: bool) -> None:
-    """Print what a checkpoint holds, of a run its newest readable one.
+    """Print what a checkpoint holds; for a run, its newest readable one.
 
-    has_tensors: read the weights too, for their statistics.
+    has_tensors: also read the weights, and print their statistics
     """
-    # Imported here, as below, because torch takes a second, for which no other command here need wait.
+    # Imported here, as below, because torch takes a second to import, and only this command needs it.
     from turnout.training.checkpoint.tensor_files import TensorReader
 
-    path, manifest = _named(directory)
+    path, manifest = _find_readable(directory)
     for quantity, value in [("checkpoint", str(path)), *_summary(path, manifest)]:
         print(f"{quantity:16} {value}")
     print("parameters:")
@@ -108,7 +114,7 @@ def show_contents(directory: Path, *, has_tensors: bool) -> None:
         print(f"  {name:{width}}  {shape:18}{words}".rstrip())
 
 
-def _named(directory: Path) -> tuple[Path, Manifest]:
+def _find_readable(directory: Path) -> tuple[Path, Manifest]:
     if is_checkpoint(directory):
         return directory, read_checkpoint(directory)
     check_run_dir(directory)
@@ -123,14 +129,14 @@ def _summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     n_params = sum(math.prod(entry.shape) for entry in manifest.tensors.values())
     yield "step", f"{state.step:,}"
     yield "tokens seen", f"{state.tokens_seen:,}"
-    yield "written", _written(path)
+    yield "written", _written_at(path)
     yield "size", f"{format_size(manifest.n_bytes)} in {len(manifest.files)} files"
-    yield "saved layout", f"{_layout(manifest)} (it loads at any other)"
+    yield "saved layout", f"{_layout(manifest)} (it loads at any layout)"
     yield "corpus", printable(data.corpus_hash)
     yield "tokenizer", printable(data.tokenizer_sha256)
     yield "config", str(path / CONFIG_FILE)
     yield "parameters", f"{n_params:,} in {len(manifest.tensors)} tensors"
-    yield "of each", ", ".join(manifest.kinds)
+    yield "per parameter", ", ".join(manifest.kinds)
     yield "optimizer", _scalars(state.optimizer)
     yield "loss scale", _scalars(state.loss_scaler)
     yield from _interventions(state)
@@ -138,10 +144,10 @@ def _summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _interventions(state: TrainingState) -> Iterator[tuple[str, str]]:
     yield "guard", printable(", ".join(f"{name}={value}" for name, value in state.guard.items()))
-    yield "updates skipped", f"{state.n_skipped}, the last {state.n_skipped_in_a_row} in a row"
+    yield "updates skipped", f"{state.n_skipped}, {state.n_skipped_in_a_row} of them in a row until this step"
     yield "interventions", str(state.n_interventions)
     for window in state.skipped:
-        yield "data left out", f"data steps {window.first} to {window.last}: {printable(window.reason)}"
+        yield "data skipped", f"data steps {window.first} to {window.last}: {printable(window.reason)}"
 
 
 def _statistics(reader: "TensorReader", name: str) -> str:
@@ -154,18 +160,22 @@ def _statistics(reader: "TensorReader", name: str) -> str:
         n += chunk.numel()
         total += float(chunk.sum(dtype=torch.float64))
         square_sum += float(chunk.double().square().sum())
-        low, high = torch.minimum(low, chunk.min()), torch.maximum(high, chunk.max())  # these keep a NaN
+        low, high = (
+            torch.minimum(low, chunk.min()),
+            torch.maximum(high, chunk.max()),
+        )  # minimum and maximum propagate NaN
     mean = total / n
-    # Rounding can make the variance of equal numbers negative.
+    # Rounding can make the variance of equal elements negative.
     std = math.sqrt(max(0.0, square_sum / n - mean**2)) if math.isfinite(square_sum) else math.nan
     return f"mean {mean:+.3e}  std {std:.3e}  min {float(low):+.3e}  max {float(high):+.3e}"
 
 
 def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is_dry: bool) -> None:
-    """Remove old checkpoints, never the newest intact one, which is therefore read whole first.
+    """Remove old checkpoints but never the newest intact one, which is verified first to find it.
 
-    Safe while the run goes on: a checkpoint loses its name before it is removed, so nobody finds half of one;
-    what the run is writing has no such name yet; and what a restart would take up is the newest intact one.
+    Safe while the run trains: a checkpoint is renamed before it is removed, so nobody finds half of one; a
+    checkpoint that is being written has another name; and a restart resumes from the newest intact one.
+    Raises CheckpointError if no checkpoint is intact; then nothing is removed.
     """
     check_run_dir(run_dir)
     check_at_least(1, {"--keep-last": keep_last, "--keep-every-steps": keep_every_steps})
@@ -176,12 +186,12 @@ def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is
         print(f"nothing to remove: {kept}" if n_bytes else no_checkpoint_yet(run_dir))
         return
     try:
-        spared = newest_intact(run_dir, partial(print, flush=True))
+        protected = newest_intact(run_dir, partial(print, flush=True))
     except CheckpointError as err:
         raise CheckpointError(f"nothing was removed: {err}") from err
-    if spared in old:
-        print(f"{spared}: kept, because it is the newest that is intact")
-    removed = [path for path in old if path != spared]
+    if protected in old:
+        print(f"{protected}: kept, because it is the newest intact checkpoint")
+    removed = [path for path in old if path != protected]
     if not is_dry:
         removed = prune(removed, Disk())
     for path in removed:
@@ -192,8 +202,8 @@ def prune_old(run_dir: Path, *, keep_last: int, keep_every_steps: int | None, is
 
 
 def _layout(manifest: Manifest) -> str:
-    at = manifest.saved_layout
-    return f"world={at.world_size} tp={at.tp} ep={at.ep} zero={at.zero_stage}"
+    saved = manifest.saved_layout
+    return f"world={saved.world_size} tp={saved.tp} ep={saved.ep} zero={saved.zero_stage}"
 
 
 def _scalars(values: dict[str, float]) -> str:
@@ -201,7 +211,7 @@ def _scalars(values: dict[str, float]) -> str:
 
 
 def _bytes_in(directory: Path) -> int:
-    """Return the bytes of a directory's files, which may vanish meanwhile."""
+    """Return the size of a directory's files in bytes. They may vanish meanwhile."""
     n_bytes = 0
     with suppress(FileNotFoundError, NotADirectoryError):
         for path in directory.iterdir():
@@ -209,8 +219,8 @@ def _bytes_in(directory: Path) -> int:
     return n_bytes
 
 
-def _written(path: Path) -> str:
-    """Return the local time at which a checkpoint was finished, or last written to."""
+def _written_at(path: Path) -> str:
+    """Return the local time when a checkpoint was finished or, if it is not, last changed."""
     for file in (path / MANIFEST, path):
         with suppress(FileNotFoundError, NotADirectoryError):
             return datetime.fromtimestamp(file.stat().st_mtime).isoformat(" ", timespec="seconds")

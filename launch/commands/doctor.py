@@ -1,7 +1,7 @@
-"""`turnout doctor`: what a config allows and experience advises against, and whether every layout agrees.
+"""`turnout doctor`: advice on a config's settings, and a check that every parallel layout trains the same.
 
-The user's own config is shrunk with its structure kept, trained by every layout of a few CPU ranks, and
-compared by name with one plain process. Nothing of the user's is written.
+The user's config is shrunk with its structure kept, trained under every layout of a few CPU ranks, and each
+tensor is compared by name with that of one plain process. Files are written to a temporary directory only.
 """
 
 import json
@@ -27,16 +27,16 @@ from turnout.launch.settings import to_toml
 from turnout.training.batches import build_loader
 from turnout.training.config.run import RunConfig
 from turnout.training.doctor.compare import CHECKS, HALF_LIMITS, LIMITS
-from turnout.training.doctor.config_advice import Finding, lint
+from turnout.training.doctor.config_advice import Advice, lint
 from turnout.training.doctor.layouts_to_try import list_variants, split_layouts
 from turnout.training.doctor.shrink_config import shrink
 from turnout.training.doctor.synthetic_batches import Order
 from turnout.training.errors import ConfigError
 from turnout.training.parallel.layout import Layout, name_ranks
 
-# Files in the ranks' directory: what to compare, and a line for each variant that was.
+# Files in the ranks' directory: what to compare, and a line for each variant compared.
 PLAN, RESULTS = "doctor.json", "results.jsonl"
-# Two sources that are soon seen whole, so that the order of several epochs is compared.
+# Two sources so small that the comparison covers the order of several epochs.
 SYNTHETIC_ORDER = Order(n_samples_per_source=(37, 11), weights=(0.7, 0.3))
 TABLE_WIDTH = 260  # where the output is no terminal
 
@@ -48,9 +48,9 @@ def examine(
     layouts: Sequence[str],
     worker: str = "turnout.launch.commands.doctor_worker",
 ) -> int:
-    """Print findings and comparison; return the exit code. worker: the module that each rank runs."""
+    """Print the advice and the comparison; return the exit code. worker: the module that each rank runs."""
     console = Console(highlight=False, soft_wrap=True)
-    print_findings(lint(cfg), console)
+    print_advice(lint(cfg), console)
     chosen = choose_layouts(cfg, nproc, layouts, console)
     small = shrink(cfg, nproc)
     print_shrunk(small, nproc, console)
@@ -59,7 +59,7 @@ def examine(
     (directory / "config.toml").write_text(to_toml(small), encoding="utf-8")
     plan = {"layouts": [asdict(layout) for layout in chosen], **asdict(order_of(cfg))}
     (directory / PLAN).write_text(json.dumps(plan), encoding="utf-8")
-    # The ranks are CPU processes even where there are GPUs: fp32 is exact there, and no GPU is taken.
+    # The ranks are CPU processes even on a machine with GPUs: on CPUs fp32 is exact, and no GPU is occupied.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     attempt_dir = make_attempt_dir(directory / "logs")
     ended = launch_ranks(directory, attempt_dir, this_machine(nproc), worker)
@@ -68,13 +68,16 @@ def examine(
         shutil.rmtree(directory)
     else:
         reasons = explain_failures(attempt_dir, Layout(nproc), ended.stuck)[1]
-        reasons.append(f"the ranks ended early; their logs are in {directory / 'logs'}")
+        reasons.append(f"the ranks ended early; see their logs in {directory / 'logs'}")
     print_table(results, console)
     return conclude(results, reasons, n_wanted=len(list_variants(small, chosen)))
 
 
 def choose_layouts(cfg: RunConfig, nproc: int, wanted: Sequence[str], console: Console) -> list[Layout]:
-    """Return the layouts to compare: those asked for, or all that fit. Raises ConfigError."""
+    """Return the layouts to compare: the requested ones, or all that fit.
+
+    Raises ConfigError where a requested layout does not fit.
+    """
     fitting, refused = split_layouts(cfg, nproc)
     if wanted:
         chosen = [parse_layout(text, nproc) for text in wanted]
@@ -88,7 +91,7 @@ def choose_layouts(cfg: RunConfig, nproc: int, wanted: Sequence[str], console: C
 
 
 def parse_layout(text: str, nproc: int) -> Layout:
-    """Read tp=2,ep=4; what is left out is 1. Raises ConfigError."""
+    """Parse tp=2,ep=4; an omitted size is 1. Raises ConfigError."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"(tp|ep)=([1-9][0-9]*)", part)
@@ -101,7 +104,7 @@ def parse_layout(text: str, nproc: int) -> Layout:
 
 
 def order_of(cfg: RunConfig) -> Order:
-    """Return what decides the order of samples: of the user's corpus where it is there, else made up."""
+    """Return what decides the order of samples: from the user's corpus if it exists, else synthetic."""
     path = Path(cfg.data.corpus)
     if not path.exists():
         return SYNTHETIC_ORDER
@@ -117,15 +120,14 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    for finding in findings:
-        value = "unset" if finding.value is None else finding.value
+def print_advice(advice: Sequence[Advice], console: Console) -> None:
+    for one in advice:
+        value = "unset" if one.value is None else one.value
         console.print(
-            f"{finding.severity} {finding.rule}: {finding.path}={value}: {finding.reason}; {finding.remedy}",
-            markup=False,
+            f"{one.severity} {one.rule}: {one.path}={value}: {one.reason}; {one.remedy}", markup=False
         )
-    if not findings:
-        console.print("no finding about the settings")
+    if not advice:
+        console.print("no advice about the settings")
 
 
 def print_shrunk(small: RunConfig, nproc: int, console: Console) -> None:
@@ -137,11 +139,11 @@ def print_shrunk(small: RunConfig, nproc: int, console: Console) -> None:
         f"{small.batch_seqs} sequences per step, on {nproc} CPU ranks:"
     )
     if small.train.precision == "fp16":
-        console.print("in fp32: CPUs do not compute in fp16, and its loss scaling skips steps at will")
+        console.print("in fp32: CPUs do not compute in fp16, whose loss scaling would also skip steps")
 
 
 def print_replaced(cfg: RunConfig, small: RunConfig, console: Console) -> None:
-    """Say which expert backend is not compared, because it runs on GPUs only."""
+    """Print which expert backend is compared in place of one that runs on GPUs only."""
     wanted, compared = cfg.train.expert_backend, small.train.expert_backend
     if wanted != compared:
         console.print(f"experts by train.expert_backend={compared}, because {wanted} needs a GPU")
@@ -158,20 +160,20 @@ def print_table(results: Sequence[dict[str, Any]], console: Console) -> None:
         return
     width = None if console.is_terminal else TABLE_WIDTH
     Console(highlight=False, width=width).print(table)
-    console.print(f"largest error allowed in fp32: {word_limits(LIMITS)}")
+    console.print(f"largest error allowed in fp32: {format_limits(LIMITS)}")
     if any(result["variant"].endswith(" bf16") for result in results):
         console.print(
-            f"in bf16, where rows change experts at near ties, of a tensor's length along that in fp32: "
-            f"{word_limits(HALF_LIMITS)}"
+            "largest error allowed in bf16, of a tensor's length along its fp32 counterpart (near-ties send "
+            f"rows to other experts): {format_limits(HALF_LIMITS)}"
         )
 
 
-def word_limits(limits: Mapping[str, float]) -> str:
+def format_limits(limits: Mapping[str, float]) -> str:
     return ", ".join(f"{check} {limit:g}" for check, limit in limits.items())
 
 
 def cell(check: dict[str, Any]) -> str:
-    """Word one check: its worst error, and of several tensors the worst one's name."""
+    """Format one check: its worst error, and for gradients the name of the worst tensor."""
     worst = check["worst"]
     if worst is None:
         return "none"
@@ -182,7 +184,7 @@ def cell(check: dict[str, Any]) -> str:
 
 
 def conclude(results: Sequence[dict[str, Any]], reasons: Sequence[str], *, n_wanted: int) -> int:
-    """Say which tensor differs first at each variant, and return the exit code."""
+    """Print which tensor differs first in each variant, and return the exit code."""
     n_different = 0
     for result in results:
         check = next((check for check in result["checks"] if check["n_different"]), None)

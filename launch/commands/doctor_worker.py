@@ -1,7 +1,9 @@
-"""One rank of `turnout doctor`: `python -m turnout.launch.commands.doctor_worker DIR START_DIR`, started like a rank of a run.
+"""One rank of `turnout doctor`, launched like a rank of a run.
 
-The ranks stay up and go through all variants, because starting processes is what costs time. Each compares
-what it sees with one process; the first writes what all of them found.
+    python -m turnout.launch.commands.doctor_worker DIR ATTEMPT_DIR
+
+The same processes run all variants, because starting processes costs most of the time. Each rank compares its
+own tensors with those of one process; the first rank writes the findings of all.
 """
 
 import json
@@ -28,7 +30,7 @@ from turnout.training.parallel.flight_recorder import NullRecorder
 from turnout.training.parallel.groups import Groups, join_groups, leave_groups
 from turnout.training.parallel.layout import Layout
 
-TIMEOUT_S = 60  # of a collective; the models are tiny, so a rank that takes longer hangs
+TIMEOUT_S = 60  # for one collective; the models are tiny, so a rank that takes longer hangs
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         compare_all(directory)
-    except BaseException as err:  # the peers wait in a collective until this process is gone
+    except BaseException as err:  # the peers wait in a collective until this process exits
         os._exit(record_failure(err, rank, Path(sys.argv[2])))
 
 
@@ -71,7 +73,7 @@ def compare_all(directory: Path) -> None:
             verdict = "differs" if any(check["n_different"] for check in found) else "agrees"
             bar.update(n_done, str(variant))
             if not bar.is_live:
-                bar.say(f"{n_done}/{len(variants)}  {variant}  {verdict}")
+                bar.print_line(f"{n_done}/{len(variants)}  {variant}  {verdict}")
     if bar is not None:
         bar.close()
     dist.barrier()
@@ -79,7 +81,7 @@ def compare_all(directory: Path) -> None:
 
 
 def gather(own: list[Comparison]) -> list[dict[str, object]]:
-    """Return each check as the rank sees it that differs most, with the ranks on which it differs."""
+    """Return each check as seen by the rank that differs most, with the ranks on which it differs."""
     of_ranks: list[list[Comparison]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, own)
     return merge(of_ranks)

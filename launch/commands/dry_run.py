@@ -1,4 +1,4 @@
-"""What a run will need, counted before any rank starts: `turnout train --dry-run`."""
+"""`turnout train --dry-run`: count what a run needs, before any rank starts."""
 
 from accelerate import init_empty_weights
 
@@ -15,8 +15,9 @@ from turnout.training.parallel.layout import Layout, n_microbatches, plan_layout
 
 
 def plan_run(cfg: RunConfig, *, nproc: int) -> None:
-    """Print what the run needs. The model's rows come first, so that they are there even if the corpus is
-    not. Raises ConfigError and DataError.
+    """Print what the run needs. The model's rows come first, so that they are printed even without a corpus.
+
+    Raises ConfigError and DataError.
     """
     for quantity, value in plan_lines(cfg, plan_layout(cfg, nproc)):
         print(f"{quantity:18} {value}")
@@ -60,7 +61,7 @@ def _memory_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
     state = largest_state(cfg, layout)
     activations, bucket = activation_bytes(cfg, layout), bucket_bytes(cfg)
     peak = _gib(largest_peak(cfg, layout, activations))
-    reserved = f"; a GPU keeps all {_gib(bucket)} of DeepSpeed's bucket, of which this counts what is filled"
+    reserved = f"; counts the filled part of DeepSpeed's bucket, but a GPU reserves all {_gib(bucket)}"
     return [
         (
             "state per rank",
@@ -77,24 +78,24 @@ def _memory_lines(cfg: RunConfig, layout: Layout) -> list[tuple[str, str]]:
 
 
 def n_checkpoints_kept(cfg: RunConfig) -> int:
-    """Return how many checkpoints there are at once when the run ends, which is when there are most."""
+    """Return how many checkpoints exist when the run ends, which is when there are most."""
     n_steps, kept = cfg.train.n_steps, cfg.checkpoint
     steps = {n_steps, *range(kept.every_steps or n_steps, n_steps + 1, kept.every_steps or n_steps)}
     newest = sorted(steps)[-kept.keep_last :]
-    for_ever = [s for s in steps if kept.keep_every_steps and s % kept.keep_every_steps == 0]
-    return len({*newest, *for_ever})
+    permanent = [s for s in steps if kept.keep_every_steps and s % kept.keep_every_steps == 0]
+    return len({*newest, *permanent})
 
 
 def _checkpoint_words(cfg: RunConfig) -> str:
     one, n = checkpoint_bytes(cfg.model), n_checkpoints_kept(cfg)
     every = cfg.checkpoint.every_steps
     when = "after the last step only" if every is None else f"every {every:,} steps"
-    # A new one is whole before an old one goes.
+    # A new checkpoint is complete before an old one is deleted.
     return f"{_gib(one)} {when}, {n:,} kept at once = {_gib(n * one)}, and room for one more"
 
 
 def data_line(cfg: RunConfig, corpus: Corpus) -> tuple[str, str]:
-    """Return the row that holds the tokens there are against the tokens the run needs."""
+    """Return the row that compares the corpus's tokens with the tokens that the run needs."""
     available = sum(stream.n_tokens for stream in corpus.split("train"))
     needed = cfg.train.n_steps * cfg.train.batch_tokens
     return ("data", f"{available:,} training tokens in {cfg.data.corpus}, {needed / available:.2f} epochs")

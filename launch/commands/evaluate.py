@@ -21,15 +21,15 @@ from turnout.training.errors import ConfigError, printable
 from turnout.training.evaluation.held_out import Evaluation, score_documents
 
 CONVENTION = (
-    "each document alone, <bos> first, each of its tokens scored once in windows of seq_len tokens that "
-    "do not overlap in what they score; <eos> is not scored; bits per byte of UTF-8 text"
+    "each document is scored alone, after <bos>, each of its tokens once, in windows of seq_len tokens; "
+    "<eos> is not scored; bits per byte of UTF-8 text"
 )
-NOTHING = Evaluation(0.0, 0, 0, 0)
+ZERO = Evaluation(0.0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class ScoredDocument:
-    """What is kept of a document once its tokens have been scored."""
+    """The result of a document, without its tokens."""
 
     source: str
     origin: str
@@ -53,19 +53,21 @@ def run_evaluate(
     check_at_least(1, {"--max-documents": max_documents, "--microbatch-seqs": microbatch_seqs})
     check_out_file(out, (".json", ".jsonl"))
     sources = parse_sources(texts, (), text_field or "text")
-    for source in sources:  # before the model is read, which can take minutes
+    for source in sources:  # fail before the model is read, which can take minutes
         list_files(source)
     opened = None if corpus is None else open_corpus(corpus, verify="size")
     model = load_model(path, dtype=dtype, corpus=opened)
     documents = islice(documents_of(opened, split, sources, model), max_documents)
-    scored = list(_with_bar(model, documents, microbatch_seqs, n_documents_of(opened, split, max_documents)))
+    scored = list(
+        _scored_with_bar(model, documents, microbatch_seqs, n_documents_of(opened, split, max_documents))
+    )
     if not any(document.sums.n_tokens for document in scored):
         raise DataError(f"{corpus or ', '.join(texts)}: holds no text to evaluate; name other files")
     by_source = sums_by_source(scored)
-    total = sum(by_source.values(), NOTHING)
-    if out is not None:  # before anything is printed, which may go into a pipe that is closed
+    total = sum(by_source.values(), ZERO)
+    if out is not None:  # before anything is printed, because stdout may be a closed pipe
         head = {"model": str(model.place), "dtype": dtype, "convention": CONVENTION}
-        _write(out, head, scored, by_source, total)
+        _write_results(out, head, scored, by_source, total)
     _print_table(by_source, total)
     if out is not None:
         print(f"by document: {out}")
@@ -74,9 +76,9 @@ def run_evaluate(
 def check_one_input(
     texts: Sequence[str], corpus: Path | None, split: str | None, text_field: str | None
 ) -> None:
-    """Raise ConfigError unless there are texts or a corpus, and only options that have an effect."""
+    """Raise ConfigError unless there are either texts or a corpus, and every option has an effect."""
     if bool(texts) == (corpus is not None):
-        raise ConfigError("name texts, PATH or NAME=PATH, or a --corpus, but not both")
+        raise ConfigError("name texts as PATH or NAME=PATH, or a --corpus, but not both")
     if split is not None and corpus is None:
         raise ConfigError(f"--split {split} has no effect without --corpus; drop it")
     if text_field is not None and corpus is not None:
@@ -94,19 +96,22 @@ def documents_of(
 def sums_by_source(scored: Iterable[ScoredDocument]) -> dict[str, Evaluation]:
     sums: dict[str, Evaluation] = {}
     for document in scored:
-        sums[document.source] = sums.get(document.source, NOTHING) + document.sums
+        sums[document.source] = sums.get(document.source, ZERO) + document.sums
     return sums
 
 
 def n_documents_of(corpus: Corpus | None, split: str | None, max_documents: int | None) -> int | None:
-    """Return how many documents there will be; None where only reading tells."""
+    """Return how many documents will be read, or None if that is unknown before reading.
+
+    For texts max_documents is the best guess: there may be fewer.
+    """
     if corpus is None:
         return max_documents
     n_documents = sum(stream.n_documents for stream in corpus.split(split or "valid"))
     return n_documents if max_documents is None else min(n_documents, max_documents)
 
 
-def _with_bar(
+def _scored_with_bar(
     model: LoadedModel, documents: Iterable[EvaluationDocument], microbatch_seqs: int, n_expected: int | None
 ) -> Iterator[ScoredDocument]:
     scores = score_documents(
@@ -139,29 +144,29 @@ def _print_table(by_source: dict[str, Evaluation], total: Evaluation) -> None:
     print(CONVENTION)
 
 
-def _write(
+def _write_results(
     out: Path,
     head: dict[str, str],
     scored: Sequence[ScoredDocument],
     by_source: dict[str, Evaluation],
     total: Evaluation,
 ) -> None:
-    """Write one JSON object, or to .jsonl a line for each document, each source and the total."""
-    documents = [{"source": d.source, "document": d.origin, **to_numbers(d.sums)} for d in scored]
-    sources = [{"source": name, **to_numbers(sums)} for name, sums in by_source.items()]
+    """Write one JSON object to .json, or one line per document, source and total to .jsonl."""
+    documents = [{"source": d.source, "document": d.origin, **to_fields(d.sums)} for d in scored]
+    sources = [{"source": name, **to_fields(sums)} for name, sums in by_source.items()]
     if out.suffix == ".json":
-        tree = {**head, "total": to_numbers(total), "sources": sources, "documents": documents}
+        tree = {**head, "total": to_fields(total), "sources": sources, "documents": documents}
         text = json.dumps(tree, indent=1, allow_nan=False) + "\n"
     else:
         rows = [{"of": "document", **row} for row in documents] + [{"of": "source", **row} for row in sources]
-        rows.append({"of": "total", **head, **to_numbers(total)})
+        rows.append({"of": "total", **head, **to_fields(total)})
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     write_atomically(out, text.encode())
 
 
-def to_numbers(sums: Evaluation) -> dict[str, float | int | None]:
-    """Return what JSON says of an evaluation: null for what is no finite number."""
-    numbers: dict[str, float] = {
+def to_fields(sums: Evaluation) -> dict[str, float | int | None]:
+    """Return the fields of an evaluation in JSON; a value that is not finite is null."""
+    values: dict[str, float] = {
         "nll_nats": sums.nll,
         "loss": sums.loss,
         "perplexity": sums.perplexity,
@@ -170,4 +175,4 @@ def to_numbers(sums: Evaluation) -> dict[str, float | int | None]:
         "n_bytes": sums.n_bytes,
         "n_documents": sums.n_documents,
     }
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

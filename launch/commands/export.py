@@ -1,8 +1,17 @@
-"""`turnout export`: from a checkpoint to files that other programs load, proven before they get a name."""
+"""`turnout export`: write a model in the format of another program, and prove it before it gets its name.
 
+run_export is the whole story, top to bottom; what it calls stands below it in that order. The formats are
+written in training/export/huggingface.py and gguf_file.py, and their logits compared in gate.py. `turnout
+import` publishes its run with the same functions.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,18 +31,14 @@ from turnout.training.checkpoint.durable_io import Disk
 from turnout.training.checkpoint.manifest import CONFIG_FILE
 from turnout.training.checkpoint.weights import CheckpointWeights, Weights
 from turnout.training.errors import ConfigError
-from turnout.training.export import client_gguf
-from turnout.training.export.architectures import choose_architecture
 from turnout.training.export.card import CARD, model_card, origin_of
-from turnout.training.export.client_gguf import check_read_back
-from turnout.training.export.client_transformers import check_tokenizer, client_name, transformers_logits
 from turnout.training.export.gate import (
-    HeldOut,
     Rounded,
     check_logits,
+    check_tokenizer,
     choose_rows,
-    held_out_tokens,
-    random_tokens,
+    transformers_logits,
+    transformers_name,
 )
 from turnout.training.export.gguf_file import (
     GGUF_FILE,
@@ -41,50 +46,80 @@ from turnout.training.export.gguf_file import (
     Kind,
     check_gguf,
     gguf_tensors,
+    has_llama_cpp,
+    llama_cpp_logits,
+    llama_cpp_name,
+    load_llama_cpp,
+    read_back_gguf,
     to_stored,
     write_gguf,
 )
-from turnout.training.export.huggingface import dtype_words, total_bytes, write_huggingface
-from turnout.training.export.naming import Architecture
-from turnout.training.export.publish import check_free, publish_export
-from turnout.training.export.read_back import check_huggingface
-from turnout.training.export.tokenizer_files import to_hf_tokenizer
+from turnout.training.export.hf_config import Architecture, choose_architecture
+from turnout.training.export.huggingface import to_hf_tokenizer, total_bytes, write_huggingface
+from turnout.training.export.reader import read_back_huggingface
 
 Format = Literal["hf", "gguf"]
 Dtype = Literal["float32", "bfloat16", "q8_0"]
+# Suffix of a file beside the directory that is being written. Its writer holds a lock on it. A file, not the
+# directory, because NFS forwards locks of files only to its server.
+LOCK = ".lock"
 
 
 def run_export(checkpoint: Path, out: Path, to: Format, dtype: Dtype) -> None:
-    """Write the files of one format, check them, and say what was checked.
+    """Write the files of one format, check them, and print what was checked.
 
     Raises ConfigError where the format cannot hold the model, CheckpointError for a damaged checkpoint, and
-    ExportError where the client computes something else; then nothing is left.
+    ExportError where the other program computes something else; then nothing is left.
     """
     check_free(out)
     if dtype == "q8_0" and to != "gguf":
-        raise ConfigError(f"--dtype {dtype} is a form of GGUF's; use --format gguf, or --dtype bfloat16")
-    check_first(checkpoint, to, dtype)
+        raise ConfigError(f"--dtype {dtype} exists in GGUF only; use --format gguf, or --dtype bfloat16")
+    check_before_verifying(checkpoint, to, dtype)
+
     weights = open_weights(checkpoint)
-    load_tokenizer_of(weights)  # raises for one of another model
+    load_tokenizer_of(weights)  # raises for the tokenizer of another model
     architecture = choose_architecture(weights.cfg, has_bias=bool(weights.read_bias().any()))
+    if to == "gguf":
+        check_gguf(weights.cfg, architecture, KINDS[dtype], weights.tokenizer_path)
     corpus = corpus_of(weights)
-    held_out = (corpus and held_out_tokens(weights.cfg, corpus)) or random_tokens(weights.cfg)
-    if to == "hf":
-        export_huggingface(weights, architecture, out, getattr(torch, dtype), held_out)
-    else:
-        export_gguf(weights, architecture, out, KINDS[dtype], held_out)
+
+    with publish(out) as directory:
+        if to == "hf":
+            files, proof = export_huggingface(weights, architecture, directory, getattr(torch, dtype), corpus)
+        else:
+            files, proof = export_gguf(weights, architecture, directory, KINDS[dtype], corpus)
+        print(proof, flush=True)
+        origin = (
+            origin_of(weights.place, weights.manifest) if isinstance(weights, CheckpointWeights) else None
+        )
+        library, command = "transformers" if to == "hf" else "gguf", ["turnout", *sys.argv[1:]]
+        card = model_card(weights.cfg, origin, library=library, files=files, command=command, proof=proof)
+        Disk().write(directory / CARD, [card.encode()])
     print(f"exported to {out}", flush=True)
 
 
-def check_first(checkpoint: Path, to: Format, dtype: Dtype) -> None:
-    """Raise ConfigError for what can be told before many GB are verified; what is damaged is told then."""
+def check_free(out: Path, option: str = "--out") -> None:
+    """Raise ConfigError where something already exists under the name of an export."""
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{option} {out} exists already; name a new directory, or remove this one yourself")
+
+
+def check_before_verifying(checkpoint: Path, to: Format, dtype: Dtype) -> None:
+    """Raise ConfigError for what a small file shows, before many GB are verified.
+
+    Damaged files are left to the verification, which names them.
+    """
     if not (checkpoint / CONFIG_FILE).is_file():
         return
     cfg = read_config(checkpoint).model
     architecture = choose_architecture(cfg, has_bias=False)
     newest = checkpoint if is_checkpoint(checkpoint) else next(iter(list_checkpoints(checkpoint)), checkpoint)
     tokenizer = next(newest.glob("tokenizer.*"), None)
-    if tokenizer is None or not is_tokenizer(tokenizer):
+    if tokenizer is None:
+        return
+    try:
+        load_tokenizer(tokenizer)
+    except DataError:
         return
     if to == "gguf":
         check_gguf(cfg, architecture, KINDS[dtype], tokenizer)
@@ -92,113 +127,8 @@ def check_first(checkpoint: Path, to: Format, dtype: Dtype) -> None:
         to_hf_tokenizer(tokenizer)
 
 
-def is_tokenizer(path: Path) -> bool:
-    try:
-        load_tokenizer(path)
-    except DataError:
-        return False
-    return True
-
-
-def export_huggingface(
-    weights: Weights, architecture: Architecture, out: Path, dtype: torch.dtype, held_out: HeldOut
-) -> None:
-    words = dtype_words(dtype)
-
-    def write(directory: Path) -> None:
-        with _bar(out, total_bytes(architecture, weights, dtype)) as on_written:
-            write_huggingface(weights, architecture, directory, dtype=dtype, on_written=on_written)
-
-    def check(directory: Path) -> None:
-        rounded = Rounded(weights, lambda _, x: x.to(dtype).float())
-        proof = prove_huggingface(directory, rounded, held_out)
-        files = f"A `{architecture}` in {words}, for transformers 4.57 and newer."
-        write_card(directory, weights, "transformers", files, proof)
-
-    publish_export(out, write, check)
-
-
-def export_gguf(
-    weights: Weights, architecture: Architecture, out: Path, kind: Kind, held_out: HeldOut
-) -> None:
-    check_gguf(weights.cfg, architecture, kind, weights.tokenizer_path)
-    rounded = Rounded(weights, partial(to_stored, kind))
-
-    def write(directory: Path) -> None:
-        n_bytes = sum(tensor.n_bytes for tensor in gguf_tensors(architecture, weights.cfg, kind))
-        with _bar(out, n_bytes) as on_written:
-            write_gguf(weights, architecture, directory, kind=kind, on_written=on_written)
-
-    def check(directory: Path) -> None:
-        proof = prove_gguf(directory / GGUF_FILE, rounded, architecture, kind, held_out)
-        files = f"A `{architecture}` in {kind.name}, for llama.cpp: {GGUF_FILE}."
-        write_card(directory, weights, "gguf", files, proof)
-
-    publish_export(out, write, check)
-
-
-@contextmanager
-def _bar(out: Path, n_bytes: int) -> Iterator[Callable[[int], None]]:
-    bar, n_written = LiveBar(f"writing {out.name}", n_bytes), 0
-
-    def on_written(n: int) -> None:
-        nonlocal n_written
-        n_written += n
-        bar.update(n_written)
-
-    try:
-        yield on_written
-    finally:
-        bar.close()
-
-
-def prove_gguf(
-    path: Path, rounded: Weights, architecture: Architecture, kind: Kind, held_out: HeldOut
-) -> str:
-    """Return in words how the file compares, tensor by tensor and by llama.cpp's logits. Raises ExportError.
-
-    llama.cpp rounds activations, too, where matrices are bf16 or Q8_0. So there it loads the file, and
-    computes with a twin that holds the same numbers in fp32.
-    """
-    proof = check_read_back(path, rounded, architecture, kind)
-    if not client_gguf.has_llama_cpp():
-        return (
-            f"{proof}; no logits were compared, for llama.cpp was not at hand (pip install llama-cpp-python)"
-        )
-    held_out, expected = choose_rows(rounded, held_out)
-    with TemporaryDirectory(dir=path.parent) as twin:
-        if kind != Kind.F32:
-            client_gguf.check_loads(path)
-            path = write_gguf(rounded, architecture, Path(twin), kind=Kind.F32)
-        found = client_gguf.llama_cpp_logits(path, held_out.rows)
-    return f"{proof}; {check_logits(found, expected, client=client_gguf.client_name(), held_out=held_out)}"
-
-
-def prove_huggingface(directory: Path, rounded: Weights, held_out: HeldOut) -> str:
-    """Return in words how the directory compares, by the client's logits and token ids and number by number.
-
-    Raises ExportError.
-    """
-    held_out, expected = choose_rows(rounded, held_out)
-    tokenizer = load_tokenizer_of(rounded)
-    known = [[i for i in row.tolist() if i < tokenizer.vocab_size] for row in held_out.rows]
-    check_tokenizer(directory, tokenizer, [tokenizer.decode(ids) for ids in known])
-    found = transformers_logits(directory, held_out.rows)
-    proof = check_logits(found, expected, client=client_name(), held_out=held_out)
-    return f"{proof}; {check_huggingface(directory, rounded)}"
-
-
-def write_card(directory: Path, weights: Weights, library: str, files: str, gate: str) -> None:
-    """Write the model card, and say how the files were proven."""
-    print(gate, flush=True)
-    origin = origin_of(weights.place, weights.manifest) if isinstance(weights, CheckpointWeights) else None
-    command = ["turnout", *sys.argv[1:]]
-    text = model_card(weights.cfg, origin, library=library, files=files, command=command, gate=gate)
-    Disk().write(directory / CARD, [text.encode()])
-
-
 def corpus_of(weights: Weights) -> Corpus | None:
-    """Return the corpus that a checkpoint was trained on, where it still lies where its config says."""
+    """Return the corpus that a checkpoint was trained on, if it is still where its config says."""
     if not isinstance(weights, CheckpointWeights):
         return None
     path = Path(read_config(weights.place).data.corpus)
@@ -207,3 +137,99 @@ def corpus_of(weights: Weights) -> Corpus | None:
     except (DataError, OSError):
         return None
     return corpus if corpus.manifest.corpus_hash == weights.manifest.data.corpus_hash else None
+
+
+@contextmanager
+def publish(out: Path, option: str = "--out") -> Iterator[Path]:
+    """Yield an empty directory beside out, which gets the name out when the block ends without an error.
+
+    Otherwise nothing is left. Leftovers of killed exports of the same name are removed first. Raises
+    ConfigError where out exists.
+    """
+    check_free(out, option)
+    _remove_leftovers(out)
+    staged, disk = out.with_name(f"{out.name}.{socket.gethostname()}-{os.getpid()}.tmp"), Disk()
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    lock = staged.with_name(staged.name + LOCK)
+    with lock.open("x") as file:
+        _lock(file.fileno())
+        try:
+            staged.mkdir()
+            yield staged
+            disk.flush_directory(staged)
+            check_free(out, option)  # another export may have been faster
+            disk.rename(staged, out)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+            lock.unlink()
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed exports of this name left behind; those of live processes hold their locks."""
+    for lock in out.parent.glob(f"{out.name}.*.tmp{LOCK}"):
+        # Another export may remove the same leftovers.
+        with suppress(FileNotFoundError), lock.open("r+") as file:
+            if _lock(file.fileno()):
+                # rmtree leaves a symbolic link alone, and what it points to.
+                shutil.rmtree(lock.with_name(lock.name.removesuffix(LOCK)), ignore_errors=True)
+                lock.unlink()
+
+
+def _lock(file: int) -> bool:
+    """Lock a file; return whether it was free. A file system without locks counts as locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def export_huggingface(
+    weights: Weights, architecture: Architecture, directory: Path, dtype: torch.dtype, corpus: Corpus | None
+) -> tuple[str, str]:
+    """Write a Hugging Face directory and prove it; return what the files are and how they were proven.
+
+    transformers has to give our token ids and logits, and every parameter is read back and compared. Raises
+    ExportError where something differs.
+    """
+    with LiveBar("writing safetensors", total_bytes(architecture, weights, dtype)) as bar:
+        write_huggingface(weights, architecture, directory, dtype=dtype, on_written=bar.update)
+
+    rounded = Rounded(weights, lambda _, x: x.to(dtype).float())
+    held_out, expected = choose_rows(rounded, corpus)
+    tokenizer = load_tokenizer_of(rounded)
+    known = [[i for i in row.tolist() if i < tokenizer.vocab_size] for row in held_out.rows]
+    check_tokenizer(directory, tokenizer, [tokenizer.decode(ids) for ids in known])
+    found = transformers_logits(directory, held_out.rows)
+    logits = check_logits(found, expected, client=transformers_name(), held_out=held_out)
+    proof = f"{logits}; {read_back_huggingface(directory, rounded)}"
+    dtype_name = str(dtype).removeprefix("torch.")
+    return f"A `{architecture}` in {dtype_name}, for transformers 4.57 and newer.", proof
+
+
+def export_gguf(
+    weights: Weights, architecture: Architecture, directory: Path, kind: Kind, corpus: Corpus | None
+) -> tuple[str, str]:
+    """Write a GGUF file and prove it; return what the file is and how it was proven.
+
+    Every tensor is read back and compared, and llama.cpp, where installed, has to give our logits. It rounds
+    activations, too, where matrices are bf16 or Q8_0. So there it only loads the file, and computes with a
+    twin that holds the same values in fp32. Raises ExportError where something differs.
+    """
+    n_bytes = sum(tensor.n_bytes for tensor in gguf_tensors(architecture, weights.cfg, kind))
+    with LiveBar(f"writing {GGUF_FILE}", n_bytes) as bar:
+        path = write_gguf(weights, architecture, directory, kind=kind, on_written=bar.update)
+
+    files = f"A `{architecture}` in {kind.name}, for llama.cpp: {GGUF_FILE}."
+    proof = read_back_gguf(path, weights, architecture, kind)
+    if not has_llama_cpp():
+        reason = "llama.cpp is not installed (pip install llama-cpp-python)"
+        return files, f"{proof}; no logits were compared, because {reason}"
+    rounded = Rounded(weights, partial(to_stored, kind))
+    held_out, expected = choose_rows(rounded, corpus)
+    with TemporaryDirectory(dir=directory) as twin:
+        if kind != Kind.F32:
+            load_llama_cpp(path)
+            path = write_gguf(rounded, architecture, Path(twin), kind=Kind.F32)
+        found = llama_cpp_logits(path, held_out.rows)
+    return files, f"{proof}; {check_logits(found, expected, client=llama_cpp_name(), held_out=held_out)}"

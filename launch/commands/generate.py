@@ -1,4 +1,4 @@
-"""`turnout generate`: texts of a trained model on stdout, and what it is and did on stderr."""
+"""`turnout generate`: continuations on stdout; the model, the speed and warnings on stderr."""
 
 import sys
 import tempfile
@@ -22,14 +22,17 @@ from turnout.training.errors import CheckpointError, ConfigError
 from turnout.training.generation.generate import Options, TextPiece, stream_texts
 from turnout.training.generation.sampling import Sampling
 
-# Logits divided by less than this leave fp32, where nothing could be drawn.
+# Dividing logits by less than this could overflow fp32, and then no token can be sampled.
 MIN_TEMPERATURE = 0.01
-MAX_SEED = 2**62  # torch's generators take 64 bits, and each text adds 1
+MAX_SEED = 2**62  # torch's seeds have 64 bits, and each text adds 1
 
 
 @dataclass(frozen=True)
 class Placement:
-    """In what a model computes, and whether accelerate spreads it. max_bytes: of weights on each device."""
+    """How a model is held: its dtype, and whether accelerate spreads it over devices.
+
+    max_bytes: limit for the weights on each device; None: what is free
+    """
 
     dtype: torch.dtype
     is_spread: bool
@@ -37,7 +40,7 @@ class Placement:
 
     @classmethod
     def of(cls, dtype: str, *, is_spread: bool, max_memory: str | None) -> "Placement":
-        """Raise ConfigError where the memory is no size."""
+        """Build from the command's options. Raises ConfigError if max_memory is not a size."""
         max_bytes = None
         if max_memory is not None:
             # Imported here because it takes a second, which few commands need.
@@ -47,17 +50,17 @@ class Placement:
                 max_bytes = convert_file_size_to_int(max_memory)
             except ValueError as err:
                 raise ConfigError(
-                    f"--max-memory {max_memory} is no size; write it as 20GiB or 500MiB"
+                    f"--max-memory {max_memory} is not a size; write it like 20GiB or 500MiB"
                 ) from err
             if max_bytes < 1:
-                raise ConfigError(f"--max-memory {max_memory} holds nothing; write it as 20GiB or 500MiB")
+                raise ConfigError(f"--max-memory {max_memory} is too small; write it like 20GiB or 500MiB")
         return cls(getattr(torch, dtype), is_spread or max_memory is not None, max_bytes)
 
 
-def options_of(
+def build_options(
     sampling: Sampling, *, max_tokens: int, seed: int, n_samples: int, stop: tuple[str, ...]
 ) -> Options:
-    """Raise ConfigError for a value out of its range, or one that could have no effect."""
+    """Return the options. Raises ConfigError for a value out of range, or an option that has no effect."""
     check_at_least(1, {"--max-tokens": max_tokens, "--n-samples": n_samples, "--top-k": sampling.top_k})
     if not 0 <= seed < MAX_SEED:
         raise ConfigError(f"--seed {seed} must be 0 to {MAX_SEED - 1}")
@@ -76,7 +79,7 @@ def options_of(
         for option, value in idle.items():
             if value is not None:
                 raise ConfigError(
-                    f"{option} {value:g} has no effect with --temperature 0, where nothing is drawn; drop one"
+                    f"{option} {value:g} has no effect with --temperature 0, which does not sample; drop one"
                 )
     if "" in stop:
         raise ConfigError("--stop '' would end every text before it begins; drop it")
@@ -84,9 +87,10 @@ def options_of(
 
 
 def read_prompts(given: Sequence[str], files: Sequence[Path]) -> list[str]:
-    """Return the prompts given, then those of files, or where there are none, stdin as one.
+    """Return the prompts given, then those of the files; if there are none, stdin as one prompt.
 
-    A file's last newline is its editor's, and not part of the prompt. Raises ConfigError.
+    The last newline of a file is not part of its prompt: editors add it. Raises ConfigError if there is no
+    prompt, or one is not UTF-8.
     """
     for i, prompt in enumerate(given, start=1):
         check_text(prompt, f"prompt {i}")
@@ -94,7 +98,9 @@ def read_prompts(given: Sequence[str], files: Sequence[Path]) -> list[str]:
     if prompts:
         return prompts
     if sys.stdin is None or sys.stdin.isatty():
-        raise ConfigError('there is no prompt; give one, as "import os", or --prompt-file, or pipe one in')
+        raise ConfigError(
+            'there is no prompt; give one, such as "import os", or --prompt-file, or pipe one in'
+        )
     return [_decode(sys.stdin.buffer.read(), "stdin")]
 
 
@@ -115,30 +121,30 @@ def _decode(raw: bytes, where: str) -> str:
 def write_texts(
     path: Path, prompts: Sequence[str], options: Options, placement: Placement, *, is_streamed: bool
 ) -> None:
-    """Load a model and print what it writes. Raises ConfigError, CheckpointError or DataError."""
+    """Load a model and print its continuations. Raises ConfigError, CheckpointError or DataError."""
     weights = open_weights(path)
     tokenizer = load_tokenizer_of(weights)
-    with _loaded(weights, placement) as model:
+    with _loaded_model(weights, placement) as model:
         start_s, ends, n_tokens = time.perf_counter(), Counter[str](), 0
         n_texts = len(prompts) * options.n_samples
         pieces = stream_texts(model, tokenizer, prompts, options)
         try:
-            for piece in _printing(pieces, n_texts, options.n_samples, is_streamed=is_streamed):
+            for piece in _printed(pieces, n_texts, options.n_samples, is_streamed=is_streamed):
                 n_tokens += 1
                 ends.update([piece.end] if piece.end is not None else [])
         except CheckpointError as err:
             raise CheckpointError(f"{weights.place}: {err}") from err
-        _say_end(n_tokens, time.perf_counter() - start_s, ends, weights.cfg)
+        _report_end(n_tokens, time.perf_counter() - start_s, ends, weights.cfg)
 
 
 @contextmanager
-def _loaded(weights: Weights, placement: Placement) -> Iterator[CachedDecoder]:
+def _loaded_model(weights: Weights, placement: Placement) -> Iterator[CachedDecoder]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = choose_backend(weights.cfg, device, placement.dtype)
     size = f"{weights.place}: {n_params(weights.cfg):,} parameters in {str(placement.dtype).split('.')[-1]}"
     if not placement.is_spread:
         decoder, state = load_decoder(weights, device=device, dtype=placement.dtype, expert_backend=backend)
-        _say(f"{size} on {device}")
+        _report(f"{size} on {device}")
         yield CachedDecoder(decoder.requires_grad_(False), state)
         return
     # Imported here because accelerate takes a second, which few commands need.
@@ -152,14 +158,14 @@ def _loaded(weights: Weights, placement: Placement) -> Iterator[CachedDecoder]:
             dtype=placement.dtype,
             expert_backend=backend,
         )
-        _say(f"{size}; {where}")
+        _report(f"{size}; {where}")
         yield model
 
 
-def _printing(
+def _printed(
     pieces: Iterable[TextPiece], n_texts: int, n_samples: int, *, is_streamed: bool
 ) -> Iterator[TextPiece]:
-    """Print the pieces as they pass, of a single text; of several, each text when its turn has come."""
+    """Print the texts while passing their pieces on: a single text piece by piece, several in row order."""
     texts, ended, n_printed = [""] * n_texts, set[int](), 0
     for piece in pieces:
         if n_texts == 1 and is_streamed:
@@ -183,20 +189,20 @@ def _title(row: int, n_texts: int, n_samples: int) -> str:
 
 def _write(text: str) -> None:
     if sys.stdout.isatty():
-        # A model's words are not to steer the terminal.
+        # Control characters from a model must not reach the terminal.
         text = "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def _say_end(n_tokens: int, elapsed_s: float, ends: Counter[str], cfg: ModelConfig) -> None:
-    _say(f"{n_tokens} tokens in {elapsed_s:.1f} s, {n_tokens / elapsed_s:,.1f} tokens/s")
+def _report_end(n_tokens: int, elapsed_s: float, ends: Counter[str], cfg: ModelConfig) -> None:
+    _report(f"{n_tokens} tokens in {elapsed_s:.1f} s, {n_tokens / elapsed_s:,.1f} tokens/s")
     if n_cut := ends["seq_len"]:
-        _say(
-            f"{n_cut} of {ends.total()} texts ended early, at {cfg.seq_len} tokens with their prompts: the "
-            "seq_len that the model was trained on, and it has no sliding window to go on with"
+        _report(
+            f"{n_cut} of {ends.total()} texts were cut at {cfg.seq_len} tokens, prompt included: the model "
+            "was trained on this seq_len, and has no sliding window that would allow more"
         )
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

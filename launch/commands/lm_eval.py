@@ -1,4 +1,4 @@
-"""`turnout lm-eval`: tasks of the lm-evaluation-harness on a saved model."""
+"""`turnout lm-eval`: run tasks of the lm-evaluation-harness on a saved model."""
 
 import difflib
 import json
@@ -28,7 +28,7 @@ def run_lm_eval(
     dtype: DType,
     out: Path | None,
 ) -> None:
-    """Evaluate tasks and print lm_eval's table. Raises ConfigError, DataError or CheckpointError."""
+    """Evaluate tasks and print their metrics. Raises ConfigError, DataError or CheckpointError."""
     check_at_least(1, {"--limit": limit, "--microbatch-seqs": microbatch_seqs})
     check_at_least(0, {"--num-fewshot": num_fewshot})
     check_out_file(out, (".json",))
@@ -36,7 +36,9 @@ def run_lm_eval(
     if not names:
         raise ConfigError(f"--tasks {tasks!r} names no task; write for example --tasks arc_easy,hellaswag")
     if include_path is not None and not include_path.is_dir():
-        raise ConfigError(f"--include-path {include_path} is no directory; name the one with the tasks' YAML")
+        raise ConfigError(
+            f"--include-path {include_path} is not a directory; name the one with the tasks' YAML files"
+        )
     try:
         # Imported here because they are an optional dependency.
         import lm_eval
@@ -61,11 +63,9 @@ def run_lm_eval(
         LookupError,
         TypeError,
         ValueError,
-    ) as err:  # what a task's own code can do wrong
-        raise DataError(
-            f"--tasks {tasks}: {type(err).__name__}: {err}; mend the task, or its options"
-        ) from err
-    if out is not None:  # before anything is printed, which may go into a pipe that is closed
+    ) as err:  # an error in the task's own code or options
+        raise DataError(f"--tasks {tasks}: {type(err).__name__}: {err}; fix the task or its options") from err
+    if out is not None:  # before anything is printed, because stdout may be a closed pipe
         text = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)
         write_atomically(out, (text + "\n").encode())
     _print_results(results)
@@ -79,17 +79,17 @@ def _print_results(results: dict[str, Any]) -> None:
     for task, metrics in (results["results"] | results.get("groups", {})).items():
         n_samples = results.get("n-samples", {}).get(task, {}).get("effective", "")
         for key, value in metrics.items():
-            metric, comma, chosen_by = key.partition(",")
+            metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
-            numbers = (value, metrics.get(f"{metric}_stderr,{chosen_by}"))
+            numbers = (value, metrics.get(f"{metric}_stderr,{filter_name}"))
             words = [f"{number:.4f}" if isinstance(number, float) else "" for number in numbers]
-            table.add_row(printable(task), metric, chosen_by, *words, str(n_samples))
+            table.add_row(printable(task), metric, filter_name, *words, str(n_samples))
     print_table(table)
 
 
 def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, list[Any]]:
-    """Return lm_eval's TaskManager, and its tasks and groups of these names with their data."""
+    """Return lm_eval's TaskManager, and the tasks and groups of these names, with their data loaded."""
     from lm_eval.tasks import TaskManager
 
     def manager(has_defaults: bool) -> TaskManager:
@@ -98,7 +98,7 @@ def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, l
 
     try:
         found = manager(False) if include_path is not None else None
-        # lm_eval comes with ten thousand tasks, whose YAML takes a while to read.
+        # Reading the YAML files of lm_eval's ten thousand tasks takes a while.
         if found is None or not {*names} <= {*found.all_tasks}:
             found = manager(True)
         for name in names:
@@ -111,9 +111,9 @@ def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, l
         loaded = found.load(list(names))
     except ConfigError:
         raise
-    except Exception as err:  # whatever a task's YAML, code or data can do wrong
+    except Exception as err:  # any error in the task's YAML, code or data
         reason = f"{type(err).__name__}: {err}".splitlines()[0]
-        raise DataError(f"--tasks {','.join(names)}: cannot be loaded ({reason}); mend the task") from err
+        raise DataError(f"--tasks {','.join(names)}: cannot be loaded ({reason}); fix the task") from err
     inner = {name for children in (loaded["group_map"] or {}).values() for name in children}
     items = {**loaded["groups"], **loaded["tasks"]}
     return found, [item for name, item in items.items() if name not in inner]

@@ -1,4 +1,4 @@
-"""`turnout prepare`: from the words of the command line to data.prepare."""
+"""`turnout prepare`: check the command line's arguments, and pass them to data/prepare.py."""
 
 import os
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ def run_prepare(
     valid_frac: float,
     workers: int | None,
 ) -> None:
-    """Prepare a corpus and print what it holds. Raises ConfigError or DataError."""
+    """Prepare a corpus and print a summary of it. Raises ConfigError or DataError."""
     if embedded == bool(inputs):
-        raise ConfigError("name some input, PATH or NAME=PATH, or pass --embedded, but not both")
+        raise ConfigError("name some input, as PATH or NAME=PATH, or pass --embedded, but not both")
     if not 0 <= valid_frac < 1:
         raise ConfigError(f"--valid-frac {valid_frac} must be at least 0 and below 1; 0.01 is usual")
     if vocab_size is None and tokenizer is None:

@@ -1,4 +1,4 @@
-"""`turnout train`: check everything, make or take up the run directory, start the ranks."""
+"""`turnout train`: check everything, create or resume the run directory, launch the ranks."""
 
 import socket
 import sys
@@ -20,11 +20,8 @@ from turnout.launch.ranks.attempt_records import (
     write_ending,
 )
 from turnout.launch.ranks.hostfile import Hosts, launch_on_hosts
-from turnout.launch.ranks.launcher import Ended, launch_ranks, this_machine
-from turnout.launch.run_dir import (
-    create_run_dir,
-    has_run,
-)
+from turnout.launch.ranks.launcher import RanksOutcome, launch_ranks, this_machine
+from turnout.launch.run_dir import create_run_dir, has_run
 from turnout.launch.settings import check_setting_paths
 from turnout.training.config.run import RunConfig
 from turnout.training.parallel.layout import plan_layout
@@ -41,8 +38,8 @@ def start_run(
 ) -> int:
     """Train, and return the exit code of the run.
 
-    nproc: ranks on this machine, or on each of the hosts. is_resumed: go on with the run in run_dir where
-    there is one.
+    nproc: ranks on this machine, or on each of the hosts. is_resumed: resume the run in run_dir if there is
+    one.
     """
     check_setting_paths("--allow-change", allowed_changes)
     n_ranks = nproc * (len(hosts.names) if hosts else 1)
@@ -56,37 +53,39 @@ def start_run(
             return DONE
     else:
         create_run_dir(run_dir, cfg, corpus, nproc=n_ranks)
-    start = claim(run_dir, make_attempt_dir(run_dir / "logs"), layout)
+    attempt = claim(run_dir, make_attempt_dir(run_dir / "logs"), layout)
     nodes = hosts.names if hosts else [socket.gethostname()]
-    write_begin(start.attempt_dir, begin_here(n_ranks, newest_step(run_dir), nodes))
+    write_begin(attempt.attempt_dir, begin_here(n_ranks, newest_step(run_dir), nodes))
     print(f"run directory {run_dir}, corpus {corpus.manifest.corpus_hash[:12]}, {n_ranks} ranks", flush=True)
     began_s = time.monotonic()
 
-    def launch() -> Ended:
+    def launch() -> RanksOutcome:
         if hosts is not None:
-            return launch_on_hosts(start.run_dir, start.attempt_dir, hosts, fencing_token=start.fencing_token)
+            return launch_on_hosts(
+                attempt.run_dir, attempt.attempt_dir, hosts, fencing_token=attempt.fencing_token
+            )
         return launch_ranks(
-            start.run_dir, start.attempt_dir, this_machine(nproc), fencing_token=start.fencing_token
+            attempt.run_dir, attempt.attempt_dir, this_machine(nproc), fencing_token=attempt.fencing_token
         )
 
     try:
-        end = supervise(start, launch)
+        end = supervise(attempt, launch)
     except KeyboardInterrupt:
-        write_ending(start.attempt_dir, ending("failed", run_dir, ["interrupted"]))
+        write_ending(attempt.attempt_dir, ending("failed", run_dir, ["interrupted"]))
         raise
-    write_ending(start.attempt_dir, end)
+    write_ending(attempt.attempt_dir, end)
     report(end, run_dir, time.monotonic() - began_s)
     return end.code
 
 
 def report(end: Ending, run_dir: Path, elapsed_s: float) -> None:
-    """Say how a start ended: on stdout where nothing went wrong."""
+    """Print how an attempt ended: on stdout if it went well, on stderr if it failed."""
     if end.kind == "done":
         duration = format_duration(elapsed_s)
-        print(f"done in {duration}: {run_dir} (to look at it: tensorboard --logdir {run_dir})", flush=True)
+        print(f"done in {duration}: {run_dir} (view it with tensorboard --logdir {run_dir})", flush=True)
         return
     if end.kind == "saved":
-        print(f"saved after step {end.saved_step}; --resume goes on, exit code {end.code}", flush=True)
+        print(f"saved after step {end.saved_step}; continue with --resume; exit code {end.code}", flush=True)
         return
     for reason in end.reasons:
         print(f"turnout: {reason}", file=sys.stderr)

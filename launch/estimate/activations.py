@@ -1,11 +1,11 @@
-"""What the passes of one micro-batch add to a rank's memory: the real decoder and loss, run on fake tensors.
+"""The memory that a micro-batch's forward and backward add on a rank, measured on fake tensors.
 
-torch's MemTracker follows each tensor of a forward and a backward pass; no memory is taken and nothing is
-computed. Contract: routing is uniform, so a rank receives as many rows as it sends, and each sequence holds
-two documents of unequal length. Room that one operator takes for itself while it runs is not seen, but for
-that of the experts.
+The real decoder and loss run, and torch's MemTracker follows each tensor; no memory is allocated and nothing
+is computed. Contract: routing is uniform, so a rank receives as many rows as it sends, and each sequence has
+two documents of unequal length. Scratch memory inside an operator is not counted, except that of the experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,7 +26,6 @@ from turnout.moe.parallel.expert_parallel import (
     Dispatcher,
     LocalDispatcher,
     Route,
-    Underway,
 )
 from turnout.moe.parallel.tensor_parallel import SplitOverGroup, TensorParallel, Unsplit
 from turnout.training.config.run import RunConfig
@@ -34,12 +33,12 @@ from turnout.training.hardware import DTYPES, expert_backend_of
 from turnout.training.objective import Objective
 from turnout.training.parallel.layout import Layout
 
-# Expert layers of the decoders that are run: one layer more adds the same from there on.
+# Expert layers of the two decoders that are run: every further layer adds the difference between them.
 FEW, MORE = 1, 2
 
 
 def activation_bytes(cfg: RunConfig, layout: Layout) -> int:
-    """Return the most that forward and backward of one micro-batch hold beside weights and gradients."""
+    """Return the peak bytes of forward and backward of one micro-batch, beyond weights and gradients."""
     model = cfg.model
     few = _measure(cfg, layout, _cut(model, n_moe=FEW, n_dense=0))
     per_layer = (_measure(cfg, layout, _cut(model, n_moe=MORE, n_dense=0)) - few) // (MORE - FEW)
@@ -51,9 +50,9 @@ def activation_bytes(cfg: RunConfig, layout: Layout) -> int:
 
 
 def backend_measured(cfg: RunConfig) -> str:
-    """Return the experts' backend whose tensors are counted: the run's on a machine like this one.
+    """Return the expert backend whose tensors are counted: the one that the run would use on this machine.
 
-    Each loop is counted as sorted_loop, and each grouped product as torch_grouped: they keep the same.
+    Loops are counted as sorted_loop and grouped products as torch_grouped, which keep the same tensors.
     """
     chosen = expert_backend_of(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return "sorted_loop" if chosen in ("reference", "sorted_loop", "compiled_loop") else "torch_grouped"
@@ -64,7 +63,7 @@ def _cut(model: ModelConfig, *, n_moe: int, n_dense: int) -> ModelConfig:
 
 
 def _measure(cfg: RunConfig, layout: Layout, model: ModelConfig) -> int:
-    # Imported here because it takes a second, which a start of a run need not wait.
+    # Imported here because it takes a second, which a run's launch need not wait for.
     from torch.distributed._tools.mem_tracker import MemTracker
 
     n_seqs, seq_len = cfg.train.microbatch_seqs, model.seq_len
@@ -83,8 +82,8 @@ def _measure(cfg: RunConfig, layout: Layout, model: ModelConfig) -> int:
         _materialise(decoder, DTYPES[cfg.train.precision])
         tokens = torch.zeros(n_seqs, seq_len, dtype=torch.int64)
         state = RouterState.initial(model)
-    # Real, since the lengths of documents are read on the host; outside the mode, what has a fake input is
-    # fake all the same.
+    # A real tensor, since the host reads the lengths of documents. The passes run outside the mode, where an
+    # operator with a fake input has a fake result all the same.
     doc_ids = (torch.arange(seq_len) >= seq_len // 3).long().repeat(n_seqs, 1)
     objective, batch = Objective(decoder), Batch(tokens, tokens, doc_ids, tokens[:, 0])
     tracker = MemTracker()
@@ -97,16 +96,16 @@ def _measure(cfg: RunConfig, layout: Layout, model: ModelConfig) -> int:
 
 
 def _materialise(decoder: Decoder, dtype: torch.dtype) -> None:
-    """Give each parameter a fake tensor on the CPU, with a gradient that is there already."""
+    """Give each parameter a fake tensor on the CPU, and a gradient, so that the passes do not add one."""
     for name, parameter in list(decoder.named_parameters()):
-        fencing_token, _, leaf = name.rpartition(".")
+        module_name, _, leaf = name.rpartition(".")
         fake = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
         fake.grad = torch.zeros_like(fake)
-        setattr(decoder.get_submodule(fencing_token), leaf, fake)
+        setattr(decoder.get_submodule(module_name), leaf, fake)
 
 
 class _SortedLoop(torch.autograd.Function):
-    """The tensors of sorted_loop, and those that live within its backward operator."""
+    """sorted_loop's tensors, and the scratch tensors inside its backward operator."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, *matrices: Tensor) -> Tensor:
@@ -119,7 +118,7 @@ class _SortedLoop(torch.autograd.Function):
         saved = ctx.saved_tensors
         results = torch.ops.turnout.sorted_loop_backward(grads[0].contiguous(), *saved, False)
         n_rows, d_expert = min(len(saved[0]), ROWS_AT_ONCE), saved[-1].size(2)
-        # Of a turn's rows: hidden activations and their gradient, silu(gate), the products' two gradients.
+        # For the rows of one turn: hidden activations, their gradient, silu(gate), two gradients of products.
         scratch = [grads[0].new_empty(n_rows, d_expert) for _ in range(5)]
         del scratch
         return *results[:2], None, *results[2:]
@@ -127,7 +126,7 @@ class _SortedLoop(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Group:
-    """As much of a process group as a model asks for outside of collectives."""
+    """The parts of a process group that a model uses outside of collectives."""
 
     n_ranks: int
 
@@ -143,14 +142,14 @@ def _silent_group(n_ranks: int) -> dist.ProcessGroup:
 
 
 class _LocalUniform(LocalDispatcher):
-    """No expert is over its capacity."""
+    """Uniform routing, so no expert exceeds its capacity."""
 
     def plan(self, counts_E: Tensor, n_rows: int, *, is_dropless: bool) -> Route:
         return super().plan(counts_E, n_rows, is_dropless=True)
 
 
 class _UniformOverGroup(AllToAllDispatcher):
-    """All ranks send each other the same number of rows, and nothing travels."""
+    """All ranks send each other equally many rows; nothing is sent."""
 
     def plan(self, counts_E: Tensor, n_rows: int, *, is_dropless: bool) -> Route:
         n_ranks = self.group.size()
@@ -159,17 +158,14 @@ class _UniformOverGroup(AllToAllDispatcher):
         counts_L = counts_E.view(n_ranks, -1).sum(0)
         return Route((Chunk(counts_L, rows, rows, order_R, torch.empty_like(order_R)),))
 
-    def send(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> tuple[Underway, Tensor]:
-        return _Arrived(), rows.new_empty(sum(received), *rows.shape[1:])
-
-
-class _Arrived:
-    def wait(self) -> None:
-        """Nothing travels."""
+    def send(
+        self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]
+    ) -> tuple[Callable[[], object], Tensor]:
+        return lambda: None, rows.new_empty(sum(received), *rows.shape[1:])
 
 
 class _SplitOverSilence(SplitOverGroup):
-    """Tensors of a split model, without the other ranks' part of a result."""
+    """The tensors of a split model, allocated without any communication."""
 
     def _all_reduce(self, x: Tensor, op: Any = None) -> Tensor:
         return x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,8 @@
-"""The start of a run's ranks: claim the run directory, launch, and say how it ended."""
+"""One attempt at a run, whoever starts its ranks: prepare the run directory, claim it, supervise the ranks.
+
+`turnout train` (launch/commands/train.py) and a SLURM job (launch/slurm/job.py) both follow these steps;
+each brings its own way to launch the ranks. What an attempt leaves on disk is in attempt_records.py.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,9 +10,9 @@ from pathlib import Path
 
 from turnout.data.corpus import Corpus
 from turnout.launch.ranks.attempt_records import Ending, conclude, ending
-from turnout.launch.ranks.launcher import Ended
+from turnout.launch.ranks.launcher import RanksOutcome
 from turnout.launch.run_dir import data_identity, identity_of, read_config, resume_run_dir
-from turnout.launch.verify import verified
+from turnout.launch.verify import verify_with_bar
 from turnout.training.checkpoint.directory import newest_readable
 from turnout.training.checkpoint.manifest import Manifest
 from turnout.training.checkpoint.resume_check import check_same_data, check_same_run
@@ -18,42 +22,13 @@ from turnout.training.parallel.layout import Layout
 from turnout.training.run_control import FencingToken, take_over
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A start of a run that owns its directory: nothing is left to do but to start the ranks."""
-
-    run_dir: Path
-    attempt_dir: Path
-    layout: Layout
-    fencing_token: FencingToken
-
-
-def claim(run_dir: Path, attempt_dir: Path, layout: Layout) -> Attempt:
-    """Make a start the owner of its run."""
-    fencing_token = FencingToken(run_dir, take_over(run_dir))
-    fencing_token.hand_over(attempt_dir)
-    return Attempt(run_dir, attempt_dir, layout, fencing_token)
-
-
-def supervise(start: Attempt, launch: Callable[[], Ended]) -> Ending:
-    """Launch the ranks, and return how the start ended."""
-    try:
-        return conclude(start.run_dir, start.attempt_dir, start.layout, launch())
-    except TakenOverError as err:
-        return ending("overtaken", start.run_dir, [str(err)])
-
-
-def nothing_left(run_dir: Path, cfg: RunConfig) -> str:
-    return f"nothing left to do: {run_dir} has all {cfg.train.n_steps} steps of train.n_steps"
-
-
 def resume_run(
     run_dir: Path, cfg: RunConfig, corpus: Corpus, *, nproc: int, allowed_changes: Sequence[str]
 ) -> tuple[Path, Manifest] | None:
-    """Prepare a run directory for going on, and return its newest readable checkpoint, if it has one.
+    """Prepare a run directory for resuming; return its newest readable checkpoint, None if it has none yet.
 
-    Raises ConfigError where the settings or the text are not the run's, CheckpointError where it has
-    checkpoints and none can be read. Each byte of the one that is used is verified by the ranks.
+    Raises ConfigError if the settings or the corpus are not those of the run, CheckpointError if the run has
+    checkpoints and none can be read. The bytes of the checkpoint are not verified here: the ranks do that.
     """
     saved_cfg, saved_data = read_config(run_dir), data_identity(run_dir)
     newest = newest_readable(run_dir)
@@ -70,11 +45,43 @@ def resume_run(
 
 
 def is_finished(path: Path, manifest: Manifest, cfg: RunConfig) -> bool:
-    """Return whether a checkpoint is the run's last, and intact; the ranks go back behind a damaged one."""
+    """Return whether a checkpoint is the run's last one and intact.
+
+    If it is damaged, the run is not finished: the ranks resume from an older one.
+    """
     if manifest.state.step < cfg.train.n_steps:
         return False
     try:
-        verified(path)
+        verify_with_bar(path)
     except CheckpointError:
         return False
     return True
+
+
+def nothing_left(run_dir: Path, cfg: RunConfig) -> str:
+    return f"nothing left to do: {run_dir} has all {cfg.train.n_steps} steps of train.n_steps"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attempt that has claimed its run directory, so its ranks may start."""
+
+    run_dir: Path
+    attempt_dir: Path
+    layout: Layout
+    fencing_token: FencingToken
+
+
+def claim(run_dir: Path, attempt_dir: Path, layout: Layout) -> Attempt:
+    """Make this attempt the only one that may write to the run directory."""
+    fencing_token = FencingToken(run_dir, take_over(run_dir))
+    fencing_token.hand_over(attempt_dir)
+    return Attempt(run_dir, attempt_dir, layout, fencing_token)
+
+
+def supervise(attempt: Attempt, launch: Callable[[], RanksOutcome]) -> Ending:
+    """Launch the ranks, wait for them, and return how the attempt ended."""
+    try:
+        return conclude(attempt.run_dir, attempt.attempt_dir, attempt.layout, launch())
+    except TakenOverError as err:
+        return ending("overtaken", attempt.run_dir, [str(err)])

@@ -1,6 +1,6 @@
-"""The directory in which the ranks of one start of a run tell what becomes of them: RUN/logs/attempt-00001/.
+"""The directory of one attempt, RUN/logs/attempt-00001/, in which its ranks report.
 
-What is in it is made sense of in launch/ranks/failures.py and launch/ranks/attempt_records.py; nothing here needs torch.
+launch/ranks/failures.py and launch/ranks/attempt_records.py interpret its files. Nothing here needs torch.
 """
 
 import signal
@@ -10,22 +10,23 @@ from turnout.training.parallel.flight_recorder import FlightRecord, read_flight_
 from turnout.training.renames import ATTEMPT_DIR, EARLIER_ATTEMPT_DIR
 
 FAILURE_FILES = "rank-*.failure.json"
-# Not SIGTERM, by which a cluster tells a whole job to end: a rank then saves before it does.
-TOLD_TO_END = signal.SIGUSR2
+# Ends a rank, which writes its stack first. Not SIGTERM, with which a cluster ends a whole job: on SIGTERM
+# a rank must have time to save.
+END_SIGNAL = signal.SIGUSR2
 
 
 def make_attempt_dir(logs: Path) -> Path:
-    """Make the directory in which the ranks of one start of a run tell what becomes of them.
+    """Make the next attempt's directory.
 
-    Each start has its own: ranks of an earlier one may still run, on a node that was cut off.
+    Each attempt has its own, because ranks of an earlier one may still run on a node that was cut off.
     """
     return make_numbered(logs, ATTEMPT_DIR, EARLIER_ATTEMPT_DIR)
 
 
 def make_numbered(parent: Path, name: str, earlier_name: str = "") -> Path:
-    """Make the next directory of a row, as attempt-00003, whoever else makes one at the same time.
+    """Make the next directory of a numbered series, such as attempt-00003; safe against concurrent callers.
 
-    earlier_name: what an earlier release called the first of the row.
+    earlier_name: what an earlier release called the directories of this series; they are counted, too.
     """
     n = 1 + sum(len(list(parent.glob(f"{one}-*"))) for one in (name, earlier_name) if one)
     while True:
@@ -37,12 +38,12 @@ def make_numbered(parent: Path, name: str, earlier_name: str = "") -> Path:
 
 
 def read_flight_records(attempt_dir: Path) -> dict[int, FlightRecord]:
-    """Return the ledgers by rank; one that was not finished, as its rank was starting, is left out."""
-    views = {}
+    """Return the flight records by rank, without those that a starting rank has not finished creating."""
+    records = {}
     for path in sorted(attempt_dir.glob("rank-*.flight")):
         try:
-            view = read_flight_record(path)
+            record = read_flight_record(path)
         except ValueError:
             continue
-        views[view.rank] = view
-    return views
+        records[record.rank] = record
+    return records

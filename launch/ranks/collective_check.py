@@ -1,6 +1,7 @@
-"""That all ranks reach one another: `python -m turnout.launch.ranks.collective_check RUN_DIR START_DIR` in each of them.
+"""Check that all ranks reach one another, by a sum over all of them whose result is known.
 
-Trains nothing; the ranks of a preflight run it by themselves, those of a run as the first thing they do.
+The ranks of a run do this before anything else (launch/ranks/rank.py). The ranks of a preflight do nothing
+else; each runs `python -m turnout.launch.ranks.collective_check RUN_DIR ATTEMPT_DIR`.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from turnout.launch.ranks.failures import leave_stack_behind, record_failure
+from turnout.launch.ranks.failures import record_failure, write_stack_at_end
 from turnout.launch.ranks.parent import die_with_parent
 from turnout.training.errors import EngineError
 from turnout.training.parallel.flight_recorder import FlightRecorder
@@ -23,7 +24,7 @@ N_FLOATS, N_ROUNDS = 16 * 2**20, 5
 
 
 def check_collective(groups: Groups) -> None:
-    """Sum a value that no two ranks share over all ranks. Raises EngineError, on each, naming wrong ones."""
+    """Sum rank + 1 over all ranks. Raises EngineError on every rank, naming those that got a wrong sum."""
     n = groups.layout.world_size
     want = n * (n + 1) / 2
     value = torch.full((8,), float(groups.rank + 1), device=groups.device)
@@ -34,7 +35,7 @@ def check_collective(groups: Groups) -> None:
 
 
 def measure_gb_per_s(groups: Groups) -> float:
-    """Return the bytes of a large tensor, over the time that its sum over all ranks takes."""
+    """Return the size of a large tensor divided by the time that its sum over all ranks takes, in GB/s."""
     value = torch.ones(N_FLOATS, device=groups.device)
     groups.sum_over_ranks(value)
     groups.barrier()
@@ -50,7 +51,7 @@ def main() -> None:
     die_with_parent()
     attempt_dir, rank = Path(sys.argv[2]), int(os.environ["RANK"])
     stack_file = (attempt_dir / f"rank-{rank:05d}.stack").open("w", encoding="utf-8")
-    leave_stack_behind(stack_file)
+    write_stack_at_end(stack_file)
     try:
         layout = Layout(int(os.environ["WORLD_SIZE"]))
         recorder = FlightRecorder(attempt_dir / f"rank-{rank:05d}.flight", layout, rank)

@@ -1,9 +1,11 @@
-"""DeepSpeed's launcher of one node's ranks: `python -m turnout.launch.ranks.deepspeed_launcher PARENT ARGUMENT...`.
+"""DeepSpeed's launcher of one node's ranks, made quick to import:
 
-PARENT is the process id of the command; the launcher dies when it does. DeepSpeed's launcher only starts
-processes and waits for them, but importing it imports torch and all of DeepSpeed, which takes more than a
-second. We give it stand-ins for the few names that it uses. If a release uses other names, the import fails
-and the real packages are imported instead.
+    python -m turnout.launch.ranks.deepspeed_launcher PARENT ARGUMENT...
+
+PARENT is the process id of the command; the launcher dies with it. DeepSpeed's launcher only starts processes
+and waits for them, but importing it imports torch and all of DeepSpeed, which takes more than a second. We
+give it stand-ins for the few names that it uses. If a release uses other names, the import fails and the real
+packages are imported instead.
 """
 
 import importlib

@@ -1,5 +1,6 @@
-"""`turnout train --hostfile`: several machines without a scheduler, through DeepSpeed's own launcher, which
-reaches them by pdsh and ssh.
+"""`turnout train --hostfile`: train on several machines without a scheduler.
+
+DeepSpeed's own runner starts the ranks there, by pdsh and ssh.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from turnout.launch.devices import count_gpus
 from turnout.launch.ranks.launcher import (
-    Ended,
+    RanksOutcome,
     free_port,
     interruptible,
     kill_session,
@@ -24,11 +25,11 @@ from turnout.launch.ranks.launcher import (
 from turnout.training.errors import ConfigError
 from turnout.training.run_control import FencingToken
 
-ENVIRONMENT_FILE = "environment"  # in the directory of a start; read by DeepSpeed's launcher
-# The launcher ends the ranks on the other machines by pdsh when it is interrupted.
+ENVIRONMENT_FILE = "environment"  # in the attempt's directory; read by DeepSpeed's runner
+# How long the runner, once interrupted, has to end the ranks on the other machines by pdsh.
 END_REMOTE_S = 20
-# The command line of the ranks passes through two shells, which DeepSpeed does not quote for.
-PLAIN = re.compile(r"[\w@%+=:,./-]+")
+# DeepSpeed does not quote the ranks' command line for the two shells through which it passes.
+UNQUOTED = re.compile(r"[\w@%+=:,./-]+")
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,21 @@ def read_hosts(path: Path) -> Hosts:
             raise ConfigError(f"--hostfile {path}: line {n} {words!r} {fault}; write it as node1 slots=8")
         slots[match[1]] = int(match[2])
     if not slots:
-        raise ConfigError(f"--hostfile {path}: names no host; write lines as node1 slots=8")
+        raise ConfigError(f"--hostfile {path}: names no host; write one a line, as node1 slots=8")
     if len(set(slots.values())) > 1:
         raise ConfigError(
             f"--hostfile {path}: slots differ ({', '.join(f'{h} {n}' for h, n in slots.items())}); "
-            "give each host the same number"
+            "give each host the same number of slots"
         )
     return Hosts(path, tuple(slots), next(iter(slots.values())))
 
 
-def launch_on_hosts(run_dir: Path, attempt_dir: Path, hosts: Hosts, *, fencing_token: FencingToken) -> Ended:
-    """Run the ranks on all hosts until they have ended, and say how. The paths must be the same on each.
+def launch_on_hosts(
+    run_dir: Path, attempt_dir: Path, hosts: Hosts, *, fencing_token: FencingToken
+) -> RanksOutcome:
+    """Run the ranks on all hosts until they have ended. The paths must be the same on all of them.
 
-    Raises ConfigError where a path would need quotes, or a program is missing.
+    Raises ConfigError if a path would need quotes.
     """
     environment = attempt_dir.resolve() / ENVIRONMENT_FILE
     settings = rank_environment(hosts.slots, has_gpus=count_gpus() > 0)
@@ -81,11 +84,12 @@ def launch_on_hosts(run_dir: Path, attempt_dir: Path, hosts: Hosts, *, fencing_t
             env={**os.environ, "DS_ENV_FILE": str(environment)},
             start_new_session=True,
         )
-        # No rank is a process of this machine's to look after; those that are, are the launcher's.
+        # range(0): DeepSpeed's launchers watch the ranks, also those on this machine.
         return watch(launcher, attempt_dir, range(0), fencing_token, end_remote)
 
 
 def runner_command(run_dir: Path, attempt_dir: Path, hosts: Hosts) -> list[str]:
+    """Return the command line of DeepSpeed's runner. Raises ConfigError if a path would need quotes."""
     paths = [str(path.resolve()) for path in (run_dir, attempt_dir)]
     command = [
         sys.executable,
@@ -101,7 +105,7 @@ def runner_command(run_dir: Path, attempt_dir: Path, hosts: Hosts) -> list[str]:
         *paths,
     ]
     for path in (*paths, sys.executable, str(Path.cwd())):
-        if not PLAIN.fullmatch(path):
+        if not UNQUOTED.fullmatch(path):
             raise ConfigError(
                 f"--hostfile: {path!r} passes through the shells of other machines; use a path of letters, "
                 "digits and ./-_"

@@ -1,4 +1,7 @@
-"""Start the ranks of this node through DeepSpeed's per-node launcher, and watch over them."""
+"""Start the ranks of this node through DeepSpeed's per-node launcher, and watch them until they have ended.
+
+A failure of any rank on any node ends the ranks of this one. failures.py explains why they ended.
+"""
 
 import base64
 import json
@@ -20,35 +23,37 @@ from rich.console import Console
 
 from turnout.launch.devices import count_gpus
 from turnout.launch.exit_codes import DONE
-from turnout.launch.ranks.attempt_dir import FAILURE_FILES, TOLD_TO_END, read_flight_records
+from turnout.launch.ranks.attempt_dir import END_SIGNAL, FAILURE_FILES, read_flight_records
 from turnout.training.run_control import FencingToken, ask_to_stop
 
-# glibc gives blocks above 128 KiB back to the system at once, so each activation of each layer is
-# page-faulted anew. Keeping them makes a CPU step 1.7 times as fast (LOG.md).
+# glibc returns blocks above 128 KiB to the system as soon as they are freed, so each activation of each layer
+# is page-faulted again. Keeping freed blocks makes a CPU step 1.7 times as fast (LOG.md).
 CPU_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**28),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-# For how long libgomp's threads look for work before they sleep, in ranks on CPUs and in every command. By
-# its own 300,000 rounds they keep the cores from the one that they wait for when another process has a core,
-# and a step takes 14 times as long; if they sleep at once, an undisturbed step takes a third longer (LOG.md).
-SPIN_SHORTLY = {"GOMP_SPINCOUNT": "5000"}
+# How many rounds libgomp's idle threads spin before they sleep, in ranks on CPUs and in every command. With
+# its default of 300,000, spinning threads hold the cores that the thread they wait for needs as soon as
+# another process uses a core: a step then takes 14 times as long. Without any spinning, an undisturbed step
+# takes a third longer (LOG.md).
+SHORT_SPIN = {"GOMP_SPINCOUNT": "5000"}
 
 POLL_S = 0.5
-# After the first failure: the others may find out by themselves, then are told to end, then are killed. The
-# launcher does so too, but rank after rank, so that two ranks which hang would take a minute.
-TELL_S, KILL_S = 2, 10
-# How often it is seen whether the run directory is still this start's own.
-OWNER_CHECK_S = 2
+# Seconds after the first failure: until then the other ranks may notice it by themselves; at END_S they are
+# sent END_SIGNAL, and at KILL_S they are killed. DeepSpeed's launcher ends them, too, but one after the
+# other, so that two hanging ranks would take a minute.
+END_S, KILL_S = 2, 10
+# How often the fencing token is checked.
+FENCING_CHECK_S = 2
 
 
 @dataclass(frozen=True)
 class NodePlan:
-    """One node's part of a start: nproc ranks on each node, numbered node after node.
+    """One node's part of an attempt: nproc ranks on each node, numbered node by node.
 
-    master_addr, master_port: where the first rank listens. has_gpus: each rank has one.
+    master_addr, master_port: where the first rank listens. has_gpus: each rank has a GPU of its own.
     """
 
     nodes: tuple[str, ...]
@@ -64,13 +69,13 @@ class NodePlan:
 
 
 def this_machine(nproc: int) -> NodePlan:
-    """Return the plan of a start on this machine alone."""
+    """Return the plan of an attempt on this machine alone."""
     return NodePlan(("localhost",), 0, nproc, "127.0.0.1", free_port(), count_gpus() > 0)
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How the ranks of a node ended: whether all went well, and which had to be killed."""
+class RanksOutcome:
+    """How a node's ranks ended. is_done: all without a failure. stuck: those that had to be killed."""
 
     is_done: bool
     stuck: set[int]
@@ -83,12 +88,14 @@ def launch_ranks(
     module: str = "turnout.launch.ranks.worker",
     *,
     fencing_token: FencingToken | None = None,
-) -> Ended:
-    """Run `python -m module RUN_DIR START_DIR` in this node's ranks until all have ended.
+) -> RanksOutcome:
+    """Run `python -m module RUN_DIR ATTEMPT_DIR` in each rank of this node until all have ended.
 
-    The first rank of any node that fails ends those of this one. So does an interrupt of this process, or its
-    death. owner: of a run that can be stopped; SIGTERM then asks its ranks to save and end. Where a later
-    start has taken over the run, these ranks are killed, and TakenOverError raised.
+    The first failure of a rank, on any node, ends the ranks of this one. So does an interrupt of this
+    process, or its death.
+
+    fencing_token: given for a run that can stop early. SIGTERM then asks its ranks to save and end. If a
+    later attempt has claimed the run, the ranks are killed, and watch raises TakenOverError.
     """
     with interruptible(attempt_dir, fencing_token):
         # A cluster ends a job by sending SIGTERM to each of its processes. Only the command acts on it. The
@@ -98,7 +105,7 @@ def launch_ranks(
             launcher = subprocess.Popen(
                 launcher_command(run_dir, attempt_dir, node, module),
                 env={**os.environ, **rank_environment(node.nproc, has_gpus=node.has_gpus)},
-                # A session of its own: a terminal's Ctrl-C reaches the ranks through this process, and once.
+                # A session of its own: a terminal's Ctrl-C reaches the ranks only once, through this process.
                 start_new_session=True,
             )
         finally:
@@ -108,10 +115,13 @@ def launch_ranks(
 
 @contextmanager
 def interruptible(attempt_dir: Path, fencing_token: FencingToken | None) -> Iterator[None]:
-    """Have SIGTERM ask a run to stop, where it has an owner, and else interrupt, as a hang-up does."""
+    """Have SIGHUP interrupt this process, and SIGTERM, too, unless there is a fencing token.
+
+    With one, SIGTERM asks the run's ranks to save and end.
+    """
     on_term = partial(_stop, attempt_dir) if fencing_token is not None else _interrupt
     wanted = {signal.SIGTERM: on_term, signal.SIGHUP: _interrupt}
-    # Under nohup the hang-up is ignored, and stays so.
+    # nohup makes a process ignore SIGHUP; that must stay so.
     wanted = {n: action for n, action in wanted.items() if signal.getsignal(n) != signal.SIG_IGN}
     before = {n: signal.signal(n, action) for n, action in wanted.items()}
     try:
@@ -127,60 +137,64 @@ def watch(
     ranks: range,
     fencing_token: FencingToken | None,
     kill: Callable[[int], None],
-) -> Ended:
-    """Wait until a launcher and its ranks have ended, soon after a first failure anywhere.
+) -> RanksOutcome:
+    """Wait until a launcher and its ranks have ended; after a first failure anywhere, end them.
 
-    ranks: those on this node. kill: ends all that is below a launcher, by its process id. Raises
-    TakenOverError, with the ranks gone, where a later start has taken over.
+    ranks   those on this node
+    kill    ends every process below a launcher, given its process id
+    The fencing token raises TakenOverError if a later attempt has claimed the run; the ranks are then killed.
     """
-    ended = None
+    outcome = None
     try:
-        ended = _wait(launcher, attempt_dir, ranks, fencing_token)
-        return ended
+        outcome = _wait(launcher, attempt_dir, ranks, fencing_token)
+        return outcome
     finally:
         if launcher.returncode != DONE:
             kill(launcher.pid)
             launcher.wait()
-        if ended is None or not ended.is_done:
+        if outcome is None or not outcome.is_done:
             _restore_terminal()
 
 
 def _wait(
     launcher: subprocess.Popen[bytes], attempt_dir: Path, ranks: range, fencing_token: FencingToken | None
-) -> Ended:
-    """Wait until the launcher has ended, or is to be: its ranks have ended well, or some do not end."""
+) -> RanksOutcome:
+    """Wait until the launcher has ended, its ranks are all done, or some ranks do not end."""
     failed_s: float | None = None
     checked_s = time.monotonic()
     while True:
         with suppress(subprocess.TimeoutExpired):
             launcher.wait(POLL_S)
-        seen = _look(attempt_dir, ranks)
-        if seen.are_done:
-            # The launcher would find out within a second, and then sleep for another.
-            return Ended(True, set())
+        found = _inspect(attempt_dir, ranks)
+        if found.are_done:
+            # The launcher would notice within a second, and then sleep for another.
+            return RanksOutcome(True, set())
         if launcher.poll() is not None:
-            # What the ranks have said themselves says more.
-            return Ended(launcher.returncode == DONE, set())
-        if fencing_token is not None and time.monotonic() - checked_s > OWNER_CHECK_S:
-            with suppress(OSError):  # the file system will answer again; the ranks look before they commit
+            # Its exit code is enough here: the ranks' own files say why they ended.
+            return RanksOutcome(launcher.returncode == DONE, set())
+        if fencing_token is not None and time.monotonic() - checked_s > FENCING_CHECK_S:
+            with suppress(OSError):  # the file system will answer again; the ranks check before they commit
                 fencing_token.check()
             checked_s = time.monotonic()
         if failed_s is None:
-            if not seen.has_failed:
+            if not found.has_failed:
                 continue
             failed_s = time.monotonic()
         waited_s = time.monotonic() - failed_s
         if waited_s > KILL_S:
-            return Ended(False, set(seen.pids))
-        if waited_s > TELL_S:
-            for pid in seen.pids.values():
-                _ask_to_end(pid)
+            return RanksOutcome(False, set(found.pids))
+        if waited_s > END_S:
+            for pid in found.pids.values():
+                _signal_to_end(pid)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A look at a start. pids: by rank, those of this node's ranks that run. are_done: all of this node's
-    ranks have ended well; has_failed: some rank of any node has not.
+class _RankStates:
+    """The ranks at one moment.
+
+    pids         process ids of this node's running ranks, by rank
+    are_done     all ranks of this node have ended without a failure
+    has_failed   a rank has failed, on whichever node
     """
 
     pids: dict[int, int]
@@ -188,16 +202,18 @@ class _Seen:
     has_failed: bool
 
 
-def _look(attempt_dir: Path, ranks: range) -> _Seen:
-    views = {rank: view for rank, view in read_flight_records(attempt_dir).items() if rank in ranks}
-    pids = {rank: view.pid for rank, view in views.items() if _is_running(view.pid)}
-    # Read again: the rank may have ended well between the two looks.
+def _inspect(attempt_dir: Path, ranks: range) -> _RankStates:
+    records = {rank: one for rank, one in read_flight_records(attempt_dir).items() if rank in ranks}
+    pids = {rank: record.pid for rank, record in records.items() if _is_running(record.pid)}
+    # Read again: a rank may have written that it is done, and ended, since the first reading.
     gone = [
-        view for rank, view in read_flight_records(attempt_dir).items() if rank in views and rank not in pids
+        record
+        for rank, record in read_flight_records(attempt_dir).items()
+        if rank in records and rank not in pids
     ]
-    n_done = sum(view.has_ended for view in gone)
+    n_done = sum(record.has_ended for record in gone)
     has_failed = n_done < len(gone) or any(attempt_dir.glob(FAILURE_FILES))
-    return _Seen(pids, 0 < n_done == len(ranks) and not has_failed, has_failed)
+    return _RankStates(pids, 0 < n_done == len(ranks) and not has_failed, has_failed)
 
 
 def _is_running(pid: int) -> bool:
@@ -205,12 +221,14 @@ def _is_running(pid: int) -> bool:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return status.rpartition(")")[2].split()[0] not in "ZX"  # zombie or dead; stopped runs
+    return (
+        status.rpartition(")")[2].split()[0] not in "ZX"
+    )  # zombie or dead; a stopped process counts as running
 
 
-def _ask_to_end(pid: int) -> None:
+def _signal_to_end(pid: int) -> None:
     try:
-        os.kill(pid, TOLD_TO_END)
+        os.kill(pid, END_SIGNAL)
     except ProcessLookupError:
         return
 
@@ -224,7 +242,7 @@ def _stop(attempt_dir: Path, signum: int, frame: FrameType | None) -> None:
 
 
 def _restore_terminal() -> None:
-    """Show the cursor again, which a rank that was ended with its bar on the screen has left hidden."""
+    """Show the cursor, which stays hidden if a rank was ended while its progress bar was on the screen."""
     console = Console()
     if console.is_terminal:
         console.show_cursor(True)
@@ -232,7 +250,7 @@ def _restore_terminal() -> None:
 
 
 def kill_session(leader: int) -> None:
-    """Kill what is left of the launcher's session: the ranks too, where the launcher could not end them."""
+    """Kill what is left of the launcher's session, including ranks that the launcher could not end."""
     try:
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
@@ -240,7 +258,8 @@ def kill_session(leader: int) -> None:
 
 
 def launcher_command(run_dir: Path, attempt_dir: Path, node: NodePlan, module: str) -> list[str]:
-    # The names tell nodes apart and nothing more; each node's launcher reads only its own devices.
+    """Return the command line of DeepSpeed's launcher on this node."""
+    # The launcher uses only this node's devices; it needs the other nodes' names to number the ranks.
     world = json.dumps({name: local_devices(node) for name in node.nodes}).encode()
     return [
         sys.executable,
@@ -261,35 +280,35 @@ def launcher_command(run_dir: Path, attempt_dir: Path, node: NodePlan, module: s
 
 
 def local_devices(node: NodePlan) -> list[str]:
-    """Return the devices of the ranks. The launcher sets CUDA_VISIBLE_DEVICES from them, so it must be heeded
-    here.
+    """Return the devices of this node's ranks, which the launcher writes to CUDA_VISIBLE_DEVICES.
+
+    A CUDA_VISIBLE_DEVICES of the user's therefore chooses them here.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if node.has_gpus else None
     return visible.split(",")[: node.nproc] if visible else [str(i) for i in range(node.nproc)]
 
 
 def rank_environment(nproc: int, *, has_gpus: bool) -> dict[str, str]:
-    """Return what the ranks need in their environment, where the user has not set it."""
-    # Ranks are started as modules, which would put the user's directory, and any random.py in it, first on
-    # the path.
+    """Return the environment variables of the ranks; a variable that the user has set keeps its value."""
+    # `python -m` would put the user's directory, with any random.py in it, first on the module path.
     settings = {"PYTHONSAFEPATH": "1"}
     if not has_gpus:
         n_threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-        threads = {"OMP_NUM_THREADS": str(n_threads), **waiting_threads()}
+        threads = {"OMP_NUM_THREADS": str(n_threads), **thread_wait_settings()}
         settings |= {"DS_ACCELERATOR": "cpu", **threads, **CPU_ALLOCATOR}
     return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
-def waiting_threads() -> dict[str, str]:
-    """Return how threads wait for each other, unless the user has said it in the standard's way."""
-    return {} if "OMP_WAIT_POLICY" in os.environ else SPIN_SHORTLY
+def thread_wait_settings() -> dict[str, str]:
+    """Return how long idle threads spin, unless the user has set OpenMP's own OMP_WAIT_POLICY."""
+    return {} if "OMP_WAIT_POLICY" in os.environ else SHORT_SPIN
 
 
 def free_port() -> int:
-    """Return a port that is free now, and that no connection is given meanwhile.
+    """Return a port that is free now and that the system gives to no connection.
 
-    The first rank takes it seconds later, so it is not one of those that the system hands to any connection
-    (net.ipv4.ip_local_port_range, which begins at 32768).
+    The first rank listens on it only seconds later, so it lies below net.ipv4.ip_local_port_range, which
+    begins at 32768: the system chooses the ports of outgoing connections from that range.
     """
     while True:
         port = secrets.choice(range(20_000, 32_768))

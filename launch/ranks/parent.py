@@ -1,4 +1,4 @@
-"""Ties a process to its parent, so that no process of a run outlives the one that started it."""
+"""Tie a process to its parent, so that no process of a run outlives the one that started it."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent dies.
 
-    parent: its process id, if known; this process ends at once if that one is already gone.
+    parent: process id of the parent, if known. If that process is already gone, this one ends at once.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:

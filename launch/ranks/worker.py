@@ -1,7 +1,7 @@
-"""`python -m turnout.launch.ranks.worker RUN_DIR START_DIR`: one rank of a run, started by DeepSpeed's launcher.
+"""One rank of a run: `python -m turnout.launch.ranks.worker RUN_DIR ATTEMPT_DIR`.
 
-The launcher sets RANK and WORLD_SIZE. This module only imports launch/ranks/rank.py, with garbage collection off:
-collecting while modules are imported takes 0.4 s and finds nothing.
+DeepSpeed's launcher starts it and sets RANK and WORLD_SIZE. This module only imports launch/ranks/rank.py,
+with garbage collection off: collecting while modules are imported takes 0.4 s and finds nothing.
 """
 
 import gc
@@ -11,7 +11,7 @@ import importlib
 def main() -> None:
     gc.disable()
     rank = importlib.import_module("turnout.launch.ranks.rank")
-    gc.freeze()  # so that later collections do not look through the modules either
+    gc.freeze()  # so that later collections skip the modules, too
     gc.enable()
     rank.main()
 

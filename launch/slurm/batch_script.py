@@ -1,7 +1,7 @@
-"""The batch script of a job: a pure function from what was asked for to text.
+"""The batch script of a job: a pure function of the request, and the checks of sbatch's and srun's options.
 
-Everything of the user's that reaches the shell is quoted by shlex; what SLURM reads itself (#SBATCH lines)
-admits no character that would need quotes.
+Whatever reaches the shell from the user is quoted by shlex. Values that SLURM reads itself (#SBATCH lines)
+may hold no character that would need quotes.
 """
 
 import re
@@ -15,7 +15,7 @@ from turnout.training.errors import ConfigError, printable
 
 TEMPLATES = resources.files("turnout.slurm")
 SCRIPT_FILE, ENV_FILE = "job.sh", "fabric.env"
-# Where the script's own messages go, in the run's directory, from which the job is submitted.
+# Where the job's own output goes, relative to the run directory, from which it is submitted.
 OUTPUT = "logs/slurm-%j.out"
 
 _OPTION = re.compile(r"[a-z][a-z-]*")
@@ -25,10 +25,12 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What is asked of SLURM.
+    """What a job asks of SLURM.
 
-    nodes: "8", or "4-8" for what there is. gpus_per_node: None on CPUs. warn_s: before the time limit, the
-    warning. options: further ones of sbatch, by name; they win.
+    nodes           "8", or "4-8" for as many as are free
+    warn_s          how long before the time limit SLURM warns the job
+    gpus_per_node   None on CPUs
+    options         further options of sbatch, by name; they override turnout's
     """
 
     run_dir: Path
@@ -44,7 +46,7 @@ class JobRequest:
 
 
 def job_script(request: JobRequest) -> str:
-    """Return the batch script. Raises ConfigError where a value cannot stand in it."""
+    """Return the batch script. Raises ConfigError if it cannot hold a value."""
     lines = ["#!/bin/bash"]
     for name, value in directives(request).items():
         lines.append(f"#SBATCH --{name}" + (f"={value}" if value else ""))
@@ -58,13 +60,17 @@ def job_script(request: JobRequest) -> str:
 
 
 def directives(request: JobRequest) -> dict[str, str]:
-    """Return the options of sbatch; an empty value is a switch."""
+    """Return the options of sbatch; one with an empty value is a switch.
+
+    Raises ConfigError if the warning does not come within the time limit, or if an option is not the user's
+    to set.
+    """
     node_range(request.nodes)
     limit_s = time_limit_s(request.time)
     if not 0 < request.warn_s < limit_s:
         raise ConfigError(
             f"--warn-s {request.warn_s} must be above 0 and below the {limit_s} s of --time {request.time}; "
-            "raise --time, or lower it"
+            "raise --time, or lower --warn-s"
         )
     chosen = {
         "job-name": job_name(request.run_dir),
@@ -90,7 +96,7 @@ def directives(request: JobRequest) -> dict[str, str]:
 
 
 def node_range(text: str) -> tuple[int, int]:
-    """Return the least and the most nodes of N or MIN-MAX. Raises ConfigError."""
+    """Return the fewest and the most nodes of N or MIN-MAX. Raises ConfigError if the text is neither."""
     lowest, _, highest = text.partition("-")
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", text) or int(highest or lowest) < int(lowest):
         raise ConfigError(f"--nodes {text!r} is neither a number nor MIN-MAX; use 8, or 4-8")
@@ -102,9 +108,9 @@ _OURS = {
     "time": "use --time",
     "gpus-per-node": "use --gpus-per-node",
     "signal": "use --warn-s",
-    # Either would also have SLURM give the fewest nodes of MIN-MAX.
-    "ntasks-per-node": "one task a node starts the node's ranks",
-    "ntasks": "one task a node starts the node's ranks",
+    # Either would also make SLURM give the fewest nodes of MIN-MAX.
+    "ntasks-per-node": "one task per node starts the node's ranks",
+    "ntasks": "one task per node starts the node's ranks",
     "requeue": "use --chain where jobs cannot be requeued",
     "no-requeue": "use --chain where jobs cannot be requeued",
     "open-mode": "a requeued job must not overwrite its log",
@@ -119,7 +125,7 @@ _OURS = {
 
 
 def check_option(name: str, value: str) -> None:
-    """Raise ConfigError where an option of sbatch or srun is not a plain word and a plain value."""
+    """Check an option of sbatch or srun. Raises ConfigError if its name or value would need quotes."""
     if not _OPTION.fullmatch(name):
         raise ConfigError(
             f"SLURM option {printable(name)!r} is not a long option's name; use partition=gpu for example"
@@ -132,7 +138,7 @@ def check_option(name: str, value: str) -> None:
 
 
 def parse_options(flag: str, texts: Sequence[str]) -> dict[str, str]:
-    """Return NAME=VALUE texts as options; without a value it is a switch. Raises ConfigError."""
+    """Parse NAME=VALUE texts; a NAME alone is a switch. Raises ConfigError for a bad or repeated option."""
     options = {}
     for text in texts:
         name, _, value = text.removeprefix("--").partition("=")
@@ -143,7 +149,7 @@ def parse_options(flag: str, texts: Sequence[str]) -> dict[str, str]:
     return options
 
 
-# Of srun: how a node's one task is started and where it writes.
+# Options of srun that decide how the one task of each node starts and where it writes.
 SRUN_OURS = {
     "nodes",
     "ntasks",
@@ -167,15 +173,20 @@ def parse_srun_options(texts: Sequence[str]) -> dict[str, str]:
 
 
 def job_name(run_dir: Path) -> str:
-    """Return a name for squeue's table: that of the run's directory, without what would need quotes."""
+    """Return a job name: that of the run directory, with _ for each character that would need quotes."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", run_dir.name).lstrip("-.") or "turnout"
 
 
 def time_limit_s(text: str) -> int:
-    """Return the seconds of a time as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Return the seconds of a time limit in sbatch's formats: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+
+    Raises ConfigError if the text has none of them.
+    """
     match = _TIME.fullmatch(text)
     if match is None:
-        raise ConfigError(f"--time {printable(text)!r} is no time; use 24:00:00, or 2-00:00:00 for two days")
+        raise ConfigError(
+            f"--time {printable(text)!r} is no time limit; use 24:00:00, or 2-00:00:00 for two days"
+        )
     days, *rest = match.groups()
     parts = [int(part) for part in rest if part is not None]
     if days is not None:

@@ -1,6 +1,7 @@
-"""How a run fits on the nodes it gets: the global batch stays, and with it every number of the run.
+"""Fit a run to the nodes that it gets. The global batch does not change, and so neither does the training.
 
-tp and ep are the user's; data parallelism takes the rest, and a micro-batch shrinks where it must.
+tp and ep stay as the user set them. Data parallelism uses the remaining ranks, and micro-batches shrink if
+they must.
 """
 
 from turnout.training.config.run import RunConfig
@@ -9,9 +10,9 @@ from turnout.training.parallel.layout import divisors, plan_layout
 
 
 def fit_to_nodes(cfg: RunConfig, n_nodes: int, ranks_per_node: int) -> tuple[int, RunConfig]:
-    """Return how many of these nodes to use, the most that fit, and the config for them.
+    """Return the largest number of nodes, up to n_nodes, on which the run fits, and the config for them.
 
-    Raises ConfigError, that of all nodes, where no number of them fits.
+    Raises the ConfigError for all n_nodes if no number of them fits.
     """
     first: ConfigError | None = None
     for n in range(n_nodes, 0, -1):
@@ -26,7 +27,7 @@ def fit_to_nodes(cfg: RunConfig, n_nodes: int, ranks_per_node: int) -> tuple[int
 def fit_microbatch(cfg: RunConfig, n_ranks: int) -> RunConfig:
     """Return the config with the largest micro-batch, up to its own, that divides the batch over n_ranks.
 
-    Raises ConfigError where none does, or the layout does not fit otherwise.
+    Raises ConfigError if there is none, or if the layout does not fit for another reason.
     """
     wanted = cfg.train.microbatch_seqs
     error: ConfigError | None = None

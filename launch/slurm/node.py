@@ -1,4 +1,10 @@
-"""One node of a job: `python -m turnout.launch.slurm.node RUN_DIR START_DIR`, a task of srun, starts the node's ranks."""
+"""Start the ranks of one node of a job. srun runs this once on each node:
+
+    python -m turnout.launch.slurm.node RUN_DIR ATTEMPT_DIR
+
+The job (launch/slurm/job.py) writes plan.json for all nodes to the attempt's directory. Each node writes
+there which of its ranks had to be killed.
+"""
 
 import json
 import os
@@ -20,7 +26,7 @@ STUCK_FILES = "node-*.stuck"
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What all nodes of a start must know. module: what each rank runs."""
+    """What every node of an attempt needs to know. module: what each rank runs."""
 
     nodes: tuple[str, ...]
     nproc: int
@@ -38,14 +44,14 @@ def plan_nodes(nodes: Sequence[str], submission: Submission, master_port: int, m
 
 
 def read_stuck(attempt_dir: Path) -> set[int]:
-    """Return the ranks, of all nodes, that had to be killed."""
+    """Return the ranks on all nodes that had to be killed."""
     found = [json.loads(path.read_bytes()) for path in attempt_dir.glob(STUCK_FILES)]
     return {rank for ranks in found for rank in ranks}
 
 
 def main() -> None:
     run_dir, attempt_dir = Path(sys.argv[1]), Path(sys.argv[2])
-    # A warning that was sent to all processes instead of the batch script alone must not end the ranks,
+    # SLURM's warning is for the batch script. If it was sent to all processes, it must not end the ranks,
     # which inherit this.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     plan = JobPlan(**json.loads((attempt_dir / PLAN_FILE).read_bytes()))
@@ -53,15 +59,15 @@ def main() -> None:
     node = NodePlan(plan.nodes, node_rank, plan.nproc, plan.nodes[0], plan.master_port, plan.has_gpus)
     try:
         fencing_token = FencingToken.of_attempt(run_dir, attempt_dir)
-        ended = launch_ranks(run_dir, attempt_dir, node, plan.module, fencing_token=fencing_token)
+        outcome = launch_ranks(run_dir, attempt_dir, node, plan.module, fencing_token=fencing_token)
     except TakenOverError as err:
         sys.exit(f"turnout: {err}")
-    if ended.stuck:
+    if outcome.stuck:
         write_atomically(
-            attempt_dir / f"node-{node_rank:05d}.stuck", json.dumps(sorted(ended.stuck)).encode()
+            attempt_dir / f"node-{node_rank:05d}.stuck", json.dumps(sorted(outcome.stuck)).encode()
         )
-    # No failure of this task, even where the ranks failed: srun would end the other nodes' tasks, and wake a
-    # rank that is stopped, before it was seen which one hung. What the ranks left tells how it went.
+    # Exit with 0 even if ranks failed. Otherwise srun would end the other nodes' tasks, and wake a stopped
+    # rank, before they found out which rank hung. The job judges by the files of the ranks.
 
 
 if __name__ == "__main__":

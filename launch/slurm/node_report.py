@@ -1,4 +1,7 @@
-"""What the nodes of a job found when they were checked, and which of them are to blame."""
+"""Have the nodes of a job checked, collect the problems that they found, and decide which nodes are to blame.
+
+The checks themselves are in node_check.py, which srun runs on each node.
+"""
 
 import json
 import socket
@@ -13,7 +16,7 @@ from turnout.launch.slurm.node_check import CHECKS, Problem
 from turnout.launch.slurm.submission import Submission
 
 CHECK_S = 300
-# What clocks may differ by: checkpoints and logs are ordered by them.
+# How far the nodes' clocks may differ: they order checkpoints and logs.
 CLOCK_S = 5.0
 
 
@@ -25,9 +28,9 @@ def check_nodes(
     port: int,
     submission: Submission,
 ) -> tuple[list[str], list[str]]:
-    """Have every node checked; return those to blame, and what is wrong in words, none if nothing is.
+    """Have every node checked; return the nodes to blame and the problems found, one line each.
 
-    Raises SlurmError where none answers: that is srun's doing.
+    Raises SlurmError if no node answers, because then srun has failed.
     """
     (attempt_dir / CHECKS).mkdir()
     arguments = [str(run_dir), str(directory), str(attempt_dir), nodes[0], str(port)]
@@ -40,10 +43,10 @@ def check_nodes(
         kills_on_failure=False,
     )
     began_s = time.time()
-    # What listens here answers for the first rank, which will listen on this port.
+    # The nodes connect to this port, on which the first rank will listen later.
     with (
         socket.create_server(("", port), backlog=len(nodes) + 8),
-        suppress(subprocess.TimeoutExpired),  # those that have not answered are told of below
+        suppress(subprocess.TimeoutExpired),  # nodes that have not answered are reported below
     ):
         subprocess.run(command, cwd=attempt_dir, timeout=CHECK_S, check=False)
     if not any((attempt_dir / CHECKS).iterdir()):
@@ -53,13 +56,16 @@ def check_nodes(
 
 
 def read_answer(attempt_dir: Path, node: str, began_s: float, ended_s: float) -> list[Problem]:
-    """Return what a node found wrong, or that it did not answer; its clock is compared with this one's."""
+    """Return the problems that a node found, or that it did not answer, and whether its clock is off.
+
+    began_s, ended_s: when the checks began and ended by the clock of this node, Unix time.
+    """
     try:
         answer = json.loads((attempt_dir / CHECKS / f"{node}.json").read_bytes())
     except FileNotFoundError:
         log = attempt_dir / f"check-{node}.log"
-        said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        last = f": {said[-1]}" if said else ""
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        last = f": {lines[-1]}" if lines else ""
         return [Problem("node", f"did not answer; {log}{last}")]
     problems = [Problem(*problem) for problem in answer["problems"]]
     off_s = max(began_s - answer["time_s"], answer["time_s"] - ended_s)
@@ -69,13 +75,16 @@ def read_answer(attempt_dir: Path, node: str, began_s: float, ended_s: float) ->
 
 
 def judge(found: dict[str, list[Problem]]) -> tuple[list[str], list[str]]:
-    """Return the nodes to blame and all reasons, each once; where all of several are, none of them is."""
-    reasons: dict[str, list[str]] = {}
+    """Return the nodes to blame, and one line for each distinct problem.
+
+    No node is to blame if there is a problem that all share, or if all of several nodes have problems.
+    """
+    nodes_of: dict[str, list[str]] = {}
     for node, problems in found.items():
         for problem in problems:
-            reasons.setdefault(problem.words, []).append(node)
-    blamed = [node for node, problems in found.items() if any(p.of == "node" for p in problems)]
-    is_shared = any(problem.of == "all" for problems in found.values() for problem in problems)
+            nodes_of.setdefault(problem.message, []).append(node)
+    blamed = [node for node, problems in found.items() if any(p.scope == "node" for p in problems)]
+    is_shared = any(problem.scope == "all" for problems in found.values() for problem in problems)
     if is_shared or len(blamed) == len(found) > 1:
         blamed = []
-    return blamed, [f"node {', '.join(nodes)}: {words}" for words, nodes in reasons.items()]
+    return blamed, [f"node {', '.join(nodes)}: {message}" for message, nodes in nodes_of.items()]

@@ -1,12 +1,12 @@
-"""What a job needs beside its batch script, kept as it was when the job was submitted.
+"""What a job needs, kept as it was when the job was submitted.
 
     RUN/slurm/submit-00001/  job.sh            the batch script
-                             submission.json   what follows
+                             submission.json   the fields of Submission
                              recipe.toml       the resolved config
                              code/             the packages of turnout
                              fabric.env        NCCL and fabric variables
 
-A run that is submitted again gets another directory, so that what waits in the queue changes under no job.
+Submitting a run again makes another directory, so the files of a waiting job never change.
 """
 
 import hashlib
@@ -23,16 +23,18 @@ from turnout.data.files import sha256_of, write_atomically
 from turnout.launch.versions import package_versions
 
 SUBMISSION_FILE, RECIPE_FILE, CODE = "submission.json", "recipe.toml", "code"
-PASSED = "passed"  # a file that a preflight leaves where all is well
+PASSED = "passed"  # a file that a preflight leaves if it finds no problem
 SUFFIXES = {".py", ".toml", ".sh", ".env"}
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What the job was told, and what each of its nodes must find.
+    """The job's options, and the code and package versions that each of its nodes must have.
 
-    n_bytes: of one checkpoint. srun_options: for the step of the ranks, a container's for example. is_chain:
-    the job is one of a chain, and not requeued. is_preflight: only check the nodes.
+    n_bytes        size of one checkpoint
+    srun_options   for the srun of the ranks, a container's for example
+    is_chain       the job is one of a chain, and is not requeued
+    is_preflight   only check the nodes
     """
 
     ranks_per_node: int
@@ -51,7 +53,7 @@ class Submission:
 
 
 def snapshot(directory: Path, recipe: str) -> dict[str, object]:
-    """Put the code and a recipe's text into a submission's directory; return what tells them apart."""
+    """Copy code and recipe into a submission's directory; return their hashes and the package versions."""
     with resources.as_file(resources.files("turnout")) as source:
         for path in _sources(source):
             target = directory / CODE / "turnout" / path.relative_to(source)
@@ -67,7 +69,7 @@ def snapshot(directory: Path, recipe: str) -> dict[str, object]:
 
 
 def code_sha256(directory: Path) -> str:
-    """Return one hash of all files of a submission's code and their names."""
+    """Return one hash over the names and contents of all files of a submission's code."""
     digest = hashlib.sha256()
     for path in sorted(_sources(directory / CODE)):
         digest.update(f"{path.relative_to(directory)}\0{sha256_of(path)}\0".encode())
@@ -75,7 +77,7 @@ def code_sha256(directory: Path) -> str:
 
 
 def _sources(directory: Path) -> Iterator[Path]:
-    # Not rglob, which does not follow the links that the packages are in a clone.
+    # Not rglob, which follows no links: in a clone turnout/ holds links to the packages.
     for parent, _, names in os.walk(directory, followlinks=True):
         yield from (Path(parent, name) for name in names if Path(name).suffix in SUFFIXES)
 

@@ -1,4 +1,8 @@
-"""The time limit of a job: when it is, and when to begin to save before it."""
+"""The time limit of a job: when it comes, and how long before it the run must begin to save.
+
+TimeLimit is asked every second by launch/slurm/job.py. The margin comes from the steps and saves that the
+run itself has measured, which its status files hold (training/run_control.py).
+"""
 
 import math
 import time
@@ -9,59 +13,59 @@ from pathlib import Path
 from turnout.launch.slurm.client import SlurmError
 from turnout.training.run_control import read_status
 
-# A limit may be changed while the job runs, and a later save take longer.
-LIMIT_EVERY_S = 60
-# By which the clocks of this node and the controller may differ, and SLURM be early.
+# How often SLURM and the status files are read again: the limit may be changed, and later saves may take
+# longer.
+REFRESH_S = 60
+# How far the clocks of this node and the controller may differ, and how early SLURM may be.
 CLOCK_S = 2
+# A step and a save may take longer than the longest so far, and the job must still requeue itself.
+SAFETY, REQUEUE_S = 1.5, 15.0
+# How many attempts count, so that one slow disk does not set the margin for good.
+N_RECENT = 10
 
 
-class Limit:
-    """When a job must begin to save: before its time limit, by what its run's own steps and saves took.
+class TimeLimit:
+    """When a job must begin to save.
 
-    end_s: asks when the limit is reached, Unix time, None without one; where SLURM does not answer, what it
-    said before stands. margin_s: asks for the seconds measured so far, None before there are any; warn_s then
-    stands for them.
+    end_s      callback returning the job's end as Unix time, None if it has no limit. If SLURM does not
+               answer, the previous value is kept.
+    margin_s   callback returning the measured margin, None before the first save; warn_s is used then
     """
 
     def __init__(
         self, end_s: Callable[[], float | None], margin_s: Callable[[], float | None], warn_s: float
     ) -> None:
-        self._ask_end_s, self._ask_margin_s, self._warn_s = end_s, margin_s, warn_s
-        self._asked_s, self.is_stale = -math.inf, False
+        self._find_end_s, self._find_margin_s, self._warn_s = end_s, margin_s, warn_s
+        self._refreshed_s, self.is_stale = -math.inf, False
         self._end_s, self.margin_s = math.inf, warn_s
 
     def left_s(self) -> float:
         return self._end_s - time.time()
 
     def is_reached(self, time_s: float) -> bool:
-        """Return whether a moment, in Unix time, is that of the limit, or later."""
+        """Return whether a moment, in Unix time, is that of the limit or later."""
         return self._end_s - time_s < CLOCK_S
 
     def is_near(self) -> bool:
-        """Return whether it is time to save; ask again now and then, and where is_stale says so."""
-        if self.is_stale or time.monotonic() - self._asked_s > LIMIT_EVERY_S:
-            self.ask()
+        """Return whether it is time to save; refresh first if is_stale is set or REFRESH_S have passed."""
+        if self.is_stale or time.monotonic() - self._refreshed_s > REFRESH_S:
+            self.refresh()
         return self.left_s() < self.margin_s
 
-    def ask(self) -> None:
-        self._asked_s, self.is_stale = time.monotonic(), False
+    def refresh(self) -> None:
+        """Ask SLURM for the end of the job, and compute the margin again."""
+        self._refreshed_s, self.is_stale = time.monotonic(), False
         with suppress(OSError, SlurmError):
-            end_s = self._ask_end_s()
+            end_s = self._find_end_s()
             self._end_s = math.inf if end_s is None else end_s
-            margin_s = self._ask_margin_s()
+            margin_s = self._find_margin_s()
             self.margin_s = self._warn_s if margin_s is None else margin_s
 
 
-# A step and a save may take longer than the longest so far, and the job must still requeue itself.
-SAFETY, REQUEUE_S = 1.5, 15.0
-# Of so many starts: a disk that was slow once does not count for ever.
-N_RECENT = 10
-
-
 def measured_margin_s(attempt_dirs: Sequence[Path]) -> float | None:
-    """Return the seconds that the longest gap between two step boundaries and the longest save ask for.
+    """Return how long before the limit to begin to save, by the longest step and save of the recent attempts.
 
-    start_dirs: oldest first. None where none of the recent ones has saved.
+    attempt_dirs: oldest first. None if none of the recent attempts has saved.
     """
     found = [status for status in map(read_status, attempt_dirs[-N_RECENT:]) if status is not None]
     saves = [status.longest_save_s for status in found if status.longest_save_s is not None]

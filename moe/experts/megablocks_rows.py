@@ -1,7 +1,7 @@
 """Rows copied and summed by the Triton kernels of megablocks (Gale et al. 2022, 2211.15841): `copy_rows` and
-`sum_rows` of moe/experts/permute.py, for a GPU.
+`sum_rows` of moe/experts/permute.py, for GPUs.
 
-Taken are its operators gather and scatter, not its layer dMoE: that one routes by a softmax in the weights'
+We use only its operators gather and scatter, not its layer dMoE, which routes by a softmax in the weights'
 dtype, keeps balancing losses in a global list, and scales the gradients of experts by 1 / ep.
 
 Shapes
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from turnout.moe.experts.requirements import check_element_count
 
-# What `import megablocks` wants to find compiled. gather and scatter never call any of it.
+# The compiled module that `import megablocks` needs. gather and scatter call nothing of it.
 COMPILED = "megablocks_ops"
 COMPILED_OPERATORS = (
     "exclusive_cumsum",
@@ -39,36 +39,40 @@ def copy_rows(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -
     order_N is a permutation of N = T * n_copies.
     """
     _check(x_TD, order_N)
-    return _operators().gather(x_TD.contiguous(), *_as_one_bin(order_N), n_copies)
+    rows_ND: Tensor = _operators().gather(x_TD.contiguous(), *_as_one_bin(order_N), n_copies)
+    return rows_ND
 
 
 def sum_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -> Tensor:
     """Return the sum of each token's rows, [T, D]: copy_rows backwards. Half precision is summed in fp32."""
     _check(rows_ND, order_N)
     indices_N, bin_ids_N, bins = _as_one_bin(order_N)
-    no_weights = None  # they are in the rows already
-    return _operators().scatter(rows_ND.contiguous(), indices_N, bin_ids_N, no_weights, bins, n_copies)
+    no_weights = None  # the rows contain them already
+    scatter = _operators().scatter
+    x_TD: Tensor = scatter(rows_ND.contiguous(), indices_N, bin_ids_N, no_weights, bins, n_copies)
+    return x_TD
 
 
 def _as_one_bin(order_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return indices [N], bin_ids [N] and bins [1], int32, as megablocks names them.
+    """Return megablocks' indices [N], bin_ids [N] and bins [1], all int32.
 
-    Bins are where experts begin, which counts only where each is padded. Ours are not, so one will do.
+    Bins say where experts end. That matters only if experts are padded, which ours are not, so one bin is
+    enough.
     """
     indices_N = order_N.to(torch.int32)
     return indices_N, torch.zeros_like(indices_N), indices_N.new_full((1,), indices_N.numel())
 
 
 def _check(rows: Tensor, order_N: Tensor) -> None:
-    """Raise ValueError for what the kernels would take and get wrong, or refuse without saying why."""
+    """Raise ValueError for rows that the kernels would compute wrongly, or refuse without a reason."""
     if rows.dtype == torch.float64:
         raise ValueError(
-            "expert backend 'megablocks' computes in fp32 at most, and these rows are fp64; "
+            "expert backend 'megablocks' computes in fp32 at most, but these rows are fp64; "
             "use backend 'reference' or 'sorted_loop'"
         )
     if rows.device.type != "cuda" and not _is_interpreted():
         raise ValueError(
-            f"expert backend 'megablocks' runs Triton kernels, which need a GPU, and these rows are on "
+            f"expert backend 'megablocks' runs Triton kernels, which need a GPU, but these rows are on "
             f"{rows.device}; use another backend there, or Triton's interpreter (TRITON_INTERPRET=1)"
         )
     check_element_count("megablocks", rows=(order_N.numel(), rows.size(1)))
@@ -77,28 +81,28 @@ def _check(rows: Tensor, order_N: Tensor) -> None:
 def _is_interpreted() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
-    import triton  # here because it comes with torch for GPUs only
+    import triton  # here because only torch for GPUs brings it
 
     return bool(triton.knobs.runtime.interpret)
 
 
 @cache
 def _operators() -> Any:
-    """Import megablocks.ops, with nothing compiled if need be."""
-    # Its operators in CUDA do not compile with CUDA 13, which took away what they call, and `import
-    # megablocks` fails without them. Only its layer needs them: a stand-in that raises when called will do.
+    """Import megablocks.ops, even if its CUDA operators are not compiled."""
+    # CUDA 13 removed functions that its CUDA operators call, so they do not compile there, and `import
+    # megablocks` fails without them. Only its layer calls them, so a stand-in that raises is enough.
     if COMPILED not in sys.modules and importlib.util.find_spec(COMPILED) is None:
         sys.modules[COMPILED] = _stand_in()
     with warnings.catch_warnings():
-        # Of grouped_gemm, in whose place F.grouped_mm is.
+        # We use F.grouped_mm instead.
         warnings.filterwarnings("ignore", message="Grouped GEMM not available")
-        # Imported here because it takes seconds, is there on GPUs only, and few runs want it.
+        # Imported here because it takes seconds, exists only for GPUs, and few runs use it.
         from megablocks import ops
     return ops
 
 
 def _stand_in() -> ModuleType:
-    module = ModuleType(COMPILED, "In place of what megablocks has compiled.")
+    module = ModuleType(COMPILED, "Stands in for megablocks' compiled operators.")
     for name in COMPILED_OPERATORS:
         setattr(module, name, partial(_refuse, name))
     return module
@@ -107,5 +111,5 @@ def _stand_in() -> ModuleType:
 def _refuse(name: str, *_: Any) -> NoReturn:
     raise RuntimeError(
         f"{COMPILED}.{name} was called, but megablocks was installed without its compiled operators; "
-        "install it with CUDA 12 and CUDA_HOME set, or do without megablocks' own layers"
+        "install it with CUDA 12 and CUDA_HOME set, or avoid megablocks' own layers"
     )

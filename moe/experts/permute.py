@@ -1,9 +1,10 @@
 """Reordering rows, forward and backward, by gathers only.
 
-Autograd's own backward of indexing is a scatter-add: slower on CPU and, with atomics, not repeatable on GPU.
-A permutation's backward is the inverse permutation, so it can gather instead.
+Autograd's own backward of indexing is a scatter-add: slower on CPUs, and not repeatable on GPUs, where it
+uses atomics. A permutation's backward is the inverse permutation, so it can gather instead.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,13 +58,19 @@ class _Sum(torch.autograd.Function):
 
 
 def _sum_gathered(rows_ND: Tensor, inverse_N: Tensor, n_copies: int) -> Tensor:
-    """Return [T, D]: of each token the sum of its rows, without a copy of them in its order."""
+    """Return each token's sum of its rows, [T, D], without a sorted copy of the rows."""
     return F.embedding_bag(inverse_N.view(-1, n_copies), rows_ND, mode="sum")
+
+
+# torch gives Function.apply no types.
+_permute: Callable[[Tensor, Tensor, Tensor], Tensor] = _Permute.apply
+_copy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Copy.apply
+_sum: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Sum.apply
 
 
 def permute_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
     """Return rows_ND[order_N]; order_N is a permutation and inverse_N its inverse. Any trailing shape."""
-    return _Permute.apply(rows_ND, order_N, inverse_N)
+    return _permute(rows_ND, order_N, inverse_N)
 
 
 def copy_rows(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -> Tensor:
@@ -71,9 +78,9 @@ def copy_rows(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -
 
     order_N is a permutation of N = T * n_copies.
     """
-    return _Copy.apply(x_TD, order_N, inverse_N, n_copies)
+    return _copy(x_TD, order_N, inverse_N, n_copies)
 
 
 def sum_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor, n_copies: int) -> Tensor:
     """Return the sum of each token's rows, [T, D]: copy_rows backwards. Half precision is summed in fp32."""
-    return _Sum.apply(rows_ND, order_N, inverse_N, n_copies)
+    return _sum(rows_ND, order_N, inverse_N, n_copies)

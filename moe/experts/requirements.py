@@ -1,6 +1,7 @@
-"""What each expert backend asks of the model and of the machine, by name.
+"""What each expert backend requires of the model and of the machine, by name.
 
-Imports no torch, so that a config can be checked in the first second. The backends are in moe/experts/experts.py.
+This module imports no torch, so that a config is checked within a second. The backends are in
+moe/experts/experts.py.
 """
 
 import math
@@ -9,12 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What a backend cannot do without.
+    """What one backend requires.
 
-    width_multiple     of which d_model and d_expert must be
+    width_multiple     d_model and d_expert must be multiples of it
     packages           what it imports beyond torch and DeepSpeed
-    is_half_precision  it would not keep fp32's precision
-    has_32_bit_places  its kernels count numbers in a matrix by int32
+    is_half_precision  it would not keep the precision of fp32
+    indexes_int32      its kernels index the elements of a matrix by int32
     """
 
     width_multiple: int = 1
@@ -23,12 +24,12 @@ class Requirements:
     indexes_int32: bool = False
 
     @property
-    def gpu(self) -> bool:
+    def is_gpu_only(self) -> bool:
         """Whether it runs on GPUs only, as Triton's kernels do."""
         return "triton" in self.packages
 
 
-INT32_ELEMENTS = 2**31  # that an int32 can count
+INT32_ELEMENTS = 2**31  # how many elements an int32 can index
 
 REQUIREMENTS: dict[str, Requirements] = {
     "reference": Requirements(),
@@ -43,7 +44,7 @@ REQUIREMENTS: dict[str, Requirements] = {
 
 
 def check_widths(backend: str, d_model: int, d_expert: int) -> None:
-    """Raise ValueError where a backend cannot take experts of these widths."""
+    """Check that a backend can compute experts of these widths. Raises ValueError if not."""
     multiple = REQUIREMENTS[backend].width_multiple
     if d_model % multiple or d_expert % multiple:
         raise ValueError(
@@ -53,14 +54,14 @@ def check_widths(backend: str, d_model: int, d_expert: int) -> None:
 
 
 def check_element_count(backend: str, **sizes: tuple[int, ...]) -> None:
-    """Raise ValueError where a matrix of these sizes is too large for a kernel that counts by int32.
+    """Check that a kernel with int32 indexing can address matrices of these sizes. Raises ValueError if not.
 
-    It would read and write elsewhere, without a word.
+    Such a kernel would silently read and write other memory.
     """
     for name, size in sizes.items():
         if math.prod(size) >= INT32_ELEMENTS:
             raise ValueError(
-                f"expert backend {backend!r} takes matrices of less than {INT32_ELEMENTS:,} numbers, but {name} "
-                f"would have {' x '.join(map(str, size))}; use fewer train.microbatch_seqs or more ranks, or "
-                "backend 'torch_grouped'"
+                f"expert backend {backend!r} needs matrices of less than {INT32_ELEMENTS:,} elements (int32 "
+                f"indexing), but {name} would have {' x '.join(map(str, size))}; use fewer "
+                "train.microbatch_seqs or more ranks, or backend 'torch_grouped'"
             )

@@ -1,7 +1,7 @@
-"""SwiGLU (Shazeer 2020) with the routing weight in it, forwards and backwards, for kernels that do their own.
+"""SwiGLU (Shazeer 2020) with the routing weight in it, forward and backward, for backends without autograd.
 
-The weight of a row multiplies its hidden activations, and not its result: then the gradient of the weight
-needs nothing that the backward pass does not have anyway, and results need not be kept.
+A row's weight multiplies its hidden activations, not its result. So the gradient of the weight needs only
+what the backward pass computes anyway, and results need not be kept.
 
 Shapes
   R rows   F d_expert   J 2 * d_expert: products with gate, then with up
@@ -18,10 +18,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    """forward: (products_RJ, weights_R) to silu(gates) * ups, [R, F], each row times its weight.
+    """The forward and the backward pass.
 
-    backward: (d_hidden_RF, products_RJ, weights_R) to what forward returned, and the gradients of products
-    and weights. d_hidden_RF is the gradient of what forward returned, and is used up.
+    forward: from (products_RJ, weights_R) to hidden_RF = silu(gates) * ups, each row times its weight
+    backward: from (d_hidden_RF, products_RJ, weights_R) to hidden_RF and the gradients of products and
+    weights; it overwrites d_hidden_RF, the gradient of hidden_RF
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]
@@ -77,23 +78,23 @@ def _fused_backward(
 
 @cache
 def compiled_swiglu() -> Activation:
-    """Return the same, each direction one pass over memory. Any number of rows is the same graph."""
+    """Return the same, but fused: each pass reads memory once. One graph serves any number of rows."""
     forward = torch.compile(_fused_forward, fullgraph=True)
     backward = torch.compile(_fused_backward, fullgraph=True)
 
     def run_forward(products_RJ: Tensor, weights_R: Tensor) -> Tensor:
-        return forward(*_of_any_length(products_RJ, weights_R))
+        return forward(*_mark_rows_dynamic(products_RJ, weights_R))
 
     def run_backward(
         d_hidden_RF: Tensor, products_RJ: Tensor, weights_R: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(*_of_any_length(d_hidden_RF, products_RJ, weights_R))
+        return backward(*_mark_rows_dynamic(d_hidden_RF, products_RJ, weights_R))
 
     return Activation(run_forward, run_backward)
 
 
-def _of_any_length(*tensors: Tensor) -> tuple[Tensor, ...]:
-    if tensors[0].size(0) > 1:  # one row has a graph of its own, as torch.compile has it
+def _mark_rows_dynamic(*tensors: Tensor) -> tuple[Tensor, ...]:
+    if tensors[0].size(0) > 1:  # torch.compile always gives one row a graph of its own
         for tensor in tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
     return tensors

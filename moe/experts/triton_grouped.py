@@ -1,14 +1,14 @@
-"""All experts by DeepSpeed's grouped matrix product in Triton, for GPUs before sm_90, where torch's is a loop
-that waits for the device.
+"""All experts by DeepSpeed's grouped matrix product in Triton, for GPUs before sm_90, where torch's grouped
+product is a loop that waits for the device.
 
-DeepSpeed trains nothing here: this file takes one operator of it, and no other of moe/ knows it.
+DeepSpeed trains nothing here: this file uses one operator of it, and no other file of moe/ imports it.
 
 Shapes
   R rows on this rank   D d_model   F d_expert   J 2 * d_expert: gate, then up   L experts on this rank
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,14 @@ from turnout.moe.experts.requirements import check_element_count
 def triton_grouped_experts(
     rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, gate_up_LDJ: Tensor, down_LDF: Tensor
 ) -> Tensor:
-    """Apply all experts, in bf16 or fp16, summing in fp32. No device sync.
+    """Apply all experts, in bf16 or fp16, with sums in fp32. No device sync.
 
-    In fp32 a GPU would multiply as TF32, with 11 significant bits, which nobody asked for: it is refused.
+    Raises ValueError for fp32 on a GPU, which would silently multiply as TF32, with 11 significant bits, and
+    for matrices that int32 cannot index.
     """
     if rows_RD.is_cuda and rows_RD.dtype.itemsize != 2:
         raise ValueError(
-            f"expert backend 'triton_grouped' computes in bf16 or fp16, and these rows are {rows_RD.dtype}; "
+            f"expert backend 'triton_grouped' computes in bf16 or fp16, but these rows are {rows_RD.dtype}; "
             "use backend 'sorted_loop', or half precision"
         )
     n_rows, d_model, inner = rows_RD.size(0), *gate_up_LDJ.shape[1:]
@@ -40,8 +41,9 @@ def triton_grouped_experts(
 
 
 @cache
-def _grouped_product() -> Any:
+def _grouped_product() -> Callable[..., Tensor]:
     # Imported here because it takes seconds and needs Triton, which only GPUs have.
     from deepspeed.ops.triton_ops.group_gemm_triton import group_gemm_triton
 
-    return group_gemm_triton
+    multiply: Callable[..., Tensor] = group_gemm_triton
+    return multiply

@@ -1,13 +1,13 @@
 """Send routed rows to the ranks that own their experts, and bring the results back.
 
-Contract: combine(dispatch(rows)) with identity experts returns the rows, and so does its gradient.
-Nothing here knows about scores: a row's weight travels to its expert as any other number of the row does.
+Contract: combine(dispatch(rows)) with identity experts returns the rows, and the same holds for gradients.
+Nothing here knows about scores: routing weights [M] are sent in the same way as rows [M, D].
 
-Rows travel in trips, usually one. More of them keep a rank's memory within a limit where a routing sends it
-too much, or let one trip's rows be computed while the next ones are on their way.
+A layer's rows are sent in chunks, usually one. Several chunks keep a rank's memory within a limit when the
+routing sends it too many rows, or let a rank compute one chunk while the next one is being sent.
 
 Shapes
-  N routed rows that are sent   M of them in one trip   R rows that arrive in it   E n_experts
+  N routed rows that a rank sends   M rows of one chunk sent   R rows of one chunk received   E n_experts
   L experts on this rank   P ranks of the expert-parallel group
 """
 
@@ -24,11 +24,14 @@ from torch import Tensor
 
 from turnout.moe.experts.permute import invert, permute_rows
 
+# Waits for rows that are being sent, and returns them. It is called once.
+Wait = Callable[[], Tensor]
+
 
 class Record(Protocol):
-    """Keep note of a collective while it runs, so that a hang has a name.
+    """Record a collective while it runs, so that a hang report can name it.
 
-    sent, received: rows to and from each rank of the group, where they are known.
+    sent, received: rows to and from each rank of the group, if they are known
     """
 
     def __call__(
@@ -55,12 +58,12 @@ def no_record(
 
 @dataclass(frozen=True)
 class Chunk:
-    """How rows travel at once.
+    """Rows that are sent together.
 
     counts_L     [L] int64 rows of each local expert, sum R
     sent         rows to each rank of the group, sum M
     received     rows from each rank, sum R
-    order_R, inverse_R  [R] received rows (by sender) to rows by local expert; None: they are in order
+    order_R, inverse_R  [R] from received rows (by sender) to rows by local expert; None: already in order
     """
 
     counts_L: Tensor
@@ -76,11 +79,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Route:
-    """How the rows of one layer travel: the same number of trips on every rank of the group.
+    """How the rows of one layer are sent: in the same number of chunks on every rank of the group.
 
-    order_N        [N] rows sorted by expert to rows sorted by trip, then by expert; None: they are the same
-    is_over_limit  some rank gets more rows than it is to hold: only one trip's activations may be kept
-    n_extra        trips that are made for this limit alone
+    order_N        [N] from rows sorted by expert to rows sorted by chunk, then by expert; None: no change
+    is_over_limit  some rank receives more rows than the limit: only one chunk's activations may be kept
+    n_extra        chunks that only this limit makes necessary
     """
 
     chunks: tuple[Chunk, ...]
@@ -89,16 +92,9 @@ class Route:
     n_extra: int = 0
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """Rows on their way. wait() returns them, and is called once."""
-
-    wait: Callable[[], Tensor]
-
-
 class Dispatcher(Protocol):
     def n_local_experts(self, n_experts: int) -> int:
-        """Return how many experts live on this rank."""
+        """Return how many experts this rank holds."""
         ...
 
     def at_layer(self, layer: int) -> Self:
@@ -106,25 +102,26 @@ class Dispatcher(Protocol):
         ...
 
     def plan(self, counts_E: Tensor, n_rows: int, *, is_dropless: bool) -> Route:
-        """Agree with the other ranks on who sends how much; at most one device sync.
+        """Agree with the other ranks on who sends how many rows to whom; at most one device sync.
 
-        counts_E [E] int64 rows of each expert on this rank; n_rows may be more, where rows are dropped.
+        counts_E  [E] int64, rows that this rank sends to each expert
+        n_rows    the rows that this rank has; more than the sum of counts_E if rows are dropped
         """
         ...
 
-    def dispatch(self, rows: Tensor, chunk: Chunk) -> Arrival:
-        """Move each row to its expert's rank: [M, ...] sorted by expert id to [R, ...] sorted by local
-        expert. R differs per rank, trip and step; zero is legal.
+    def dispatch(self, rows: Tensor, chunk: Chunk) -> Wait:
+        """Start to send each row to its expert's rank: from [M, ...] sorted by expert id to [R, ...] sorted
+        by local expert. R differs per rank, chunk and step; zero is legal.
         """
         ...
 
-    def combine(self, rows: Tensor, chunk: Chunk) -> Arrival:
-        """Bring rows [R, ...] back to where they were sent from, [M, ...]."""
+    def combine(self, rows: Tensor, chunk: Chunk) -> Wait:
+        """Start to send rows [R, ...] back to where they came from, [M, ...]."""
         ...
 
 
 class LocalDispatcher:
-    """Every expert is on this rank: rows stay where they are."""
+    """Every expert is on this rank, so rows stay where they are."""
 
     def n_local_experts(self, n_experts: int) -> int:
         return n_experts
@@ -136,19 +133,22 @@ class LocalDispatcher:
         n_kept = n_rows if is_dropless else int(counts_E.sum())
         return Route((Chunk(counts_E, (n_kept,), (n_kept,)),))
 
-    def dispatch(self, rows: Tensor, chunk: Chunk) -> Arrival:
-        return Arrival(lambda: rows)
+    def dispatch(self, rows: Tensor, chunk: Chunk) -> Wait:
+        """Return a function that returns rows [M, ...] as they are."""
+        return lambda: rows
 
-    def combine(self, rows: Tensor, chunk: Chunk) -> Arrival:
-        return Arrival(lambda: rows)
+    def combine(self, rows: Tensor, chunk: Chunk) -> Wait:
+        """Return a function that returns rows [R, ...] as they are."""
+        return lambda: rows
 
 
 @dataclass(frozen=True)
 class AllToAllDispatcher:
     """Experts are spread over a group: rank p of P holds experts p * L to (p + 1) * L - 1.
 
-    max_load   rows that a rank takes in a trip, over the mean of the ranks; None: any number
-    min_trips  trips of every layer, whatever its routing
+    max_load    cap on the rows that a rank receives in one chunk, as a multiple of the mean over ranks; None:
+                no cap
+    min_chunks  chunks of every layer, whatever its routing
     """
 
     group: dist.ProcessGroup
@@ -172,8 +172,8 @@ class AllToAllDispatcher:
         rows_PP = counts_PPL.sum(2)
         loads_P = rows_PP.sum(0)
         # The splits must be Python ints, so this is the layer's only device sync. Do not add another.
-        numbers = torch.cat([rows_PP[rank], rows_PP[:, rank], loads_P.max()[None], loads_P.sum()[None]])
-        *both, busiest, total = numbers.tolist()
+        counts = torch.cat([rows_PP[rank], rows_PP[:, rank], loads_P.max()[None], loads_P.sum()[None]])
+        *both, busiest, total = counts.tolist()
         sent, received = both[:n_ranks], both[n_ranks:]
         n_needed = self._n_chunks(busiest, total / n_ranks)
         n_chunks = max(n_needed, self.min_chunks)
@@ -182,129 +182,139 @@ class AllToAllDispatcher:
         return Route(chunks, order_N, is_over_limit=n_needed > 1, n_extra=n_chunks - self.min_chunks)
 
     def _n_chunks(self, busiest: int, mean: float) -> int:
-        """Return the trips in which the busiest rank stays within the limit, but for a row of each sender."""
+        """Return the number of chunks that keeps the busiest rank within the limit.
+
+        Rounding can add one row of each sender.
+        """
         if self.max_load is None or not busiest:
             return 1
         return min(busiest, math.ceil(busiest / (self.max_load * mean)))
 
     def _chunk(self, counts_PL: Tensor, sent: list[int], received: list[int], i: int, n_chunks: int) -> Chunk:
-        """Return the trip in which part i of each sender's rows for each receiver goes."""
+        """Return chunk i of n_chunks: an equal part of each sender's rows for each receiver."""
         stop_PL = counts_PL.cumsum(1)
         total_P1 = stop_PL[:, -1:]
         first_P1, last_P1 = total_P1 * i // n_chunks, total_P1 * (i + 1) // n_chunks
         part_PL = stop_PL.minimum(last_P1) - (stop_PL - counts_PL).maximum(first_P1)
         part_PL = part_PL.clamp(min=0)
-        arriving = [_end(n, i, n_chunks) - _end(n, i - 1, n_chunks) for n in received]
+        received_now = [_end(n, i, n_chunks) - _end(n, i - 1, n_chunks) for n in received]
         expert_R = torch.arange(part_PL.size(1), device=part_PL.device).repeat(part_PL.size(0))
-        expert_R = expert_R.repeat_interleave(part_PL.flatten(), output_size=sum(arriving))
+        expert_R = expert_R.repeat_interleave(part_PL.flatten(), output_size=sum(received_now))
         order_R = expert_R.sort(stable=True).indices
         return Chunk(
             counts_L=part_PL.sum(0),
             sent=tuple(_end(n, i, n_chunks) - _end(n, i - 1, n_chunks) for n in sent),
-            received=tuple(arriving),
+            received=tuple(received_now),
             order_R=order_R,
             inverse_R=invert(order_R),
         )
 
-    def dispatch(self, rows: Tensor, chunk: Chunk) -> Arrival:
+    def dispatch(self, rows: Tensor, chunk: Chunk) -> Wait:
+        """Start an all-to-all of rows [M, ...]; waiting for it returns [R, ...], sorted by local expert."""
         order_R, inverse_R = chunk.order_R, chunk.inverse_R
         assert order_R is not None and inverse_R is not None
-        arrival = self._exchange(rows, chunk.sent, chunk.received)
-        return Arrival(lambda: permute_rows(arrival.wait(), order_R, inverse_R))
+        wait = self._exchange(rows, chunk.sent, chunk.received)
+        return lambda: permute_rows(wait(), order_R, inverse_R)
 
-    def combine(self, rows: Tensor, chunk: Chunk) -> Arrival:
+    def combine(self, rows: Tensor, chunk: Chunk) -> Wait:
+        """Start the all-to-all back, of rows [R, ...]; waiting for it returns [M, ...]."""
         assert chunk.order_R is not None and chunk.inverse_R is not None
         rows = permute_rows(rows, chunk.inverse_R, chunk.order_R)
         return self._exchange(rows, chunk.received, chunk.sent)
 
     def send(
         self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]
-    ) -> tuple["Underway", Tensor]:
-        """Start to send the first sent[0] rows to rank 0, and so on; return where rows will be, by sender."""
-        arriving = rows.new_empty(sum(received), *rows.shape[1:])
+    ) -> tuple[Callable[[], object], Tensor]:
+        """Start to send rows [M, ...]: the first sent[0] rows to rank 0, and so on.
+
+        Returns a function that waits for the end, and the buffer [R, ...] that then holds the received rows,
+        by sender.
+        """
+        received_rows = rows.new_empty(sum(received), *rows.shape[1:])
         work = dist.all_to_all_single(
-            arriving, rows, list(received), list(sent), group=self.group, async_op=True
+            received_rows, rows, list(received), list(sent), group=self.group, async_op=True
         )
-        return work, arriving
+        return work.wait, received_rows
 
-    def _exchange(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Arrival:
-        journey = _Journey(self, sent, received)
-        ticket = _Depart.apply(rows, journey)
-        return Arrival(lambda: _Arrive.apply(ticket, journey))
-
-
-class Underway(Protocol):
-    """An exchange that has started."""
-
-    def wait(self) -> object: ...
+    def _exchange(self, rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...]) -> Wait:
+        exchange = _Exchange(self, sent, received)
+        link = _start(rows, exchange)
+        return lambda: _finish(link, exchange)
 
 
-class _Journey:
-    """One exchange of rows there, and of their gradients back."""
+class _Exchange:
+    """One all-to-all of rows in the forward pass, and the reverse one of their gradients in backward."""
 
     def __init__(
         self, dispatcher: AllToAllDispatcher, sent: tuple[int, ...], received: tuple[int, ...]
     ) -> None:
         self.dispatcher, self.sent, self.received = dispatcher, sent, received
-        self._underway: tuple[Underway, Tensor, Tensor] | None = None
+        self._running: tuple[Callable[[], object], Tensor, Tensor] | None = None
 
-    def start(self, rows: Tensor, *, is_back: bool) -> None:
+    def start(self, rows: Tensor, *, is_backward: bool) -> None:
         rows = rows.contiguous()
-        work, arriving = self.dispatcher.send(rows, *self._splits(is_back=is_back))
-        self._underway = work, arriving, rows  # which must be kept until they have been sent
+        wait, received_rows = self.dispatcher.send(rows, *self._splits(is_backward=is_backward))
+        self._running = wait, received_rows, rows  # rows must stay in memory until they have been sent
 
-    def finish(self, *, is_back: bool) -> Tensor:
-        """Return the rows that have arrived."""
-        sent, received = self._splits(is_back=is_back)
-        assert self._underway is not None
-        work, arriving, _ = self._underway
+    def finish(self, *, is_backward: bool) -> Tensor:
+        """Wait for the rows, and return them."""
+        sent, received = self._splits(is_backward=is_backward)
+        assert self._running is not None
+        wait, received_rows, _ = self._running
         layer = self.dispatcher.layer
         with self.dispatcher.record("all-to-all of rows", "ep", layer=layer, sent=sent, received=received):
-            work.wait()
-        self._underway = None
-        return arriving
+            wait()
+        self._running = None
+        return received_rows
 
-    def _splits(self, *, is_back: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (self.received, self.sent) if is_back else (self.sent, self.received)
+    def _splits(self, *, is_backward: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.received, self.sent) if is_backward else (self.sent, self.received)
 
 
-class _Depart(torch.autograd.Function):
-    """Rows leave; in the backward pass their gradients arrive. Returns a ticket of no elements.
+class _Start(torch.autograd.Function):
+    """Start to send rows; in backward, wait for their gradients.
 
-    Not where the rows will be: as many gradients come back as rows have left, and autograd wants as many as
-    rows arrive.
+    Returns an empty tensor, which links _Finish to this node of the autograd graph. It cannot return the
+    buffer of received rows: backward receives M gradients, but autograd would expect R.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        journey.start(rows, is_back=False)
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start(rows, is_backward=False)
         return rows.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.journey.finish(is_back=True), None
+        return ctx.exchange.finish(is_backward=True), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Finish(torch.autograd.Function):
+    """Wait for the rows; in backward, start to send their gradients."""
+
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        return journey.finish(is_back=False)
+    def forward(ctx: Any, link: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.finish(is_backward=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.start(grads[0], is_back=True)
+        ctx.exchange.start(grads[0], is_backward=True)
         return grads[0].new_empty(0), None
 
 
+# torch gives Function.apply no types.
+_start: Callable[[Tensor, _Exchange], Tensor] = _Start.apply
+_finish: Callable[[Tensor, _Exchange], Tensor] = _Finish.apply
+
+
 def _end(n_rows: int, i: int, n_chunks: int) -> int:
-    """Return where part i of rows ends that are cut into n_trips equal parts."""
+    """Return where part i ends when n_rows are cut into n_chunks equal parts."""
     return n_rows * (i + 1) // n_chunks
 
 
 def _by_chunk(sent: list[int], n_chunks: int, n_rows: int) -> Tensor:
-    """Return the order [N] in which rows sorted by receiver are sorted by trip; dropped rows stay last."""
+    """Return the order [N] from rows sorted by receiver to rows sorted by chunk; dropped rows stay last."""
     first_of = [0, *itertools.accumulate(sent)]
     parts = [
         torch.arange(first + _end(n, i - 1, n_chunks), first + _end(n, i, n_chunks))

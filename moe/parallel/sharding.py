@@ -1,12 +1,12 @@
-"""Which dimension of each parameter is split over which group. The one table of it: building, initialising,
-the engine and checkpoints all read it here.
+"""Which dimension of each parameter is split over which group: the one table that building, initialising, the
+engine and checkpoints read.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor  # which readers of checkpoints need not wait for
+    from torch import Tensor  # importing torch would delay commands that only read checkpoints
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ _SPLITS = {
 
 
 def split_of(name: str) -> Split | None:
-    """Return how the parameter of this (global) name is split; None: not at all."""
+    """Return how the parameter of this (global) name is split; None: it is not."""
     return next(
         (split for ending, split in _SPLITS.items() if name.endswith(f".{ending}")), None
     ) or _SPLITS.get(name)
@@ -47,5 +47,5 @@ def is_expert(name: str) -> bool:
 
 
 def own_part(whole: "Tensor", split: Split | None, size: int, rank: int) -> "Tensor":
-    """Return rank's part of a whole tensor."""
+    """Return a rank's part of a whole tensor [...]: 1 / size of dim split.dim, or all if split is None."""
     return whole if split is None else whole.chunk(size, split.dim)[rank]

@@ -1,11 +1,17 @@
-"""Splitting matrices over a tensor-parallel group: what is gathered, summed and split on the way.
+"""Tensor parallelism: the collectives around matrices that are split over a group of ranks.
 
 Shoeybi et al. 2019 (1909.08053, section 3) for the split of attention and feed-forward layers, Korthikanti et
 al. 2022 (2205.05198, section 4.2) for sequence parallelism. Between the split layers every rank of the group
 holds the same tokens, or, under sequence parallelism, 1 / size of them: consecutive rows.
 
-Every rank of the group computes the same loss, so the gradient of a value that all ranks hold alike is the
-same on each of them; only where a value is used in part are gradients summed.
+Every rank of the group computes the same loss. So if all ranks hold a value and use it alike, each already
+has its whole gradient. Gradients are summed only if each rank uses the value for a part of the work.
+
+The docstrings of TensorParallel name Megatron's functions (megatron/core/tensor_parallel/mappings.py), where
+`tp` is spelled `tensor_model_parallel_region` and `sp` `sequence_parallel_region`.
+
+Shapes
+  T tokens   T / size tokens of one rank   D d_model
 """
 
 from collections.abc import Callable
@@ -33,52 +39,86 @@ class TensorParallel(Protocol):
         ...
 
     def at_layer(self, layer: int) -> Self:
-        """Return the same, naming this layer in its records."""
+        """Return the same object, but with this layer's index in its records."""
         ...
 
     def enter(self, x: Tensor) -> Tensor:
-        """Return the tokens [T, D] that a split layer works on, from what a rank holds outside it."""
+        """Return the tokens [T, D] that a split layer computes, from those that a rank holds outside it:
+        [T, D], or [T / size, D] under sequence parallelism.
+
+        Megatron: copy_to_tp, or gather_from_sp under sequence parallelism.
+        """
         ...
 
     def leave(self, x: Tensor) -> Tensor:
-        """Sum the partial results [T, D] of a split layer into what a rank holds outside it."""
+        """Sum the partial results [T, D] of a split layer over ranks, and return what a rank holds outside:
+        [T, D], or [T / size, D] under sequence parallelism.
+
+        Megatron: reduce_from_tp, or reduce_scatter_to_sp under sequence parallelism.
+        """
         ...
 
     def own_tokens(self, x: Tensor) -> Tensor:
-        """Return this rank's tokens [T / size, D] of what it holds outside the split layers."""
+        """Return this rank's tokens [T / size, D] of those it holds outside the split layers: [T, D], or
+        already [T / size, D] under sequence parallelism.
+
+        Megatron: scatter_to_sp.
+        """
         ...
 
     def join_tokens(self, x: Tensor) -> Tensor:
-        """Undo own_tokens."""
+        """Undo own_tokens: from [T / size, D] to [T, D], or unchanged under sequence parallelism.
+
+        Megatron: gather_from_sp with tensor_parallel_output_grad=False.
+        """
         ...
 
     def gather_rows(self, x: Tensor) -> Tensor:
-        """Return the rows of all ranks, in rank order, for a use that is the same on every rank."""
+        """Return the rows of all ranks in rank order, [size * n, ...] of [n, ...]. All ranks must use them
+        alike.
+
+        Megatron: gather_from_sp with tensor_parallel_output_grad=False.
+        """
         ...
 
     def own_rows(self, x: Tensor) -> Tensor:
-        """Return this rank's rows of a value without gradient that every rank holds."""
+        """Return this rank's rows, [n, ...] of [size * n, ...]. All ranks hold x, and it needs no gradient.
+
+        Megatron: the forward pass of scatter_to_sp.
+        """
         ...
 
     def shared(self, x: Tensor) -> Tensor:
-        """Return a parameter that all ranks hold alike, for use on a part of the tokens or heads."""
+        """Return x, a parameter of any shape that all ranks hold, for use on a part of the tokens or heads.
+
+        Megatron: copy_to_tp.
+        """
         ...
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum the ranks' partial values for a use that is the same on every rank."""
+        """Return the elementwise sum over ranks, in the shape of x; all ranks must use it alike.
+
+        Megatron: reduce_from_tp.
+        """
         ...
 
     def max(self, x: Tensor) -> Tensor:
-        """Return the elementwise maximum over ranks, without gradient."""
+        """Return the elementwise maximum over ranks, in the shape of x, without gradient.
+
+        Megatron: the all-reduce in vocab_parallel_cross_entropy.
+        """
         ...
 
     def gather_last(self, x: Tensor) -> Tensor:
-        """Return the ranks' values side by side along the last dim, without gradient."""
+        """Return the ranks' values side by side, [..., size * n] of [..., n], without gradient.
+
+        Megatron: the forward pass of gather_from_tp.
+        """
         ...
 
 
 class Unsplit:
-    """One rank holds every matrix whole."""
+    """Every matrix is whole on this rank, so no value changes."""
 
     size, rank, splits_tokens = 1, 0, False
 
@@ -107,15 +147,19 @@ class _Collective(torch.autograd.Function):
         return ctx.backward_op(grads[0]), None, None
 
 
-# A collective is not for torch.compile: it is recorded by name, and backward has another.
+# torch gives Function.apply no types.
+_collective: Callable[[Tensor, Operation, Operation], Tensor] = _Collective.apply
+
+
+# torch.compile must skip collectives: each is recorded by name, and another one runs in backward.
 @uncompiled
 def _communicate(x: Tensor, forward_op: Operation, backward_op: Operation) -> Tensor:
-    return _Collective.apply(x, forward_op, backward_op)
+    return _collective(x, forward_op, backward_op)
 
 
 @dataclass(frozen=True)
 class SplitOverGroup:
-    """Matrices are split over the ranks of a group."""
+    """Matrices are split over the ranks of a group. TensorParallel has the Megatron names of the methods."""
 
     group: dist.ProcessGroup
     splits_tokens: bool = False
@@ -134,37 +178,47 @@ class SplitOverGroup:
         return replace(self, layer=layer)
 
     def enter(self, x: Tensor) -> Tensor:
+        """Copy [T, D], or all-gather it from [T / size, D]; backward all-reduces, or reduce-scatters."""
         if self.splits_tokens:
             return _communicate(x, self._all_gather, self._reduce_scatter)
         return _communicate(x, self._keep, self._all_reduce)
 
     def leave(self, x: Tensor) -> Tensor:
+        """All-reduce [T, D], or reduce-scatter it to [T / size, D]; backward copies, or all-gathers."""
         if self.splits_tokens:
             return _communicate(x, self._reduce_scatter, self._all_gather)
         return _communicate(x, self._all_reduce, self._keep)
 
     def own_tokens(self, x: Tensor) -> Tensor:
+        """Slice [T / size, D] out of [T, D]; backward all-gathers. Nothing under sequence parallelism."""
         return x if self.splits_tokens else _communicate(x, self.own_rows, self._all_gather)
 
     def join_tokens(self, x: Tensor) -> Tensor:
+        """All-gather [T / size, D] to [T, D]; backward slices. Nothing under sequence parallelism."""
         return x if self.splits_tokens else self.gather_rows(x)
 
     def gather_rows(self, x: Tensor) -> Tensor:
+        """All-gather [n, ...] to [size * n, ...]; backward slices."""
         return _communicate(x, self._all_gather, self.own_rows)
 
     def own_rows(self, x: Tensor) -> Tensor:
+        """Slice [n, ...] out of [size * n, ...]; no gradient across ranks."""
         return x.chunk(self.size)[self.rank].contiguous()
 
     def shared(self, x: Tensor) -> Tensor:
+        """Copy a tensor of any shape; backward all-reduces."""
         return _communicate(x, self._keep, self._all_reduce)
 
     def sum(self, x: Tensor) -> Tensor:
+        """All-reduce a tensor of any shape; backward copies."""
         return _communicate(x, self._all_reduce, self._keep)
 
     def max(self, x: Tensor) -> Tensor:
+        """All-reduce a tensor of any shape by maximum; no gradient."""
         return self._all_reduce(x.detach(), dist.ReduceOp.MAX)
 
     def gather_last(self, x: Tensor) -> Tensor:
+        """All-gather [..., n] to [..., size * n]; no gradient."""
         rows = self._all_gather(x.detach().movedim(-1, 0))
         return rows.movedim(0, -1)
 
@@ -172,7 +226,7 @@ class SplitOverGroup:
         return x.view_as(x)
 
     def _all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        # A copy: autograd may hand the same gradient to several users.
+        # Sum into a copy: autograd may pass the same gradient tensor to several users.
         total = x.clone(memory_format=torch.contiguous_format)
         with self.record("all-reduce", "tp", layer=self.layer):
             dist.all_reduce(total, op, group=self.group)

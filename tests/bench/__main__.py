@@ -1,7 +1,7 @@
-"""`make bench`: speed and memory as ratios to baselines that took turns with them, in one table.
+"""`make bench`: speed and memory as ratios to baselines measured in turn, in one table.
 
-python -m tests.bench [NAME ...] [--out FILE]: without a name those of the expert layer, the training step and
-what a step is made of, in some 50 minutes.
+python -m tests.bench [NAME ...] [--out FILE]: without a name, the benchmarks of the expert layer, of the
+training step and of its parts, in about 50 minutes.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from tests.bench.rows import Row, to_markdown
 from tests.bench.side_by_side import call, in_own_process
 from turnout.launch.ranks.launcher import CPU_ALLOCATOR
 
-# Each is a function that returns rows.
+# Each names a function that returns rows.
 DEFAULT = {
     "experts": "tests.bench.experts:expert_rows",
     "scaling": "tests.bench.scaling:scaling_rows",
@@ -41,7 +41,7 @@ BENCHMARKS = DEFAULT | OTHERS
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--out", type=Path, help="write the table to this file, too")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
@@ -51,7 +51,7 @@ def main() -> None:
             start_s = time.monotonic()
             found[name] = in_own_process(call, BENCHMARKS[name], malloc=CPU_ALLOCATOR)
             print(f"{name}: {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True)
-    finally:  # what was measured before another failed is not lost
+    finally:  # if one fails, the results of those before it are kept
         table = to_markdown(found)
         print(table, end="")
         if arguments.out is not None:

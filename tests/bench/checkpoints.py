@@ -1,4 +1,4 @@
-"""What a checkpoint costs: bytes, how long training waits, how long it takes, memory, and verifying."""
+"""What a checkpoint costs: bytes, memory, training's wait, and the time to write and to verify it."""
 
 import os
 import statistics
@@ -38,7 +38,7 @@ def timed(fn: Callable[[], object]) -> float:
 
 
 class PeakMemory:
-    """The most resident bytes of this process, sampled, above those at the start."""
+    """The peak of this process's resident bytes above those at the start, sampled."""
 
     def __enter__(self) -> "PeakMemory":
         self._process, self._stop = psutil.Process(), threading.Event()
@@ -56,48 +56,48 @@ class PeakMemory:
         self._thread.join()
 
 
-def measure(rank: int, cfg: RunConfig, place: Path, token: str) -> dict[str, list[float]]:
-    """Return by name what this rank measured in each round: seconds, and bytes of memory."""
+def measure(rank: int, cfg: RunConfig, directory: Path, token: str) -> dict[str, list[float]]:
+    """Return what this rank measured in each round, by name: seconds, and bytes of memory."""
     groups = groups_of(plan_layout(cfg, N_RANKS), rank)
     engine, _ = build_engine(cfg, groups)
     engine.make_optimizer_state(KINDS, {"step": 1.0})
     router_state = RouterState.initial(cfg.model)
-    run_dir = place / "run"
+    run_dir = directory / "run"
     sync_cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"async_save": False})})
-    waiting = saver_of(run_dir, groups, sync_cfg, token=token)
+    sync_saver = saver_of(run_dir, groups, sync_cfg, token=token)
     saver = saver_of(run_dir, groups, cfg, token=token)
     found: dict[str, list[float]] = {
         name: [] for name in ("copy", "stall", "written", "sync", "bare", "first")
     }
     buffers: dict = {}
-    share = rank_state_of(engine, router_state, groups)
-    # The first save makes the buffers, which later ones use again.
+    rank_state = rank_state_of(engine, router_state, groups)
+    # The first save makes the buffers, which later ones reuse.
     with PeakMemory() as memory:
-        saver.save(share, state_at(1))
+        saver.save(rank_state, state_at(1))
         saver.wait()
     found["first"].append(memory.extra)
-    share.copied_to(buffers)
+    rank_state.copy_to_host(buffers)
     for i in range(N_ROUNDS):
         dist.barrier()
-        found["copy"].append(timed(lambda: share.copied_to(buffers)))
+        found["copy"].append(timed(lambda: rank_state.copy_to_host(buffers)))
         dist.barrier()
         start_s = time.perf_counter()
-        saver.save(share, state_at(2 + 2 * i))
+        saver.save(rank_state, state_at(2 + 2 * i))
         found["stall"].append(time.perf_counter() - start_s)
         saver.wait()
         found["written"].append(time.perf_counter() - start_s)
         dist.barrier()
-        found["sync"].append(timed(lambda i=i: waiting.save(share, state_at(3 + 2 * i))))
+        found["sync"].append(timed(lambda i=i: sync_saver.save(rank_state, state_at(3 + 2 * i))))
         dist.barrier()
-        found["bare"].append(timed(lambda: write_bare(place / f"bare-{rank}", buffers)))
+        found["bare"].append(timed(lambda: write_bare(directory / f"bare-{rank}", buffers)))
     saver.close()
-    waiting.close()
+    sync_saver.close()
     engine.close()
     return found
 
 
 def write_bare(path: Path, buffers: dict) -> None:
-    """Write and flush the same bytes with nothing else."""
+    """Write and flush the same bytes, and nothing else."""
     with path.open("wb") as file:
         for tensor in buffers.values():
             file.write(memoryview(tensor.numpy()).cast("B"))
@@ -108,21 +108,21 @@ def write_bare(path: Path, buffers: dict) -> None:
 def checkpoint_rows() -> list[Row]:
     cfg = load_config(RECIPE, SETTINGS)
     expected = 12 * n_params(cfg.model)
-    with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        (place / "run").mkdir()
-        ranks = run_ranks(measure, N_RANKS, cfg, place, take_over(place / "run"))
-        (path,) = list_checkpoints(place / "run")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "run").mkdir()
+        ranks = run_ranks(measure, N_RANKS, cfg, directory, take_over(directory / "run"))
+        (path,) = list_checkpoints(directory / "run")
         n_bytes = sum(file.stat().st_size for file in path.iterdir())
         verify = [timed(lambda: verify_checkpoint(path)) for _ in range(N_ROUNDS)]
-    # The slowest rank holds up all.
+    # All ranks wait for the slowest.
     rounds = {
         name: [max(times) for times in zip(*(r[name] for r in ranks), strict=True)] for name in ranks[0]
     }
     extra = [r["first"][0] / (expected / N_RANKS) for r in ranks]
     rows = [
         Row.of("size over 12 bytes a parameter", [n_bytes / expected], note=f"{n_bytes:,} bytes"),
-        Row.of("memory of the first save over a rank's share of the bytes", extra),
+        Row.of("memory of the first save over a rank's part of the bytes", extra),
     ]
     names = {
         "copy": "copy into buffers, nothing else",

@@ -1,4 +1,4 @@
-"""Runs of the real command: `turnout prepare`, and `turnout train tiny` by precision, backend and layout."""
+"""The real commands: `turnout prepare`, and `turnout train tiny` by precision, backend and layout."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def turnout(*arguments: str, **env: str) -> None:
 
 @contextmanager
 def small_corpus() -> Iterator[Path]:
-    """Make the corpus of the `tiny` recipe, for a while."""
+    """Make the corpus of the `tiny` recipe, and remove it at the end."""
     with tempfile.TemporaryDirectory() as directory:
         corpus = Path(directory) / "corpus"
         turnout("prepare", "--embedded", "--vocab-size", "4096", "--out", str(corpus))
@@ -59,7 +59,7 @@ def prepare(workers: int) -> Measurement:
 def train(
     corpus: Path, nproc: int, *overrides: str, n_steps: int = 60, n_warm_steps: int = 20, **env: str
 ) -> Measurement:
-    """Train `tiny`; the steps of warming up are left out."""
+    """Train `tiny` and measure it without its first n_warm_steps."""
     settings = [
         f"train.n_steps={n_steps}",
         "optim.schedule.warmup_steps=5",
@@ -70,7 +70,7 @@ def train(
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory) / "run"
         sets = [word for setting in settings for word in ("--set", setting)]
-        # One thread per rank, so that one rank against two compares like with like.
+        # One thread per rank, so that one rank and two are comparable.
         env = {"OMP_NUM_THREADS": "1", **env}
         turnout("train", "tiny", "--run-dir", str(run_dir), "--nproc", str(nproc), *sets, **env)
         rows = [row for row in read_rows(run_dir) if "train/loss" in row and row["step"] > n_warm_steps]
@@ -79,7 +79,7 @@ def train(
 
 
 def compare(unit: str, variants: Mapping[str, Measure]) -> list[Row]:
-    """Measure all variants N_ROUNDS times in turn; return the speed of each over the first's."""
+    """Measure all variants in turn, N_ROUNDS times; return the speed of each over the first's."""
     results: dict[str, list[Measurement]] = {name: [] for name in variants}
     for _ in range(N_ROUNDS):
         for name, measure in variants.items():
@@ -97,7 +97,7 @@ def compare(unit: str, variants: Mapping[str, Measure]) -> list[Row]:
 
 
 def prepare_rows() -> list[Row]:
-    """Tokenizer training included."""
+    """Return the speed of `turnout prepare` by its workers, tokenizer training included."""
     return compare("MB/s", {f"{n} workers": partial(prepare, n) for n in (1, 2)})
 
 
@@ -118,7 +118,7 @@ def training_rows() -> list[Row]:
 
 
 def busy_rows() -> list[Row]:
-    """One rank of a thread for each core, quiet and with another process beside it on one of them."""
+    """Measure one rank with a thread per core, alone and with another process that keeps one core busy."""
     few = partial(train, n_steps=16, n_warm_steps=6)
     small = ("train.batch_tokens=512", "train.microbatch_seqs=2", "log.every_steps=2")
     threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
@@ -128,7 +128,7 @@ def busy_rows() -> list[Row]:
     with small_corpus() as corpus:
         ways = {
             "threads that spin": partial(few, corpus, 1, *small, **spinning),
-            "threads that spin shortly": partial(few, corpus, 1, *small, **threads),
+            "threads that spin briefly": partial(few, corpus, 1, *small, **threads),
             "threads that sleep": partial(few, corpus, 1, *small, **sleeping),
         }
         rows += compare("tokens/s, quiet", ways)

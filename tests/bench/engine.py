@@ -1,4 +1,4 @@
-"""What the engine costs over a plain torch loop of the same model: `python -m tests.bench engine`.
+"""What the engine costs over a plain torch loop with the same model: `python -m tests.bench engine`.
 
 One rank of one thread, the `tiny` recipe in fp32, the same micro-batches, clipping and AdamW on both sides.
 """

@@ -1,7 +1,7 @@
-"""The expert layer against a dense one of as many active FLOPs: `python -m tests.bench experts`.
+"""The expert layer against a dense one with the same active FLOPs: `python -m tests.bench experts`.
 
-One thread. Forward and backward with all gradients, of the layer without its router, whose choices are given,
-and with it.
+One thread, forward and backward with all gradients; the layer without its router (its choices are given), and
+with it.
 """
 
 import itertools
@@ -24,12 +24,12 @@ from turnout.moe.recompute import RoutingMemo
 from turnout.moe.router import Routing
 
 T, D = 4096, 512
-# Ten ways fill the heap between them: a page of it that is touched for the first time costs more than the
-# arithmetic on it, and in a run none is after the first steps.
+# Enough for the heap to fill: touching one of its pages for the first time costs more than the arithmetic on
+# it, which in a run happens only in the first steps.
 N_WARM_ROUNDS = 8
-N_ROUTINGS = 20  # more than there are rounds: each pass has one that was not there before, as in training
-# (dtype, E, K, F): the time over dense that is asked.
-ASKED = {
+N_ROUTINGS = 20  # more than there are rounds, so that each pass has a new routing, as in training
+# (dtype, E, K, F): the target for the time over dense.
+TARGETS = {
     ("bf16", 8, 2, 1408): 0.90,
     ("bf16", 32, 2, 1024): 1.35,
     ("bf16", 64, 8, 512): 1.15,
@@ -45,7 +45,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def expert_rows(n_rounds: int = 9) -> list[Row]:
     torch.set_num_threads(1)
     rows = []
-    for (name, n_experts, top_k, d_expert), asked in ASKED.items():
+    for (name, n_experts, top_k, d_expert), target in TARGETS.items():
         ways = beside_dense(DTYPES[name], n_experts, top_k, d_expert)
         seconds = time_in_turn(ways, n_rounds=n_rounds, n_warm_rounds=N_WARM_ROUNDS)
         shape = f"{name} E {n_experts} k {top_k} F {d_expert}"
@@ -54,7 +54,7 @@ def expert_rows(n_rounds: int = 9) -> list[Row]:
                 Row.of(
                     f"time over dense, {shape}, {way}",
                     over(seconds[way], seconds["dense"]),
-                    at_most=asked if way == "compiled_loop" else None,
+                    at_most=target if way == "compiled_loop" else None,
                     note=f"dense {in_ms(seconds['dense'])}",
                 )
             )
@@ -62,7 +62,7 @@ def expert_rows(n_rounds: int = 9) -> list[Row]:
 
 
 def skew_row(n_rounds: int) -> Row:
-    """Return what a routing costs in which some expert has four times the mean."""
+    """Return the cost of a routing that gives one expert four times the mean load."""
     dtype, (n_experts, top_k, d_expert) = torch.bfloat16, (64, 8, 512)
     layer = build_layer(layer_config(n_experts, top_k, d_expert, T), "compiled_loop", dtype)
     x, out = leaf(T, D, dtype=dtype), torch.randn(T, D).to(dtype)
@@ -70,9 +70,7 @@ def skew_row(n_rounds: int) -> Row:
     for name, skew in (("even", 0.0), ("skewed", 1.15)):
         routing = synthetic_routing(T, n_experts, top_k, skew)
         loads = routing.expert_ids_TK.flatten().bincount(minlength=n_experts)
-        ways[name] = step(
-            lambda routing=routing: layer._mix(x, routing, RoutingMemo()), out, [x, *layer.parameters()]
-        )
+        ways[name] = step(lambda routing=routing: mixed(layer, x, routing), out, [x, *layer.parameters()])
     largest = loads.max() / loads.float().mean()
     seconds = time_in_turn(ways, n_rounds=n_rounds)
     return Row.of(
@@ -103,9 +101,14 @@ def beside_dense(
 
 
 def mix_step(layer: MoELayer, routings: Iterator[Routing], x: Tensor, out: Tensor) -> Callable[[], None]:
-    """Return forward and backward of all but the router, whose choices are given, those of the next pass."""
+    """Return forward and backward of all but the router; each pass uses the next routing."""
     leaves = [x, *layer.experts.parameters()]
-    return step(lambda: layer._mix(x, next(routings), RoutingMemo()), out, leaves)
+    return step(lambda: mixed(layer, x, next(routings)), out, leaves)
+
+
+def mixed(layer: MoELayer, x_TD: Tensor, routing: Routing) -> Tensor:
+    """Return each token's sum of its experts' weighted results, [T, D], for a given routing."""
+    return layer._receive(layer._send(x_TD, routing, RoutingMemo()))
 
 
 def layer_step(layer: MoELayer, cfg: ModelConfig, x: Tensor, out: Tensor) -> Callable[[], None]:
@@ -128,7 +131,7 @@ def build_layer(cfg: ModelConfig, backend: str, dtype: torch.dtype) -> MoELayer:
 
 
 def synthetic_routing(n_tokens: int, n_experts: int, top_k: int, skew: float, seed: int = 0) -> Routing:
-    """Return choices of which some experts get more the larger skew is."""
+    """Return a random routing; the larger skew is, the more rows the first expert has."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(n_tokens, n_experts, generator=generator)
     scores[:, 0] += skew

@@ -1,5 +1,5 @@
-"""How much memory writing an export and an import takes, against the largest tensor: `python -m tests.bench
-export-memory` makes a checkpoint of 2 GB and measures each in a process of its own.
+"""The memory of writing exports and an import, over the largest tensor: `python -m tests.bench export-memory`
+makes a checkpoint of 2 GB and measures each in a process of its own.
 """
 
 import tempfile
@@ -24,17 +24,17 @@ from turnout.training.export.reader import HfWeights
 from turnout.training.export.to_checkpoint import write_first_checkpoint
 
 FORMS = ("hf float32", "hf bfloat16", "gguf float32", "gguf q8_0", "import")
-# Of the process, whatever the model: 32 MiB of a mapped file, chunks of 16 MiB, and what they leave behind.
+# Needed for any model: 32 MiB of a mapped file, chunks of 16 MiB, and heap that they leave behind.
 CONSTANT_BYTES = 128 * MIB
 LARGE = {"n_layers": 6, "d_model": 1024, "n_heads": 8, "n_kv_heads": 4, "d_head": 128, "vocab_size": 64_000}
 LARGE |= {"n_experts": 12, "d_expert": 2048, "seq_len": 64}
 SMALL = {**LARGE, "n_layers": 3, "d_model": 512, "d_expert": 1024}
-# Nearly all of it is the experts of one layer.
+# Nearly all weights are the experts of one layer.
 MANY = {**LARGE, "n_layers": 1, "d_model": 512, "vocab_size": 300, "n_experts": 120, "d_expert": 1024}
 
 
 class SyntheticWeights:
-    """Weights that are numbered when they are read, and nowhere else."""
+    """Weights whose values are made when they are read, so that they take no memory before."""
 
     def __init__(self, cfg: ModelConfig, tokenizer_path: Path) -> None:
         self.place, self.cfg, self.tokenizer_path = Path("memory"), cfg, tokenizer_path
@@ -61,7 +61,7 @@ def largest_bytes(sizes: dict[str, int]) -> int:
 
 
 def measure(checkpoint: Path, sizes: dict[str, int], form: str) -> tuple[int, float]:
-    """Return the bytes by which a writer's process grows at most, mapped pages included, and its seconds."""
+    """Return the peak growth of a writer's process in bytes, mapped pages included, and its seconds."""
     return in_own_process(write_one, checkpoint, sizes, form, malloc=GLIBC_DEFAULTS)
 
 

@@ -1,4 +1,4 @@
-"""What the cache saves: tokens/s of whole passes, of the cache, and of transformers on the same weights."""
+"""What the KV cache saves: tokens/s with it, with whole passes, and of transformers on the same weights."""
 
 import statistics
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Write = Callable[[list[list[int]]], list[list[int]]]
 
 
 def mixtral_like(recipe: str) -> ModelConfig:
-    """Return the recipe's model without what Mixtral has not, as long as the text is."""
+    """Return the recipe's model without what Mixtral lacks, with the context of this benchmark."""
     changes = {"n_shared_experts": 0, "qk_norm": False, "tie_embeddings": False, "seq_len": N_PROMPT + N_NEW}
     return ModelConfig.model_validate({**load_config(recipe).model.model_dump(), **changes})
 
@@ -78,7 +78,7 @@ def by_transformers(decoder: Decoder, cfg: ModelConfig, experts: str) -> Write:
 
 
 def generation_rows() -> list[Row]:
-    """Greedy continuation in fp32, one thread."""
+    """Measure greedy continuation in fp32, one thread."""
     torch.set_num_threads(1)
     rows = []
     for recipe, n_rows, has_slow in (("tiny", 1, True), ("tiny", 8, True), ("small", 1, False)):
@@ -95,7 +95,7 @@ def generation_rows() -> list[Row]:
 
 
 def compare(case: str, n_rows: int, cfg: ModelConfig, writers: dict[str, Write]) -> list[Row]:
-    """Return the cache's tokens/s over the other writers', and how many of their tokens are its own."""
+    """Return the cache's tokens/s over the other writers', and how many of their tokens agree with it."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(cfg.vocab_size, (n_rows, N_PROMPT), generator=generator).tolist()
     texts: dict[str, list[list[int]]] = {}

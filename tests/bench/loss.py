@@ -1,6 +1,6 @@
-"""The loss without logits against the loss of logits: `python -m tests.bench loss`.
+"""The loss computed without all logits against the loss from logits: `python -m tests.bench loss`.
 
-Of T tokens and V words in bf16, forward and backward, one thread.
+T tokens and a vocabulary of V in bf16, forward and backward, one thread.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def loss_rows(n_rounds: int = 7) -> list[Row]:
 
 
 def peak_bytes(way: str) -> int:
-    """Return the bytes that a way takes; in a process of its own, which holds no freed memory."""
+    """Return the bytes that a way takes. To be called in a new process, which holds no freed memory."""
     torch.set_num_threads(1)
     return peak_extra_bytes(build(way, *synthetic()))
 

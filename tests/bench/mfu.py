@@ -1,7 +1,7 @@
-"""How much of what this CPU can multiply a training step uses: `python -m tests.bench mfu`.
+"""The model FLOPs utilisation (MFU) of a training step on this CPU: `python -m tests.bench mfu`.
 
 The `small` recipe (99 M parameters) in bf16 under the engine, one thread. Its FLOPs are counted from its
-sizes; what the CPU can do is the best of some square bf16 products in the same round.
+sizes; the CPU's peak is the best of some square bf16 products in the same round.
 """
 
 import os
@@ -25,14 +25,14 @@ WAYS = {
     "train.compile": ["train.expert_backend=compiled_loop", "train.compile=true"],
 }
 PRODUCT_SIZES, N_PRODUCTS = (1024, 2048, 4096), 4
-# One micro-batch of the recipe, which has eight in a step: the optimizer weighs more here than in a run.
+# One micro-batch, where the recipe has eight per step: the optimizer's part is larger here than in a run.
 SETTINGS = ["data.corpus=unused", "train.batch_tokens=16384"]
 
 
 def mfu_rows(n_rounds: int = 3) -> list[Row]:
     torch.set_num_threads(1)
     join_alone()
-    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, and there is no launcher
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it, and there is no launcher to set it
     cfg = load_config("small", SETTINGS)
     groups = groups_of(plan_layout(cfg, 1), rank=0)
     batch = synthetic_batch(cfg.model, cfg.batch_seqs)

@@ -1,8 +1,8 @@
 """Two ranks that share the experts against one, at the same global batch: `python -m tests.bench ranks`.
 
-The `tiny` recipe in fp32 as a run trains it, with its corpus, its rows of metrics and TensorBoard; one thread
-for each rank. One rank and two take turns of a block of steps. What two cores can do for any program is
-measured beside it: the same matrix products by one process and by two.
+The `tiny` recipe in fp32 as a run trains it, with its corpus, rows of metrics and TensorBoard; one thread per
+rank. One rank and two ranks take turns, a block of steps each. The same matrix products by one process and by
+two, measured in the same rounds, show what two cores could gain at best.
 """
 
 import tempfile
@@ -23,13 +23,13 @@ from turnout.data.corpus import open_corpus
 from turnout.data.loader import Batch, Loader
 from turnout.launch.run_dir import attachments, create_run_dir
 from turnout.launch.settings import load_config
+from turnout.training import metrics
 from turnout.training.config.run import RunConfig
 from turnout.training.loop import Observer, Run
 from turnout.training.parallel.layout import plan_layout
 from turnout.training.run_control import FencingToken, StopFile, take_over, write_status
-from turnout.training.step import StepResult
 
-# Never at its last step, after which a run evaluates and saves.
+# So many that no run reaches its last step, at which it would evaluate and save.
 SETTINGS = ["train.n_steps=100000"]
 SETTINGS_OF = {1: ["parallel.ep=1"], 2: ["parallel.ep=2"]}
 N_WARM_STEPS, N_STEPS = 5, 20  # a row of metrics is due after 20
@@ -38,7 +38,7 @@ N_PRODUCTS, PRODUCT_SIZE = 300, 512
 
 @dataclass(frozen=True)
 class Block:
-    """Some steps of one rank: wall seconds, and CPU seconds in all and of batches and rows of metrics."""
+    """Some steps of one rank. data_and_metrics_s: the CPU seconds of batches and rows of metrics."""
 
     wall_s: float
     cpu_s: float
@@ -65,8 +65,9 @@ def rank_rows(n_rounds: int = 7) -> list[Row]:
         Row.of(f"matrix products/s of 2 processes over 1, fp32, {PRODUCT_SIZE} wide", twice),
     ]
     for n in blocks:
-        shares = [block.data_and_metrics_s / block.cpu_s for block in blocks[n]]
-        rows.append(Row.of(f"loader and metrics, share of the first rank of {n}", shares, at_most=0.02))
+        fractions = [block.data_and_metrics_s / block.cpu_s for block in blocks[n]]
+        what = f"loader and metrics, fraction of the first rank's CPU time, {n} ranks"
+        rows.append(Row.of(what, fractions, at_most=0.02))
     return rows
 
 
@@ -82,12 +83,12 @@ _runs: list["TimedRun"] = []  # this rank's, from its first block on
 def train_block(rank: int, cfg: RunConfig, run_dir: Path, token: str, n_steps: int) -> Block:
     if not _runs:
         _runs.append(TimedRun(rank, cfg, run_dir, token))
-        _runs[0].go_on()
+        _runs[0].resume()
     return _runs[0].train_block(n_steps)
 
 
 def multiply(rank: int) -> float:
-    """Return the wall seconds of as many products on each rank."""
+    """Return this rank's wall seconds for N_PRODUCTS products."""
     left, right = (torch.ones(PRODUCT_SIZE, PRODUCT_SIZE) for _ in range(2))
     out = torch.empty_like(left)
     dist.barrier()
@@ -98,7 +99,7 @@ def multiply(rank: int) -> float:
 
 
 class StopAfter(StopFile):
-    """Looks for the file as any run does, and stops the run after n_steps more."""
+    """Looks for the file as in any run, and stops the run after n_steps more."""
 
     n_steps = 0
 
@@ -121,7 +122,7 @@ class TimedLoader:
 
 
 class TimedRun(Run):
-    """A run in blocks of steps that adds up what it spends on batches and on rows of metrics."""
+    """A run in blocks of steps that adds up the CPU seconds of batches and rows of metrics."""
 
     def __init__(self, rank: int, cfg: RunConfig, run_dir: Path, token: str) -> None:
         groups = groups_of(plan_layout(cfg, dist.get_world_size()), rank)
@@ -131,25 +132,25 @@ class TimedRun(Run):
             observer = Observer(ignore, ignore, ignore, partial(write_status, run_dir))
         fencing_token, attached = FencingToken(run_dir, token), attachments(run_dir, cfg)
         super().__init__(cfg, run_dir, groups, observer, fencing_token, attached, self._stop_after)
-        self._timed_loader, self._recording_s = TimedLoader(self._loader), 0.0
+        self._timed_loader, self._logging_s = TimedLoader(self._loader), 0.0
         self._loader = self._timed_loader
 
     def train_block(self, n_steps: int) -> Block:
-        self._stop_after.n_steps, self._timed_loader.seconds, self._recording_s = n_steps, 0.0, 0.0
+        self._stop_after.n_steps, self._timed_loader.seconds, self._logging_s = n_steps, 0.0, 0.0
         dist.barrier()
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
-        assert self.train_on() is None, "a finding of the guard"
+        assert self.train_steps() is None, "a finding of the guard"
         wall_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
-        return Block(wall_s, cpu_s, self._timed_loader.seconds + self._recording_s)
+        return Block(wall_s, cpu_s, self._timed_loader.seconds + self._logging_s)
 
-    def _record(self, result: StepResult) -> None:
+    def _log(self, row: metrics.Row) -> None:
         start_s = time.process_time()
-        super()._record(result)
+        super()._log(row)
         if self._metrics is not None:
-            for tracker in self._metrics._trackers:
-                tracker.writer.flush()  # waits for the thread that writes, whose seconds count too
-        self._recording_s += time.process_time() - start_s
+            for tracker in self._metrics._trackers.values():
+                tracker.writer.flush()  # waits for the writer thread, whose seconds count too
+        self._logging_s += time.process_time() - start_s
 
 
 def ignore(*_: object) -> None:
-    """Observe nothing."""
+    """Do nothing."""

@@ -1,4 +1,4 @@
-"""What a benchmark finds: ratios, each with its spread and with what is asked of it."""
+"""The results of a benchmark: ratios, each with its spread and its target."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from typing import Self
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """measured: the median over rounds, of which low and high are the extremes.
+    """One ratio. measured: the median over rounds. low, high: the extremes over rounds.
 
-    at_most, at_least: what is asked, where anything is. note: the numbers behind it, with their units.
+    at_most, at_least: the target, if there is one. note: the values behind the ratio, with their units.
     """
 
     what: str
@@ -31,7 +31,7 @@ class Row:
         at_least: float | None = None,
         note: str = "",
     ) -> Self:
-        """Return the row of one ratio per round."""
+        """Return the row for one ratio per round."""
         return cls(
             what=what,
             measured=statistics.median(ratios),
@@ -44,7 +44,7 @@ class Row:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the measured ratio is as asked; None where nothing is asked."""
+        """Whether the measured ratio meets its target; None without a target."""
         if self.at_most is not None:
             return self.measured <= self.at_most
         return None if self.at_least is None else self.measured >= self.at_least
@@ -52,14 +52,14 @@ class Row:
 
 def to_markdown(found: Mapping[str, Sequence[Row]]) -> str:
     """Return one table of the rows of all benchmarks."""
-    lines = ["| benchmark | what | measured | spread | asked | met | in numbers |", f"{7 * '|---'}|"]
+    lines = ["| benchmark | what | measured | spread | target | met | in numbers |", f"{7 * '|---'}|"]
     lines += [f"| {name} | {' | '.join(_cells(row))} |" for name, rows in found.items() for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def _cells(row: Row) -> list[str]:
     spread = f"{row.low:.3g} to {row.high:.3g}" if row.low < row.high else ""
-    asked = "" if row.at_most is None else f"at most {row.at_most:g}"
-    asked = asked if row.at_least is None else f"at least {row.at_least:g}"
+    target = "" if row.at_most is None else f"at most {row.at_most:g}"
+    target = target if row.at_least is None else f"at least {row.at_least:g}"
     met = {True: "yes", False: "no", None: ""}[row.is_met]
-    return [row.what, f"{row.measured:.3g}", spread, asked, met, row.note]
+    return [row.what, f"{row.measured:.3g}", spread, target, met, row.note]

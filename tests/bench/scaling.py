@@ -1,7 +1,6 @@
-"""What a token costs among more experts, and a row among more rows: `python -m tests.bench scaling`.
+"""The cost of a token among more experts, and of a row among more rows: `python -m tests.bench scaling`.
 
-One thread. Each expert has ROWS_PER_EXPERT rows, so that more experts are more tokens, and not less work for
-each.
+One thread. Each expert has ROWS_PER_EXPERT rows, so more experts mean more tokens and not less work for each.
 """
 
 from itertools import pairwise, repeat
@@ -23,7 +22,7 @@ from tests.bench.side_by_side import GLIBC_DEFAULTS, in_own_process, over, peak_
 
 N_EXPERTS = (8, 16, 32, 64, 128)
 ROWS_PER_EXPERT, TOP_K, D_EXPERT = 512, 2, 512
-# One number of experts, so that the gradients of their weights, which have no rows, are the same.
+# The same number of experts, so that the gradients of their weights take the same memory.
 N_MEMORY_EXPERTS, MEMORY_TOKENS = 16, (8_192, 16_384, 32_768, 65_536)
 
 
@@ -45,7 +44,7 @@ def token_rows(
     n_rounds: int,
     rows_per_expert: int = ROWS_PER_EXPERT,
 ) -> list[Row]:
-    """Return the time of a token by the number of experts, over that among the fewest."""
+    """Return the time of a token by the number of experts, over that with the fewest."""
     n_tokens = {n: n * rows_per_expert // TOP_K for n in n_experts}
     ways = {}
     for n in n_experts:
@@ -72,7 +71,7 @@ def token_rows(
 
 
 def memory_row() -> Row:
-    """Return what each doubling of the rows adds per row, the most over the least."""
+    """Return the bytes that each doubling of the rows adds per row, the most over the least."""
     peaks = [in_own_process(peak_bytes, n, malloc=GLIBC_DEFAULTS) for n in MEMORY_TOKENS]
     n_rows = [TOP_K * n for n in MEMORY_TOKENS]
     added = over([b - a for a, b in pairwise(peaks)], [b - a for a, b in pairwise(n_rows)])
@@ -85,14 +84,14 @@ def memory_row() -> Row:
 
 
 def peak_bytes(n_tokens: int) -> int:
-    """Return the bytes that dispatch, experts and combine take, forwards and backwards."""
+    """Return the bytes that dispatch, experts and combine take, forward and backward."""
     torch.set_num_threads(1)
     dtype = DTYPES["bf16"]
     layer = build_layer(layer_config(N_MEMORY_EXPERTS, TOP_K, D_EXPERT, n_tokens), "compiled_loop", dtype)
     routing = synthetic_routing(n_tokens, N_MEMORY_EXPERTS, TOP_K, 0.0)
     x, out = leaf(n_tokens, D, dtype=dtype), torch.randn(n_tokens, D).to(dtype)
     run = mix_step(layer, repeat(routing), x, out)
-    # Compiles, and has oneDNN make its kernels and buffers, which are of the process and not of the rows.
+    # The first run compiles, and oneDNN makes its kernels and buffers, which do not depend on the rows.
     run()
     for tensor in (x, routing.weights_TK, *layer.parameters()):
         tensor.grad = None

@@ -1,4 +1,4 @@
-"""What the engine's check of its first step costs, in the run that pays for it once."""
+"""What the engine's check of its first step costs: `python -m tests.bench self-check`."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from tests.bench.rows import Row
 from tests.bench.side_by_side import in_ms, over
 from tests.layouts import groups_of, with_parallel
 from tests.ranks import run_ranks
-from tests.runs import rank_state, uneven_batch
+from tests.runs import rank_batch, uneven_batch
 from turnout.launch.settings import load_config
 from turnout.moe.load_balancing import RouterState
 from turnout.training.batches import split_microbatches
@@ -24,7 +24,7 @@ N_STEPS = 12
 
 
 class TimedCheck(FirstStepCheck):
-    """Adds up the seconds spent in the check itself: a step varies by more than the check costs."""
+    """Adds up the seconds spent in the check: a step's time varies by more than the check costs."""
 
     seconds = 0.0
 
@@ -48,14 +48,14 @@ class TimedCheck(FirstStepCheck):
 
 
 def time_steps(rank: int, cfg: RunConfig, world_size: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of each step and of the check within it."""
+    """Return the seconds of each step, and of the check in it."""
     layout = plan_layout(cfg, world_size)
     groups = groups_of(layout, rank)
     engine, _ = build_engine(cfg, groups)
     state = RouterState.initial(cfg.model)
-    share = rank_state(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
-    microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
-    of_steps, of_checks = [], []
+    own_batch = rank_batch(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
+    microbatches = split_microbatches(own_batch, cfg.train.microbatch_seqs)
+    step_s, check_s = [], []
     for i in range(N_STEPS):
         start_s = time.perf_counter()
         check = TimedCheck(engine.module, groups, has_expert_groups=has_own_expert_groups(layout))
@@ -63,10 +63,10 @@ def time_steps(rank: int, cfg: RunConfig, world_size: int) -> tuple[list[float],
         engine._check = check
         start_s = time.perf_counter()
         train_step(engine, microbatches, state, step=i + 1, lr=1e-4, groups=groups)
-        of_steps.append(time.perf_counter() - start_s)
-        of_checks.append(built_s + check.seconds)
+        step_s.append(time.perf_counter() - start_s)
+        check_s.append(built_s + check.seconds)
     engine.close()
-    return of_steps, of_checks
+    return step_s, check_s
 
 
 def self_check_rows() -> list[Row]:
@@ -76,7 +76,7 @@ def self_check_rows() -> list[Row]:
         steps, checks = run_ranks(time_steps, 2, cfg, 2)[0]
         rows.append(
             Row.of(
-                f"share of its step, tiny, fp32, 2 ranks, tp {parallel['tp']}, ep {parallel['ep']}",
+                f"fraction of its step, tiny, fp32, 2 ranks, tp {parallel['tp']}, ep {parallel['ep']}",
                 over(checks, steps),
                 note=f"{in_ms(checks)} of {in_ms(steps)}",
             )

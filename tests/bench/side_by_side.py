@@ -1,4 +1,4 @@
-"""Ways to compute one thing, measured in turn, so that a slower machine in between cancels."""
+"""Time and memory of several ways to compute one thing, measured in turn, so that slow moments cancel."""
 
 import faulthandler
 import multiprocessing
@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 R = TypeVar("R")
 
 MIB = 1 << 20
-# Kernels are made in the first; both touch fresh pages, until the heap has settled, which can take as long as
-# the arithmetic.
+# The first compiles kernels. Both touch new pages until the heap has settled, which can take as long as the
+# arithmetic.
 N_WARM_ROUNDS = 2
-# Longer, and a process prints its stacks and dies.
+# After this a process prints its stacks and dies.
 TIMEOUT_S = 1800
-# Written out, they also keep glibc from raising the thresholds as a process goes on.
+# Setting them explicitly also keeps glibc from raising the thresholds while a process runs.
 GLIBC_DEFAULTS = {
     "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),
     "MALLOC_TRIM_THRESHOLD_": str(128 * 1024),
@@ -37,9 +37,9 @@ def time_in_turn(
     n_warm_rounds: int = N_WARM_ROUNDS,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round, of CPU time unless clock is another.
+    """Return the seconds of each way in each round: CPU time, unless another clock is given.
 
-    n_warm_rounds: of which the seconds are not counted.
+    n_warm_rounds: rounds before those, whose seconds are left out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(n_warm_rounds + n_rounds):
@@ -51,7 +51,7 @@ def time_in_turn(
 
 
 def over(these: Sequence[float], those: Sequence[float]) -> list[float]:
-    """Return the ratio of each round."""
+    """Return the ratio in each round."""
     return [a / b for a, b in zip(these, those, strict=True)]
 
 
@@ -60,9 +60,7 @@ def in_ms(seconds: Sequence[float]) -> str:
 
 
 def in_own_process(run: Callable[..., R], *args: object, malloc: Mapping[str, str]) -> R:
-    """Call a function of a module in a new process with these settings of malloc, which are read at its
-    start.
-    """
+    """Call a module-level function in a new process, which reads these settings of malloc at its start."""
     watched = partial(faulthandler.dump_traceback_later, TIMEOUT_S, exit=True)
     spawn = multiprocessing.get_context("spawn")
     with _environment(malloc), ProcessPoolExecutor(1, mp_context=spawn, initializer=watched) as pool:
@@ -70,7 +68,7 @@ def in_own_process(run: Callable[..., R], *args: object, malloc: Mapping[str, st
 
 
 def call(address: str) -> Any:
-    """Call the function at `module:name`, which is imported here, and not by whoever names it."""
+    """Call the function at `module:name`, importing the module in this process only."""
     return resolve_name(address)()
 
 
@@ -86,9 +84,9 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """Return by how much the resident memory grows at most while run does, held pages included."""
+    """Return the peak growth of resident memory during run, in bytes, mapped pages included."""
     before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     run()
     return resident_bytes("VmHWM") - before
 

@@ -1,5 +1,7 @@
-"""CPU seconds of commands until they have answered, user and system, of all processes: `python -m tests.bench
-start-up`, in turn with another tree's where TURNOUT_BENCH_OTHER names its Python, as ../old/.venv/bin/python.
+"""CPU seconds of commands until they answer: `python -m tests.bench start-up`.
+
+User and system seconds of all their processes. TURNOUT_BENCH_OTHER can name the Python of another tree, such
+as ../old/.venv/bin/python: its commands then take turns with this tree's.
 """
 
 import os
@@ -22,8 +24,8 @@ from tests.bench.side_by_side import over
 OTHER = "TURNOUT_BENCH_OTHER"
 N_ROUNDS = 5
 TIMEOUT_S = 120
-# The most that is asked of each, in seconds.
-ASKED_S = {"first step": 5.0, "help": 0.5, "refusal": 0.5, "status": 0.5}
+# Upper limits, in seconds.
+TARGETS_S = {"first step": 5.0, "help": 0.5, "refusal": 0.5, "status": 0.5}
 
 
 def start_up_rows() -> list[Row]:
@@ -50,7 +52,7 @@ def start_up_rows() -> list[Row]:
 
 def rows_of(what: str, seconds: Mapping[tuple[str, str], list[float]]) -> list[Row]:
     here = seconds[what, "this tree"]
-    rows = [Row.of(f"CPU seconds, {what}", here, at_most=ASKED_S[what])]
+    rows = [Row.of(f"CPU seconds, {what}", here, at_most=TARGETS_S[what])]
     if there := seconds.get((what, "the other")):
         note = f"the other {statistics.median(there):.2f} s"
         rows.append(Row.of(f"over the other tree, {what}", over(here, there), note=note))
@@ -89,7 +91,7 @@ def train_one_step(corpus: Path) -> Path:
 
 
 def seconds_to_first_step(python: str, corpus: Path) -> float:
-    """Return the CPU seconds of `turnout train tiny` on one rank until its first row of metrics is there."""
+    """Return the CPU seconds of `turnout train tiny` on one rank until its first row of metrics."""
     with tempfile.TemporaryDirectory() as directory:
         rows = Path(directory) / "run" / "metrics.jsonl"
         command = [python, "-m", "turnout", "train", "tiny", "--run-dir", str(rows.parent)]

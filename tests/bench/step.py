@@ -1,8 +1,8 @@
-"""A whole training step against others' on the same weights and batch: `python -m tests.bench step`.
+"""A training step against other implementations on the same weights and batch: `python -m tests.bench step`.
 
-Forward, backward and fused AdamW in bf16, one thread, a plain loop around each: transformers' model with
-those of its ways to compute experts that fit into memory, and our decoder with DeepSpeed's own expert layer,
-dropless, in the place of ours. For its memory each is run in a process of its own.
+Forward, backward and fused AdamW in bf16, one thread, each in a plain loop. The others are transformers'
+model with those of its expert implementations that fit into memory, and our decoder with DeepSpeed's own
+expert layer, dropless, instead of ours. Memory is measured in a separate process for each.
 """
 
 import logging
@@ -37,8 +37,8 @@ from turnout.moe.load_balancing import RouterState, RouterStats
 from turnout.moe.model import Decoder
 from turnout.moe.moe_layer import MoELayer
 from turnout.moe.parallel.tensor_parallel import Unsplit
+from turnout.training.export.hf_config import Architecture
 from turnout.training.export.huggingface import write_huggingface
-from turnout.training.export.naming import Architecture
 from turnout.training.objective import Objective
 
 N_SEQS, SEQ_LEN = 8, 512
@@ -47,10 +47,10 @@ SHAPES: dict[str, tuple[Architecture, dict[str, int | bool]]] = {
     "E 64 k 8 F 512": ("qwen3_moe", {"n_experts": 64, "top_k": 8, "d_expert": 512, "qk_norm": True}),
 }
 SIZES = {"n_layers": 4, "d_model": 512, "n_heads": 8, "n_kv_heads": 4, "d_head": 64, "vocab_size": 32_000}
-# Of tokens/s over each of the others', and of memory.
+# Targets for our tokens/s and our memory, each over each of the others'.
 AT_LEAST = {"E 8 k 2 F 1408": 2.0, "E 64 k 8 F 512": 3.0}
 AT_MOST = 0.6
-OURS = "compiled"  # blocks, loss and experts' activations
+OURS = "compiled"  # the blocks, the loss and the experts' activations
 OTHERS = ("transformers grouped_mm", "transformers eager", "deepspeed.moe")
 Step = Callable[[], Tensor]  # returns the cross-entropy, in nats per token
 
@@ -61,7 +61,7 @@ def step_rows(n_rounds: int = 3) -> list[Row]:
         ours = in_own_process(peak_bytes, shape, OURS, malloc=GLIBC_DEFAULTS)
         for way in ("plain", *OTHERS):
             is_judged = way in OTHERS
-            # In pairs: all models at once, each with its moments and activations, would take 10 GiB.
+            # In pairs: all models at once, with their moments and activations, would take 10 GiB.
             seconds = in_own_process(time_beside_ours, shape, way, n_rounds, malloc=CPU_ALLOCATOR)
             note = f"{in_ms(seconds[OURS])} and {in_ms(seconds[way])} of {N_SEQS * SEQ_LEN} tokens"
             least, ratios = AT_LEAST[shape] if is_judged else None, over(seconds[way], seconds[OURS])
@@ -82,7 +82,7 @@ def time_beside_ours(shape: str, way: str, n_rounds: int) -> dict[str, list[floa
         losses.setdefault(name, float(loss))
 
     seconds = time_in_turn({name: partial(noting_first_loss, name) for name in steps}, n_rounds=n_rounds)
-    assert math.isclose(*losses.values(), rel_tol=1e-3), f"they do not compute the same: {losses}"
+    assert math.isclose(*losses.values(), rel_tol=1e-3), f"the losses differ: {losses}"
     return seconds
 
 
@@ -100,7 +100,7 @@ def build(shape: str, way: str) -> Step:
 
 def built_decoder(shape: str, backend: str) -> Decoder:
     cfg = tiny_config(**SIZES, **SHAPES[shape][1], seq_len=SEQ_LEN)
-    # Weights as they are at the start of training: louder ones would load the experts unevenly.
+    # Weights as they are at the start of training: larger ones would load the experts unevenly.
     return tiny_decoder(cfg, dtype=torch.float32, backend=backend, gain=1.0)
 
 
@@ -135,10 +135,10 @@ def their_step(shape: str, experts: str) -> Step:
     decoder = built_decoder(shape, "reference")
     with tempfile.TemporaryDirectory() as name:
         weights = DecoderWeights(decoder, RouterState.initial(decoder.cfg), write_tokenizer(Path(name)))
-        (place := Path(name) / "hf").mkdir()
-        write_huggingface(weights, SHAPES[shape][0], place, dtype=torch.bfloat16)
+        (directory := Path(name) / "hf").mkdir()
+        write_huggingface(weights, SHAPES[shape][0], directory, dtype=torch.bfloat16)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.bfloat16, experts_implementation=experts, attn_implementation="sdpa"
+            directory, dtype=torch.bfloat16, experts_implementation=experts, attn_implementation="sdpa"
         )
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -156,7 +156,7 @@ def their_step(shape: str, experts: str) -> Step:
 
 
 class DeepSpeedLayer(nn.Module):
-    """DeepSpeed's expert layer with the weights of ours, in the place of ours."""
+    """DeepSpeed's expert layer with our weights and our interface."""
 
     def __init__(self, cfg: ModelConfig, ours: MoELayer) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def put_deepspeed_into(decoder: Decoder) -> None:
 
 
 def peak_bytes(shape: str, way: str) -> int:
-    """Return by how much two steps make the process grow beyond its weights; gradients and moments count."""
+    """Return the peak growth of the process in two steps, in bytes: gradients and moments, not weights."""
     torch.set_num_threads(1)
     run = build(shape, way)
 

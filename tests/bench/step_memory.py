@@ -1,9 +1,9 @@
-"""How much memory a training step takes, against what `--dry-run` says: `python -m tests.bench step-memory`
+"""The memory of a training step against the estimate of `--dry-run`: `python -m tests.bench step-memory`
 measures some configs in a process of their own.
 
-Resident memory above what the process had before the model was built, after a small model of the same
-precision has had all code loaded. malloc gives back what is freed. oneDNN's cache is off: in half precision
-it keeps compiled code and buffers for each number of rows that an expert ever had, which is no part of a
+Measured is the resident memory above what the process had before the model was built, after a small model of
+the same precision has loaded all code. malloc returns what is freed. oneDNN's cache is off: in half precision
+it keeps compiled code and buffers for each number of rows that an expert ever had, which is not part of a
 step and grows for hundreds of steps.
 """
 
@@ -50,15 +50,15 @@ ENVIRONMENT |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 
 def step_memory_rows() -> list[Row]:
     rows = []
-    for case, measured, said in measure(LARGE):
-        note = f"{said / MIB:,.0f} and {measured / MIB:,.0f} MiB"
-        off = abs(said / measured - 1)
-        rows.append(Row.of(f"memory that --dry-run says, off by, {case}", [off], at_most=0.1, note=note))
+    for case, measured, estimated in measure(LARGE):
+        note = f"{estimated / MIB:,.0f} and {measured / MIB:,.0f} MiB"
+        error = abs(estimated / measured - 1)
+        rows.append(Row.of(f"error of --dry-run's memory, {case}", [error], at_most=0.1, note=note))
     return rows
 
 
 def measure(model: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Return of each case its name, the bytes that were measured, and those that were said."""
+    """Return the name of each case, its measured bytes and its estimated bytes."""
     rank = {**RANK_ENV, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     return in_own_process(measure_here, model, malloc={**GLIBC_DEFAULTS, **rank, **ENVIRONMENT})
 
@@ -70,11 +70,11 @@ def measure_here(model: dict[str, int]) -> list[tuple[str, int, int]]:
     for case in CASES:
         _train(_config(WARM, *case), groups)
         cfg = _config(model, *case)
-        give_back()
+        return_freed_memory()
         before = resident_bytes("VmRSS")
         measured = _train(cfg, groups) - before
-        said = peak_bytes(cfg, Layout(1), 0, activation_bytes(cfg, Layout(1)))
-        results.append((" ".join(map(str, case)), measured, said))
+        estimated = peak_bytes(cfg, Layout(1), 0, activation_bytes(cfg, Layout(1)))
+        results.append((" ".join(map(str, case)), measured, estimated))
     return results
 
 
@@ -87,10 +87,10 @@ def _config(
 
 
 def _train(cfg: RunConfig, groups: Groups) -> int:
-    """Take two steps, and return how much was resident at most in the second."""
+    """Take two steps, and return the peak of resident bytes in the second."""
     engine, _ = build_engine(cfg, groups)
     _step(cfg, engine, groups, 0)
-    give_back()
+    return_freed_memory()
     before = resident_bytes("VmRSS")
     extra = peak_extra_bytes(lambda: _step(cfg, engine, groups, 1))
     engine.close()
@@ -103,7 +103,7 @@ def _step(cfg: RunConfig, engine: Engine, groups: Groups, step: int) -> None:
     train_step(engine, microbatches, starting_state(cfg), step=step + 1, lr=0.01, groups=groups)
 
 
-def give_back() -> None:
-    """Have malloc give back to the system what is free."""
+def return_freed_memory() -> None:
+    """Make malloc return freed memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

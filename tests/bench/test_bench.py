@@ -29,13 +29,13 @@ def test_a_row_holds_the_median_and_the_extremes() -> None:
         (9.0, {}, None),
     ],
 )
-def test_a_row_is_met_within_what_is_asked(
+def test_a_row_is_met_within_its_limits(
     measured: float, limits: dict[str, float], is_met: bool | None
 ) -> None:
     assert Row.of("what", [measured], **limits).is_met is is_met
 
 
-def test_the_table_says_what_is_met() -> None:
+def test_the_table_shows_which_rows_are_met() -> None:
     found = {
         "experts": [
             Row.of("time over dense", [1.3, 1.2, 1.4], at_most=1.25, note="dense 10 ms"),
@@ -44,7 +44,7 @@ def test_the_table_says_what_is_met() -> None:
         "layouts": [Row.of("speed", [0.5, 0.75])],
     }
     assert to_markdown(found).splitlines() == [
-        "| benchmark | what | measured | spread | asked | met | in numbers |",
+        "| benchmark | what | measured | spread | target | met | in numbers |",
         "|---|---|---|---|---|---|---|",
         "| experts | time over dense | 1.3 | 1.2 to 1.4 | at most 1.25 | no | dense 10 ms |",
         "| experts | tokens/s | 2.5 |  | at least 2 | yes |  |",
@@ -62,10 +62,10 @@ def test_ways_take_turns_and_the_first_rounds_are_not_counted() -> None:
     assert over(seconds["b"], seconds["a"]) == [(first + 2) / first, (first + 6) / (first + 4)]
 
 
-def test_a_function_runs_in_a_process_of_its_own_with_its_malloc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_runs_in_a_process_with_its_own_malloc_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     assert in_own_process(_malloc_settings, malloc=GLIBC_DEFAULTS) == GLIBC_DEFAULTS
-    assert _malloc_settings()["MALLOC_TOP_PAD_"] == "1", "the environment here is as it was"
+    assert _malloc_settings()["MALLOC_TOP_PAD_"] == "1", "this process's environment is unchanged"
 
 
 def test_a_benchmark_runs() -> None:

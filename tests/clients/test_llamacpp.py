@@ -5,30 +5,30 @@ from pathlib import Path
 import pytest
 
 from tests.exports import save_weights, variant_weights
-from tests.unit.training.export.test_gguf import HELD
+from tests.unit.training.export.test_gguf import LOADABLE
 from turnout.data.tokenizer import load_tokenizer
 from turnout.launch.commands.export import run_export
 from turnout.training.errors import ExportError
-from turnout.training.export import client_gguf, gguf_file
+from turnout.training.export import gguf_file
 from turnout.training.export.gate import check_logits, expected_logits, random_tokens
-from turnout.training.export.tokenizer_files import PROBES
+from turnout.training.export.huggingface import PROBES
 
-if not client_gguf.has_llama_cpp():
+if not gguf_file.has_llama_cpp():
     pytest.skip("needs llama-cpp-python; `make test-llamacpp` has it", allow_module_level=True)
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", LOADABLE)
 def test_llama_cpp_computes_the_same(
     name: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dtype = ["float32", "bfloat16", "q8_0"][HELD.index(name) % 3]
+    dtype = ["float32", "bfloat16", "q8_0"][LOADABLE.index(name) % 3]
     checkpoint = save_weights(variant_weights(name, tokenizer), tmp_path / "run")
     run_export(checkpoint, tmp_path / "out", "gguf", dtype)
     said = capsys.readouterr().out
     assert "llama.cpp (llama-cpp-python" in said and "computes the same" in said
 
 
-def test_llama_cpp_notices_rows_that_were_not_reordered(
+def test_rows_that_were_not_reordered_change_llama_cpps_logits(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = variant_weights("mixtral-gqa", tokenizer)
@@ -37,7 +37,7 @@ def test_llama_cpp_notices_rows_that_were_not_reordered(
     monkeypatch.setattr(gguf_file, "to_neighbours", lambda rows, n_heads: rows)
     path = gguf_file.write_gguf(weights, "mixtral", tmp_path, kind=gguf_file.Kind.F32)
     with pytest.raises(ExportError, match="computes another model"):
-        found = client_gguf.llama_cpp_logits(path, held_out.rows)
+        found = gguf_file.llama_cpp_logits(path, held_out.rows)
         check_logits(found, expected, client="llama.cpp", held_out=held_out)
 
 

@@ -20,7 +20,7 @@ if not transformers.__version__.startswith("4."):
 def test_transformers_4_computes_the_same(
     name: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The gate loads with whichever version is installed: no missing key, the same logits, the same ids."""
+    """The gate uses the installed version: no missing key, the same logits, the same ids."""
     checkpoint = save_weights(variant_weights(name, tokenizer), tmp_path / "run")
     run_export(checkpoint, out := tmp_path / "out", "hf", "float32")
     assert "transformers 4." in capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_greedy_text_is_the_same(tokenizer: Path, tmp_path: Path) -> None:
 
 
 def greedy(decoder: Decoder, state: RouterState, ids: list[int], n_tokens: int) -> list[int]:
-    """Return the ids continued to n_tokens, each from a whole forward pass."""
+    """Return the ids continued to n_tokens, with a full forward pass for each new one."""
     while len(ids) < n_tokens:
         tokens = torch.tensor([ids + [0] * (decoder.cfg.seq_len - len(ids))])
         counted = torch.ones_like(tokens, dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""What must not change unnoticed: the resolved recipes, and a short loss curve.
+"""Results that must not change unnoticed: the resolved recipes, and a short loss curve.
 
-After a change that is meant to change them, `python -m tests.golden.test_golden` writes them anew.
+After a change that is meant to change them, `python -m tests.golden.test_golden` rewrites them.
 """
 
 import json
@@ -18,7 +18,7 @@ from turnout.training.config.run import RunConfig
 
 HERE = Path(__file__).parent
 CURVE = HERE / "loss_curve.json"
-# Sooner or later another CPU's rounding sends a token to another expert, and the curves part a little.
+# Sooner or later another CPU's rounding sends a token to another expert, and the curves drift apart a little.
 N_EXACT = 25
 CFG = run_config(
     model={"n_shared_experts": 1, "balance": {"scope": "batch", "bias_rate": 0.001}},
@@ -27,7 +27,7 @@ CFG = run_config(
 
 
 def counting_batch(cfg: RunConfig, step: int) -> Batch:
-    """Return sequences that count in steps of 3 from a random start, with a random token now and then."""
+    """Return sequences that count in steps of 3 from a random start, with 10 % random tokens."""
     generator = torch.Generator().manual_seed(step)
     vocab_size, shape = cfg.model.vocab_size, (cfg.batch_seqs, cfg.model.seq_len + 1)
     starts = torch.randint(vocab_size, (cfg.batch_seqs, 1), generator=generator)

@@ -1,6 +1,4 @@
-"""What only a GPU can show: kernels, half precision and the engine there. Skipped, with the reason,
-elsewhere.
-"""
+"""Tests that need a GPU: kernels, half precision, and the engine with both. Elsewhere they are skipped."""
 
 import importlib.util
 import warnings
@@ -40,7 +38,7 @@ KERNELS = ["torch_grouped", "megablocks", "triton_grouped"]
 
 
 def need(backend: str, dtype: torch.dtype) -> None:
-    """Skip what a backend does not compute, or what this machine lacks for it."""
+    """Skip a test if the backend does not compute this dtype, or this machine lacks its packages."""
     if REQUIREMENTS[backend].is_half_precision and dtype.itemsize != 2:
         pytest.skip(f"{backend} computes in half precision only")
     missing = [name for name in REQUIREMENTS[backend].packages if importlib.util.find_spec(name) is None]
@@ -78,8 +76,8 @@ def test_expert_backend_equals_the_loop(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
 @pytest.mark.parametrize("name", KERNELS)
-def test_expert_layer_equals_that_by_the_loop(name: str, dtype: torch.dtype) -> None:
-    """Rows copied, computed and summed by kernels as they are tuned on this GPU; some of them are dropped."""
+def test_expert_layer_equals_the_one_with_the_loop(name: str, dtype: torch.dtype) -> None:
+    """Kernels copy, compute and sum rows as tuned on this GPU; some rows are dropped."""
     need(name, dtype)
     cfg = tiny_config(
         d_model=136, d_expert=88, n_experts=12, top_k=3, seq_len=37, router={"capacity_factor": 1.0}
@@ -121,7 +119,7 @@ def test_decoder_equals_the_cpu(window: int | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 4])
-def test_attention_to_documents_of_any_lengths_equals_that_by_length(
+def test_attention_to_documents_of_any_lengths_equals_attention_grouped_by_length(
     window: int | None, dtype: torch.dtype
 ) -> None:
     doc_ids = torch.tensor([[0] * 13, [0] * 5 + [1] * 8, [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3]])
@@ -159,7 +157,7 @@ def test_compiled_blocks_equal_eager_ones() -> None:
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
-    """Join a process group of this process alone, over NCCL."""
+    """Join a process group that contains only this process, over NCCL."""
     launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**launched, "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
@@ -181,7 +179,7 @@ def test_engine_trains_in_half_precision(precision: str, one_rank: Groups) -> No
 def test_an_expert_layer_waits_for_the_device_once(name: str, one_rank: Groups) -> None:
     need(name, torch.bfloat16)
     if name != "triton_grouped" and torch.cuda.get_device_capability(CUDA) < (9, 0):
-        pytest.skip("before sm_90 torch's grouped product waits for the device, too")
+        pytest.skip("before sm_90 torch's grouped matrix product also waits for the device")
     cfg = tiny_config(n_shared_experts=1)
     layer = MoELayer(cfg, AllToAllDispatcher(one_rank.ep), Unsplit(), name, "none").to(CUDA, torch.bfloat16)
     state = RouterState.initial(cfg, CUDA)
@@ -192,7 +190,7 @@ def test_an_expert_layer_waits_for_the_device_once(name: str, one_rank: Groups) 
         state.load_frac_ME[0],
         torch.ones(x.size(0), dtype=torch.bool, device=CUDA),
     )
-    layer(*inputs, RoutingMemo())  # allocations, tuning and first calls wait too
+    layer(*inputs, RoutingMemo())  # allocations, tuning and first calls also wait
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
@@ -207,7 +205,7 @@ def test_an_expert_layer_waits_for_the_device_once(name: str, one_rank: Groups) 
 @pytest.mark.parametrize(
     "parallel", ["ep=2", "ep=2 ep_chunks=2 ep_max_load=0.7", "tp=2 sequence_parallel=true ep=2"]
 )
-def test_two_gpus_log_what_one_does(parallel: str, tmp_path: Path) -> None:
+def test_two_gpus_log_the_same_rows_as_one(parallel: str, tmp_path: Path) -> None:
     make_corpus(tmp_path, {"text": make_texts(100)}, valid_frac=0.05, shard_tokens=5000)
     (tmp_path / "run.toml").write_text(RECIPE)
     settings = [word for setting in parallel.split() for word in ("--set", f"parallel.{setting}")]

@@ -1,9 +1,9 @@
-"""Compiles the Triton kernels of expert backends for GPUs that are not here, and prints each result as JSON.
+"""Compile the Triton kernels of expert backends for GPUs that this machine lacks, and print results as JSON.
 
     python -m tests.megablocks.compile_kernels megablocks sm_80 sm_90
     python -m tests.megablocks.compile_kernels triton_grouped sm_86
 
-In a process of its own, because Triton decides once whether it compiles or interprets.
+It runs in a process of its own, because Triton decides once per process whether to compile or interpret.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.megablocks.interpreted import load_deepspeed_kernels
-from turnout.moe.experts import megablocks_rows as megablocks_backend
+from turnout.moe.experts import megablocks_rows
 
 WIDTH, TOP_K, N_EXPERTS = 2048, 8, 16
 TYPES = {"bf16": "*bf16", "fp32": "*fp32"}
@@ -27,7 +27,7 @@ DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as it is called: constants are fixed when it is compiled, other arguments have a type."""
+    """A kernel as it is called: constants are fixed at compile time, other arguments only have a type."""
 
     name: str
     function: Any
@@ -38,7 +38,7 @@ class Kernel:
     def compile(self, architecture: str) -> dict[str, Any]:
         names = self.function.arg_names
         signature = {name: self.types.get(name, "constexpr") for name in names}
-        # Addresses, sizes and strides are multiples of 16, as those of real models are.
+        # Addresses, sizes and strides are multiples of 16, as in real models.
         aligned = [i for i, name in enumerate(names) if signature[name] != "constexpr"]
         source = ASTSource(
             fn=self.function,
@@ -58,16 +58,16 @@ class Kernel:
 
 
 def megablocks_kernels() -> Iterator[Kernel]:
-    """List what gather and scatter launch: one kernel, in two directions, without weights."""
-    megablocks_backend._operators()
+    """Yield what gather and scatter launch: one kernel, in two directions, without weights."""
+    megablocks_rows._operators()
     copy = importlib.import_module("megablocks.backend.kernels")._padded_copy
     integers = dict.fromkeys(("indices", "bin_ids", "bins", "padded_bins"), "*i32")
-    for number, pointer in TYPES.items():
+    for dtype, pointer in TYPES.items():
         for direction, copies in (("gather", True), ("scatter", False)):
             constants = {"NUM_COLUMNS": WIDTH, "TOP_K": TOP_K, "A_TO_B": copies, "SCALE": False}
             config = copy.configs[-1]
             yield Kernel(
-                f"{direction} {number}",
+                f"{direction} {dtype}",
                 copy.fn,
                 {"a": pointer, "b": pointer, **integers},
                 {**constants, **config.kwargs, "weights": None},
@@ -76,8 +76,8 @@ def megablocks_kernels() -> Iterator[Kernel]:
 
 
 def grouped_kernels() -> Iterator[Kernel]:
-    """List what a grouped product of bf16 launches as experts call it, in two of the settings that are tried:
-    that of the deepest tile, which takes most memory, and that of the largest.
+    """Yield what a grouped product in bf16 launches for experts, with two of its autotuner's settings: the
+    deepest tile, which needs most memory, and the largest.
     """
     module = load_deepspeed_kernels()
     product, gradient, bounds = (

@@ -1,6 +1,6 @@
-"""Triton kernels on a CPU: what stands in for a GPU, and for what megablocks has compiled for one.
+"""Triton kernels on a CPU: stand-ins for a GPU, and for megablocks' compiled operators.
 
-`make test-megablocks` sets TRITON_INTERPRET=1, by which Triton computes its kernels in numpy, block by block.
+`make test-megablocks` sets TRITON_INTERPRET=1, so that Triton computes its kernels in numpy, block by block.
 """
 
 import importlib
@@ -16,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turnout.moe.experts import megablocks_rows as megablocks_backend
+from turnout.moe.experts import megablocks_rows
 
 DEEPSPEED_KERNELS = "deepspeed.ops.triton_ops.group_gemm_triton"
 
 
 def skip_elsewhere() -> None:
-    """Skip the module that calls this where it cannot run."""
+    """Skip the calling test module if it cannot run here."""
     if importlib.util.find_spec("megablocks") is None or os.environ.get("TRITON_INTERPRET") != "1":
         reason = "needs megablocks and Triton's interpreter; `make test-megablocks` has them"
         pytest.skip(reason, allow_module_level=True)
 
 
 def pin_autotuners(module: ModuleType) -> None:
-    """Leave each kernel its first setting: trying them all takes a driver to measure with."""
+    """Leave each kernel only its first setting: trying all of them needs a GPU driver."""
     from triton.runtime.autotuner import Autotuner
 
     for kernel in vars(module).values():
@@ -39,20 +39,20 @@ def pin_autotuners(module: ModuleType) -> None:
 
 @cache
 def interpret_megablocks() -> None:
-    """Make megablocks' kernels run here, as they are: our backend imports it as it would on a GPU."""
-    megablocks_backend._operators()
+    """Make megablocks' kernels run here, unchanged: our backend imports them as on a GPU."""
+    megablocks_rows._operators()
     pin_autotuners(importlib.import_module("megablocks.backend.kernels"))
 
 
 @cache
 def interpret_deepspeed() -> None:
-    """Make DeepSpeed's grouped product run here: it defines its kernels only where Triton has a GPU."""
+    """Make DeepSpeed's grouped product run here: it defines its kernels only if Triton has a GPU."""
     load_deepspeed_kernels()
     pin_autotuners(sys.modules[DEEPSPEED_KERNELS])
 
 
 def load_deepspeed_kernels() -> ModuleType:
-    """Import the module of DeepSpeed's grouped product as it is where there is a GPU."""
+    """Import the module of DeepSpeed's grouped product as on a GPU."""
     flag = importlib.import_module("deepspeed.ops.triton_ops._triton")
     flag.triton, flag.tl = importlib.import_module("triton"), importlib.import_module("triton.language")
     flag._TRITON_AVAILABLE = True
@@ -61,7 +61,7 @@ def load_deepspeed_kernels() -> ModuleType:
 
 @cache
 def complete_megablocks() -> None:
-    """Put torch in the place of all that megablocks' own layers have compiled, so that those run too."""
+    """Replace all compiled operators of megablocks' own layers by torch, so that the layers run too."""
     interpret_megablocks()
     module = sys.modules["megablocks_ops"]
     for function in (exclusive_cumsum, inclusive_cumsum, histogram, sort, replicate_forward):
@@ -95,6 +95,6 @@ def replicate_forward(x: Tensor, bins: Tensor, out: Tensor) -> None:
 
 
 def grouped_product(a: Tensor, b: Tensor, batch_sizes: Tensor, *, trans_b: bool = False, **_: Any) -> Tensor:
-    """Return a @ b of each group of rows, as grouped_gemm.ops.gmm does. Autograd finds the gradients."""
+    """Return a @ b of each group of rows, as grouped_gemm.ops.gmm does. Autograd does the gradients."""
     offsets = batch_sizes.cumsum(0).to(torch.int32)
     return F.grouped_mm(a, b.transpose(1, 2) if trans_b else b, offs=offsets)

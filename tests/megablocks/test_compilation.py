@@ -1,4 +1,4 @@
-"""Kernels compiled to machine code for GPUs that are not here, within the memory that a block may have."""
+"""Kernels compile to machine code for GPUs that this machine lacks, within the shared memory of a block."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import pytest
 from tests.megablocks.interpreted import skip_elsewhere
 
 skip_elsewhere()
-# Shared memory that a block can have, by NVIDIA's tables of compute capabilities.
+# Largest shared memory of a block, from NVIDIA's tables of compute capabilities.
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
 
 
 def compiled(backend: str, architectures: list[str], cache: Path) -> list[dict[str, Any]]:
-    """Compile a backend's kernels in a process that does not interpret them."""
+    """Compile a backend's kernels in a process without the interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.megablocks.compile_kernels", backend, *architectures]
     run = subprocess.run(

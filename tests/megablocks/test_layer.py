@@ -1,4 +1,4 @@
-"""The decoder and its expert layer with rows moved by megablocks, against slow twin and reference loop."""
+"""The decoder and its expert layer with rows moved by megablocks, against slow twin and reference backend."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from turnout.moe.recompute import Recompute, RoutingMemo
 
 skip_elsewhere()
 RTOL = 1e-5  # of fp32; measured 3e-6
-COLLAPSED = 1000.0  # a bias by which every token of a layer takes the same experts
+COLLAPSED = 1000.0  # a bias that sends every token of a layer to the same experts
 CASES = {name: (VARIANTS[name], 0.05) for name in ("softmax", "not normalised, top 1", "all at once")}
 CASES |= {
     "top 5 of 6, uneven": (VARIANTS["top 5 of 6"], 0.3),

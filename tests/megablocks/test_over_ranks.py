@@ -1,7 +1,7 @@
-"""megablocks' kernels under the real engine and over ranks, against one plain process.
+"""megablocks' kernels in the real engine on several ranks, against one plain process.
 
-And its own layer, dMoE, beside ours: the same function, but for the gradients of experts, which it divides by
-the number of ranks that share them.
+megablocks' own layer, dMoE, computes the same function as ours, except that it divides the gradients of
+experts by the number of expert-parallel ranks.
 """
 
 from typing import Any
@@ -64,7 +64,7 @@ def test_every_layout_equals_plain_sgd(name: str, parallel: dict[str, Any], trai
         assert_same_tensors(got["parameters"], want["parameters"], rtol=1e-5)
 
 
-# The experts that both layers have, and the tokens of each of two ranks, T on one.
+# The model of both layers, and the tokens of each of two ranks; one rank alone has both ranks' tokens.
 CFG, N_TOKENS = tiny_config(n_experts=6, top_k=3, seq_len=37, d_model=24, d_expert=32), 37
 EXPERTS = ("gate_up", "down")
 
@@ -78,7 +78,7 @@ def tensors_of(cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 def compare_layers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
-    """Return for our layer and theirs, on this rank, the output and by name all gradients, in our shapes."""
+    """Return this rank's output and, by name, all gradients of our layer and theirs, in our shapes."""
     complete_megablocks()
     group = dist.group.WORLD
     assert group is not None

@@ -1,4 +1,4 @@
-"""DeepSpeed's grouped product as an expert backend, against the reference loop.
+"""DeepSpeed's grouped product as an expert backend, against the reference backend.
 
 In fp32 and fp16, because Triton's interpreter multiplies bf16 matrices wrongly.
 """
@@ -39,7 +39,7 @@ def test_backend_equals_the_loop(counts: list[int], dtype: torch.dtype) -> None:
 
 
 def test_widths_that_fill_no_tile_and_more_rows_than_one() -> None:
-    """The kernels' first tiles are 32 rows by 128 columns, 32 numbers deep."""
+    """The kernels' first tiles are 32 rows by 128 columns, 32 elements deep."""
     generator = torch.Generator().manual_seed(4)
     shapes = ((150, 136), (150,), (2, 136, 140), (2, 136, 70))
     results = []
@@ -64,14 +64,14 @@ def test_decoder_equals_its_slow_twin() -> None:
     assert_same_grads(got_grads, want_grads, rtol=1e-5)
 
 
-def test_the_kernels_are_deepspeed_s() -> None:
+def test_the_kernels_are_those_of_deepspeed() -> None:
     assert EXPERT_BACKENDS["triton_grouped"].apply is triton_grouped_experts
     counts = [7, 0, 13, 1, 16]
     out = apply(triton_grouped_experts, counts, leaves(counts, torch.float32))
     assert type(out.grad_fn).__name__ == "_GroupGemmFnBackward"
 
 
-def test_what_the_kernels_would_get_wrong_is_refused() -> None:
+def test_what_the_kernels_would_compute_wrongly_is_refused() -> None:
     def run(dtype: torch.dtype, device: str, n_rows: int, n_experts: int, width: int) -> None:
         def made(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """`python -m tests.mutants [--jobs N] [TEXT...]`: break the code in one place, run the tests that must fail.
 
-The tables beside this file list the breaks: a text of a file, what replaces it, and the tests. TEXT chooses
-those whose area or name contains it. Exit code 1 where a break survives, 2 where one no longer applies.
+The tables beside this file list the breaks: a text in a file, its replacement, and the tests. TEXT selects
+those whose area or name contains it. Exit code 1 if a break survives, 2 if one no longer applies.
 """
 
 import argparse
@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("text", nargs="*", help="only mutants whose area or name contains one of these")
-    parser.add_argument("--jobs", type=int, default=2, help="how many to try at once, each in its own copy")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="trials at once, each in its own copy of the tree"
+    )
     arguments = parser.parse_args()
     mutants = [m for m in read_mutants() if m.matches(arguments.text)]
     if not mutants:

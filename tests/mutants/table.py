@@ -29,6 +29,7 @@ class Mutant:
         return f"{self.area}: {self.name}"
 
     def matches(self, texts: Sequence[str]) -> bool:
+        """Return whether the area or name contains one of the texts; True without texts."""
         return not texts or any(text in str(self) for text in texts)
 
 
@@ -42,7 +43,7 @@ def read_mutants() -> list[Mutant]:
 
 
 def broken_text(mutant: Mutant, text: str) -> str | None:
-    """Return a file's text with the break in it; None where the text to replace is not there exactly once."""
+    """Return a file's text with the break in it; None unless the text to replace occurs exactly once."""
     if text.count(mutant.old) != 1 or mutant.old == mutant.new:
         return None
     return text.replace(mutant.old, mutant.new)

@@ -1,4 +1,4 @@
-"""Trials of mutants, each in a copy of the tree: nothing of the tree itself is touched."""
+"""Trials of mutants, each in a copy of the tree; the tree itself is never changed."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from typing import Literal, Self
 from tests.mutants.table import Mutant, broken_text
 
 TIMEOUT_S = 300
-PASSED, FAILED = 0, 1  # pytest's exit codes; anything else says that no test was tried
+PASSED, FAILED = 0, 1  # pytest's exit codes; any other means that no test ran
 Verdict = Literal["killed", "survived", "not applied"]
 
 
@@ -31,12 +31,12 @@ class Result:
 
 
 class Trials:
-    """Copies of the tree, as many as run at once."""
+    """Copies of the tree, one for each trial that runs at the same time."""
 
     def __init__(self, root: Path, n_copies: int) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="mutants-"))
         self._free: queue.Queue[Path] = queue.Queue()
-        # Python finds out by size and time, in whole seconds, that a compiled file is out of date.
+        # Python recognises an outdated compiled file by its source's size and time in whole seconds.
         self._times = itertools.count(1_000_000_000)
         for i in range(n_copies):
             copy = self._directory / f"copy {i}"
@@ -52,17 +52,17 @@ class Trials:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def check_unbroken(self, mutants: Sequence[Mutant]) -> str:
-        """Run all named tests on the unbroken tree; return what pytest says where one does not pass."""
+        """Run all named tests on the unbroken tree; return pytest's last lines if one does not pass."""
         tests = sorted({test for mutant in mutants for test in mutant.tests})
         copy = self._free.get()
         try:
-            code, said = run_tests(copy, tests, timeout_s=len(tests) * TIMEOUT_S)
+            code, output = run_tests(copy, tests, timeout_s=len(tests) * TIMEOUT_S)
         finally:
             self._free.put(copy)
-        return "" if code == PASSED else said
+        return "" if code == PASSED else output
 
     def run(self, mutant: Mutant) -> Result:
-        """Break a copy, run the mutant's tests on it, and mend it again."""
+        """Break a copy, run the mutant's tests on it, and restore it."""
         copy, start_s = self._free.get(), time.monotonic()
         path = copy / mutant.file
         try:
@@ -72,7 +72,7 @@ class Trials:
                 return Result(mutant, "not applied", 0.0, detail)
             try:
                 self._write(path, broken)
-                code, said = run_tests(copy, mutant.tests, timeout_s=TIMEOUT_S)
+                code, output = run_tests(copy, mutant.tests, timeout_s=TIMEOUT_S)
             finally:
                 self._write(path, whole)
         finally:
@@ -82,7 +82,7 @@ class Trials:
             return Result(mutant, "killed", elapsed_s, "")
         if code == PASSED:
             return Result(mutant, "survived", elapsed_s, f"{', '.join(mutant.tests)} passed")
-        return Result(mutant, "not applied", elapsed_s, f"no test was tried (exit code {code}):\n{said}")
+        return Result(mutant, "not applied", elapsed_s, f"no test ran (exit code {code}):\n{output}")
 
     def _write(self, path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
@@ -91,7 +91,7 @@ class Trials:
 
 
 def copy_tree(root: Path, copy: Path) -> None:
-    """Copy what git tracks, and what it does not ignore, as it is in the working tree."""
+    """Copy the working tree's files that git tracks or does not ignore."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -101,7 +101,7 @@ def copy_tree(root: Path, copy: Path) -> None:
 
 
 def run_tests(copy: Path, tests: Sequence[str], *, timeout_s: float) -> tuple[int, str]:
-    """Return pytest's exit code and its last lines. A test that hangs has failed."""
+    """Return pytest's exit code and its last lines. A test that hangs counts as failed."""
     env = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-x", "--no-header", *tests],
@@ -113,9 +113,9 @@ def run_tests(copy: Path, tests: Sequence[str], *, timeout_s: float) -> tuple[in
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=timeout_s)
+        output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return FAILED, f"nothing for {timeout_s:.0f} s"
-    return process.returncode, "\n".join(said.splitlines()[-25:])
+        return FAILED, f"no result after {timeout_s:.0f} s"
+    return process.returncode, "\n".join(output.splitlines()[-25:])

@@ -1,4 +1,4 @@
-"""A reader that closes the pipe loses nothing of what a command has worked for."""
+"""A command whose stdout is a closed pipe still writes its results."""
 
 import json
 import os

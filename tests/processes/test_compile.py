@@ -1,4 +1,4 @@
-"""Compiled blocks: the same numbers as eager ones, and no new graph for another routing or packing."""
+"""Compiled blocks: the same results as eager ones, and no new graph for another routing or packing."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def run(decoder: Decoder, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 
 def test_all_blocks_share_one_graph() -> None:
-    """torch.compile gives up on a function that it has compiled eight times, and there are more blocks."""
+    """torch.compile gives up on a function that it has compiled eight times; this model has more blocks."""
     torch._dynamo.reset()
     decoder = build(tiny_config(n_layers=12), "none", torch.float32)
     decoder.compile_blocks()
@@ -93,16 +93,16 @@ def test_the_compiled_loop_passes_gradcheck() -> None:
     check_gradients(compiled_loop_experts)
 
 
-def test_any_number_of_rows_is_the_same_compiled_activation() -> None:
+def test_the_activation_is_compiled_once_for_any_number_of_rows() -> None:
     counters.clear()
     torch._dynamo.reset()
     compiled_swiglu.cache_clear()
     for n_rows in (40, 37, 3, 101):
         tensors = leaves([n_rows, 0, 2, 0, 0], torch.float32)
         apply(compiled_loop_experts, [n_rows, 0, 2, 0, 0], tensors).sum().backward()
-    assert counters["stats"]["unique_graphs"] == 2, "one forwards, one backwards"
+    assert counters["stats"]["unique_graphs"] == 2, "one forward, one backward"
 
 
 @pytest.mark.parametrize("n_at_once", [1, 5, T, 1000])
-def test_the_compiled_loss_is_that_of_logits(n_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_loss_equals_that_of_logits(n_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check_loss(n_at_once, monkeypatch, compiles=True)

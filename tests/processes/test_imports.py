@@ -1,4 +1,4 @@
-"""What a command imports before it answers: --help, a refusal and `status` must be quick."""
+"""What a command imports: --help, errors in the usage and `status` must be quick."""
 
 import json
 import os
@@ -60,7 +60,7 @@ REFUSALS = {
     "generate: no such model": (2, "generate nowhere text"),
     "evaluate: no such model": (2, "evaluate nowhere text.txt"),
     "lm-eval: no such model": (2, "lm-eval nowhere --tasks own"),
-    "routes: no such model": (2, "routes nowhere text"),
+    "experts: no such model": (2, "experts nowhere text"),
     "export: no such model": (2, "export --checkpoint nowhere --out new --format hf"),
     "status: no such run": (2, "status nowhere"),
     "checkpoint: no such run": (2, "checkpoint verify nowhere"),
@@ -90,7 +90,7 @@ def test_a_refusal_imports_nothing_heavy(code: int, command: str, tmp_path: Path
 
 
 def test_a_corpus_is_refused_without_torch(tmp_path: Path) -> None:
-    """It is read with numpy and its tokenizer; torch comes with the ranks."""
+    """numpy and the tokenizer are enough to read it; only ranks need torch."""
     corpus = make_corpus(tmp_path, {"text": make_texts(20)}, valid_frac=0.2)
     vocabulary = ("--set", "model.vocab_size=128", "--set", f"data.corpus={corpus.path}")
     code, modules = ask(tmp_path, "train", "tiny", "--run-dir", "new", *vocabulary)
@@ -100,7 +100,7 @@ def test_a_corpus_is_refused_without_torch(tmp_path: Path) -> None:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """A run directory that is ready for its rank, beside its corpus."""
+    """A run directory that its rank can start from, beside its corpus."""
     corpus = make_corpus(tmp_path, {"text": make_texts(200)}, valid_frac=0.1)
     cfg = run_config(
         model={"vocab_size": 300},
@@ -114,8 +114,8 @@ def begun(tmp_path: Path) -> Path:
     return run_dir
 
 
-def test_a_rank_and_status_import_nothing_that_they_do_without(begun: Path, tmp_path: Path) -> None:
-    """A rank does without torch's compiler, which takes two seconds to import."""
+def test_a_rank_and_status_import_only_what_they_need(begun: Path, tmp_path: Path) -> None:
+    """A rank does not import torch's compiler, which would take two seconds."""
     start = claim(begun, make_attempt_dir(begun / "logs"), Layout(1))
     ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -128,7 +128,7 @@ def test_a_rank_and_status_import_nothing_that_they_do_without(begun: Path, tmp_
     )
     assert done.returncode == 0, done.stderr
     modules = set(json.loads(done.stdout.splitlines()[-1]))
-    assert {"torch", "deepspeed", "tensorboard"} <= modules, "it trained, and wrote what it should"
+    assert {"torch", "deepspeed", "tensorboard"} <= modules, "it did not train and log"
     assert modules & {"torch._dynamo", "torch._inductor", "datasets", "transformers"} == set()
     for arguments in (["status", "run"], ["checkpoint", "list", "run"]):
         code, modules = ask(tmp_path, *arguments)
@@ -136,7 +136,8 @@ def test_a_rank_and_status_import_nothing_that_they_do_without(begun: Path, tmp_
 
 
 def test_layouts_need_no_torch() -> None:
-    code = "import sys, training.layout, turnout.launch.slurm.node; sys.exit('torch' in sys.modules)"
+    modules = "turnout.training.parallel.layout, turnout.launch.slurm.node"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

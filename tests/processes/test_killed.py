@@ -1,4 +1,4 @@
-"""What processes leave behind that are killed or told to end."""
+"""What killed or ended processes leave behind: a flight record, a stack, an unfinished export."""
 
 import fcntl
 import signal
@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from turnout.launch.ranks.attempt_dir import TOLD_TO_END, make_attempt_dir
-from turnout.training.export.publish import LOCK, publish_export
+from turnout.launch.commands.export import LOCK, publish
+from turnout.launch.ranks.attempt_dir import END_SIGNAL, make_attempt_dir
 from turnout.training.parallel.flight_recorder import read_flight_record
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Path:
+def attempt_dir(tmp_path: Path) -> Path:
     return make_attempt_dir(tmp_path / "logs")
 
 
-def test_the_ledger_of_a_killed_process_tells_where_it_was(tmp_path: Path) -> None:
+def test_the_flight_record_of_a_killed_process_shows_where_it_was(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
@@ -39,12 +39,14 @@ with recorder.collective("all-reduce", "dp"):
     assert (entry.step, entry.phase, entry.operation) == (7, "optimizer step", "all-reduce")
 
 
-@pytest.mark.parametrize("library", ["CDLL", "PyDLL"], ids=["in C++", "in C++ that holds the interpreter"])
-def test_a_rank_told_to_end_leaves_its_stack_and_ends_wherever_it_is(library: str, start: Path) -> None:
+@pytest.mark.parametrize("library", ["CDLL", "PyDLL"], ids=["in C++", "in C++ that holds the GIL"])
+def test_a_rank_that_is_sent_the_end_signal_writes_its_stack_and_ends(
+    library: str, attempt_dir: Path
+) -> None:
     code = f"""
 import ctypes
-from turnout.launch.ranks.failures import leave_stack_behind
-leave_stack_behind(file := open({str(start / "stack")!r}, "w"))
+from turnout.launch.ranks.failures import write_stack_at_end
+write_stack_at_end(file := open({str(attempt_dir / "stack")!r}, "w"))
 def stuck():
     print("there", flush=True)
     ctypes.{library}(None).sleep(100)
@@ -54,28 +56,23 @@ stuck()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"there\n"
         time.sleep(0.2)
-        process.send_signal(TOLD_TO_END)
-        assert process.wait(20) == -TOLD_TO_END
-    assert "in stuck" in (start / "stack").read_text()
+        process.send_signal(END_SIGNAL)
+        assert process.wait(20) == -END_SIGNAL
+    assert "in stuck" in (attempt_dir / "stack").read_text()
 
 
 KILLED = """
 import os, pathlib, sys
-from turnout.training.export.publish import LOCK, publish_export
-from turnout.training.export.read_back import check_huggingface
-from turnout.training.export.to_checkpoint import write_first_checkpoint
-from turnout.training.checkpoint.weights import CheckpointWeights
+from turnout.launch.commands.export import publish
 
-def write(directory: pathlib.Path) -> None:
+with publish(pathlib.Path(sys.argv[1])) as directory:
     (directory / "half").touch()
     os.kill(os.getpid(), 9)
-
-publish_export(pathlib.Path(sys.argv[1]), write, print)
 """
 
 
 def test_what_a_killed_export_left_is_swept(tmp_path: Path) -> None:
-    """And nothing else that has such a name: a directory of the user's, or one that is still written."""
+    """But nothing else with such a name: a user's directory, or an export that is still being written."""
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], timeout=120)
     assert killed.returncode == -signal.SIGKILL
     left = {path.name.rpartition(".tmp")[2] for path in tmp_path.iterdir()}
@@ -87,7 +84,8 @@ def test_what_a_killed_export_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / f"out.link.tmp{LOCK}").touch()
     with (tmp_path / f"out.busy.tmp{LOCK}").open("x") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        publish_export(tmp_path / "out", lambda path: (path / "whole").touch(), lambda _: None)
+        with publish(tmp_path / "out") as directory:
+            (directory / "whole").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
     kept = {"elsewhere", "out", "out.busy.tmp", f"out.busy.tmp{LOCK}", "out.link.tmp", "out.mine.tmp"}
     assert {path.name for path in tmp_path.iterdir()} == kept

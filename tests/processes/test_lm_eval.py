@@ -1,4 +1,4 @@
-"""Our model in the lm-evaluation-harness: its tasks, offline, against numbers computed here."""
+"""A Turnout model in the lm-evaluation-harness: tasks, offline, compared with values computed here."""
 
 import json
 import math
@@ -43,7 +43,7 @@ doc_to_target: "the"
 generation_kwargs: {{max_gen_toks: {n_tokens}, until: {until}}}
 metric_list: [{{metric: exact_match}}]
 """
-# The last two: longer than the 16 positions of the model with its answers; nothing but the answer.
+# The third is longer, with its answers, than the model's 16 positions; the fourth is nothing but the answer.
 QUESTIONS = [
     {"question": "the lever moves", "choices": ["each", "switch so", "takes"], "answer": 1},
     {"question": "def x():", "choices": ["return", "0417"], "answer": 0},
@@ -134,7 +134,7 @@ def continue_by_hand(saved: SavedRun, question: str, n_tokens: int) -> str:
     return tokenizer.decode(ids[n_prompt:])
 
 
-def test_writing_stops_where_it_is_told(saved: SavedRun) -> None:
+def test_generation_stops_at_the_stop_string(saved: SavedRun) -> None:
     want = [continue_by_hand(saved, row["question"], 6) for row in QUESTIONS]
     stop = want[0][2]
     (saved.place / "tasks" / "writing.yaml").write_text(
@@ -147,7 +147,7 @@ def test_writing_stops_where_it_is_told(saved: SavedRun) -> None:
 
 
 def test_samples_of_one_prompt_differ(saved: SavedRun) -> None:
-    """Drawn from the most likely token alone, they are what nothing drawn would be."""
+    """With top_k=1 they equal the greedy text."""
     writing = WRITING.format(place=saved.place, n_tokens=6, until="[]")
     drawn = "{do_sample: true, temperature: 3.0, max_new_tokens: 6, until: []}"
     for name, options in (("drawn", drawn), ("top", drawn.replace("until", "top_k: 1, until"))):
@@ -162,7 +162,7 @@ def test_samples_of_one_prompt_differ(saved: SavedRun) -> None:
     }
 
 
-def test_what_a_task_gets_wrong_is_said(saved: SavedRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_task_errors_are_reported(saved: SavedRun, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = saved.place / "tasks"
     (tasks / "lost.yaml").write_text(CHOICES.format(place="nowhere").replace("own_choices", "lost"))
     (tasks / "long.yaml").write_text(
@@ -176,11 +176,11 @@ def test_what_a_task_gets_wrong_is_said(saved: SavedRun, capsys: pytest.CaptureF
     for words, code, message in [
         (["--tasks", "lost"], 3, "--tasks lost: cannot be loaded"),
         (["--tasks", "long"], 3, "max_gen_toks=16 must leave room for a prompt in the model's seq_len=16"),
-        (["--tasks", "beams"], 3, "generation_kwargs ['num_beams'] are none of ['do_sample', "),
+        (["--tasks", "beams"], 3, "generation_kwargs ['num_beams'] are unknown; use only ['do_sample', "),
         (["--tasks", "own_choices", "--num-fewshot", 9], 3, "--tasks own_choices: ValueError: "),
         (["--tasks", ","], 2, "names no task"),
         (["--tasks", "lost", "--limit", 0], 2, "--limit 0 must be at least 1"),
-        (["--tasks", "lost", "--include-path", "nowhere"], 2, "--include-path nowhere is no directory"),
+        (["--tasks", "lost", "--include-path", "nowhere"], 2, "--include-path nowhere is not a directory"),
     ]:
         where = [] if "--include-path" in words else ["--include-path", tasks]
         assert turnout("lm-eval", saved.run_dir, *words, *where) == code

@@ -1,4 +1,4 @@
-"""Prepare under fire: killed, out of space, without workers, or with its input changed behind it."""
+"""Prepare when it is killed, the disk is full, workers die, or its input changes meanwhile."""
 
 import json
 import os
@@ -48,7 +48,7 @@ CALL_SHARD_TOKENS = 20_000
 
 @pytest.fixture(scope="module")
 def long_call(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return a call that takes a while, and the files of its uninterrupted run."""
+    """Return a call that takes a while, and the files that its uninterrupted run leaves."""
     directory = tmp_path_factory.mktemp("killed")
     sources = [
         ("a", str(write_jsonl(directory / "a.jsonl", make_texts(6000, n_words=50)))),
@@ -63,8 +63,8 @@ def long_call(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     return call, files_of(directory / "whole")
 
 
-def start(call: dict[str, Any], out: Path, **popen: Any) -> subprocess.Popen:
-    # A program in a file, because spawned workers import the main module again.
+def start_prepare(call: dict[str, Any], out: Path, **popen: Any) -> subprocess.Popen:
+    # A program in a file, because spawned workers import the main module.
     program = out.with_suffix(".py")
     program.write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
@@ -98,12 +98,12 @@ def test_a_killed_prepare_continues_to_the_same_bytes(
 ) -> None:
     call, whole = long_call
     out = tmp_path / "out"
-    kill_when(start(call, out), lambda: KILL_MOMENTS[moment](out))
+    kill_when(start_prepare(call, out), lambda: KILL_MOMENTS[moment](out))
     assert not (out / "corpus.json").exists()
     with pytest.raises(DataError, match="prepare was interrupted|not a corpus"):
         open_corpus(out, verify="size")
     committed = {p: p.stat().st_ino for p in out.glob("train/*.json")}
-    (out / "stale.tmp").write_bytes(b"of a run that wrote another file just then")
+    (out / "stale.tmp").write_bytes(b"left by a run that was writing another file")
     prepare_again(call, out)
     assert {p: p.stat().st_ino for p in committed} == committed, "a committed shard was made again"
     assert files_of(out) == whole
@@ -122,22 +122,22 @@ def prepare_again(call: dict[str, Any], out: Path) -> None:
 
 
 def test_the_train_shard_is_committed_last(tmp_path: Path, source: Source) -> None:
-    """Its JSON says that both are there, so a kill between the two must find the other one first."""
+    """Its JSON says that both are complete, so the valid shard must be committed first."""
     prepare(tmp_path / "out", source, valid_frac=0.4)
     pairs = [(p, tmp_path / "out" / "train" / p.name) for p in (tmp_path / "out" / "valid").glob("*.json")]
     assert len(pairs) > 3
     assert all(valid.stat().st_mtime_ns < train.stat().st_mtime_ns for valid, train in pairs)
 
 
-def test_documents_changed_behind_the_plan_are_refused(
+def test_documents_that_change_after_the_plan_are_refused(
     tmp_path: Path, long_call: tuple[dict[str, Any], dict[str, bytes]]
 ) -> None:
     call, _ = long_call
     out, path = tmp_path / "out", tmp_path / "mine.jsonl"
     path.write_bytes(Path(call["sources"][0][1]).read_bytes())
     call = {**call, "sources": [("a", str(path))]}
-    kill_when(start(call, out), lambda: KILL_MOMENTS["train-committed"](out))
-    # Same size and same time, other text: only the hash of the documents can tell.
+    kill_when(start_prepare(call, out), lambda: KILL_MOMENTS["train-committed"](out))
+    # Other text of the same size and time: only the hash of the documents differs.
     stat = path.stat()
     content = bytearray(path.read_bytes())
     content[content.index(b"lever")] ^= 1
@@ -166,7 +166,7 @@ def test_workers_die_with_the_parent(
 ) -> None:
     call, whole = long_call
     out = tmp_path / "out"
-    process = start({**call, "n_workers": 2}, out)
+    process = start_prepare({**call, "n_workers": 2}, out)
     children: set[int] = set()
 
     def is_due() -> bool:
@@ -186,7 +186,7 @@ def test_workers_die_with_the_parent(
 def test_a_full_disk_leaves_no_partial_file_and_a_rerun_works(
     tmp_path: Path, long_call: tuple[dict[str, Any], dict[str, bytes]]
 ) -> None:
-    """A limit on the size of a file fails the write as a full disk does, in the process itself."""
+    """A limit on file size makes the process's writes fail, as a full disk does."""
     call, _ = long_call
     out = tmp_path / "out"
     whole_call = {**call, "shard_tokens": 2**26}
@@ -195,16 +195,16 @@ def test_a_full_disk_leaves_no_partial_file_and_a_rerun_works(
         resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    process = start(whole_call, out, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+    process = start_prepare(whole_call, out, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "OSError: [Errno 27]" in errors, errors
     assert not list(out.rglob("*.tmp")) and not (out / "corpus.json").exists()
-    process = start(whole_call, out)
+    process = start_prepare(whole_call, out)
     assert process.wait(timeout=60) == 0
     assert open_corpus(out, verify="checksum").split("train")[0].n_tokens * 2 > 400_000
 
 
-# In a process of its own, so that a hang is a failure and not the end of all tests.
+# Run in a process of its own, so that a hang fails one test and does not stop them all.
 KILL_WORKERS = """
 import multiprocessing, sys
 from pathlib import Path
@@ -233,7 +233,7 @@ def test_a_dead_worker_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILL_WORKERS, str(tokenizer), str(path)]
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0 and "a tokenising worker of 2 died" in run.stdout, run.stderr
+    assert run.returncode == 0 and "one of 2 tokenising workers died" in run.stdout, run.stderr
 
 
 def test_the_result_does_not_depend_on_the_workers(tmp_path: Path, source: Source) -> None:

@@ -1,4 +1,4 @@
-"""What the command does about ranks that are waited for no more; a process that sleeps is in their place."""
+"""When the command stops waiting for its ranks and ends them; a sleeping process plays the launcher."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 
 from turnout.launch.ranks.attempt_dir import make_attempt_dir
 from turnout.launch.ranks.failures import record_failure
-from turnout.launch.ranks.launcher import Ended, kill_session, watch
+from turnout.launch.ranks.launcher import RanksOutcome, kill_session, watch
 from turnout.training.errors import TakenOverError
 from turnout.training.parallel.flight_recorder import ENDED
 from turnout.training.run_control import FencingToken, take_over
@@ -34,13 +34,13 @@ def launcher() -> Iterator[subprocess.Popen[bytes]]:
         kill_session(process.pid)
 
 
-def test_ranks_of_a_start_that_was_overtaken_are_ended(
+def test_the_ranks_of_an_overtaken_attempt_are_ended(
     launcher: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     attempt_dir = make_attempt_dir(tmp_path / "logs")
     fencing_token = FencingToken(tmp_path, take_over(tmp_path))
     take_over(tmp_path)
-    with pytest.raises(TakenOverError, match="another start of this run has taken over"):
+    with pytest.raises(TakenOverError, match="another attempt of this run has taken over"):
         watch(launcher, attempt_dir, range(2), fencing_token, kill_session)
     assert launcher.returncode  # it was killed
 
@@ -50,14 +50,14 @@ def test_a_failure_on_another_node_ends_the_ranks_of_this_one(
 ) -> None:
     attempt_dir = make_attempt_dir(tmp_path / "logs")
     record_failure(KeyError("there"), 7, attempt_dir)
-    begun_s = time.monotonic()
-    ended = watch(launcher, attempt_dir, range(2), None, kill_session)
-    assert not ended.is_done and launcher.returncode is not None
-    assert time.monotonic() - begun_s < 20
+    began_s = time.monotonic()
+    outcome = watch(launcher, attempt_dir, range(2), None, kill_session)
+    assert not outcome.is_done and launcher.returncode is not None
+    assert time.monotonic() - began_s < 20
 
 
 @pytest.mark.parametrize(("n_ranks", "n_ended", "is_done"), [(2, 2, True), (2, 1, False), (3, 2, False)])
-def test_a_run_has_ended_when_all_its_ranks_have_and_its_launcher_has_not(
+def test_a_run_has_ended_when_all_its_ranks_have_even_if_its_launcher_has_not(
     n_ranks: int, n_ended: int, is_done: bool, launcher: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     """Two ranks have begun, and both are gone."""
@@ -67,5 +67,5 @@ def test_a_run_has_ended_when_all_its_ranks_have_and_its_launcher_has_not(
         subprocess.run([sys.executable, "-c", A_RANK, attempt_dir, str(rank), phase], cwd=ROOT, check=True)
     if not is_done:
         threading.Timer(3, launcher.terminate).start()
-    assert watch(launcher, attempt_dir, range(n_ranks), None, kill_session) == Ended(is_done, set())
+    assert watch(launcher, attempt_dir, range(n_ranks), None, kill_session) == RanksOutcome(is_done, set())
     assert launcher.returncode  # it was killed

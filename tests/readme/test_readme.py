@@ -28,11 +28,11 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
 ]
-# What a training after the first has to show shows in few steps; it is checked whole in a dry run.
+# The first training runs as it stands. The others are cut to a few steps, after a check of their settings.
 FEWER_STEPS = ["train.n_steps=10", "optim.schedule.warmup_steps=2", "sample.n_tokens=8"]
 FEWER_STEPS += ["eval.max_documents=5"]
 MAX_FILE_BYTES = 8_000  # of the reader's files
-# What each command prints when it has done its work.
+# What each command prints when it has succeeded.
 SAYS = {
     "prepare": r"(?m)^corpus corpora/\w+: vocabulary \d+, hash [0-9a-f]{64}$",
     "train": r"(?m)^done in \d+m\d\ds: runs/\w+",
@@ -52,12 +52,12 @@ SAYS = {
     "checkpoint prune": r"(?m)^\S+ MiB freed, 2 of \d checkpoints kept$",
 }
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-ENV.pop("OMP_WAIT_POLICY", None)  # that of these tests: a reader's threads wait as the command says
+ENV.pop("OMP_WAIT_POLICY", None)  # set for these tests; a reader's threads wait as the command says
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the reader's own files, which README.md calls docs/, src.jsonl.gz and tasks/."""
+    """A directory with the reader's own files: docs/, src.jsonl.gz and tasks/ in README.md."""
     directory = tmp_path_factory.mktemp("reader")
     library = sorted(Path(json.__file__).parents[1].glob("*.py"))
     library = [source for source in library if 0 < source.stat().st_size < MAX_FILE_BYTES][:40]
@@ -80,11 +80,11 @@ def test_readme_has_one_command_for_each_thing_a_user_does() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("turnout")])
 def test_command_runs(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later commands use what earlier ones made, as README.md's reader does."""
+    """Commands use the results of earlier ones, as they do for a reader."""
     words = shlex.split(command)
     if is_later_training(words) or words[1] == "import":
         monkeypatch.chdir(place)
-        # As it stands in README.md; what is run has fewer steps.
+        # The settings of README.md are checked as they stand; the run itself has fewer steps.
         load_config(words[2], [value for name, value in pairwise(words) if name == "--set"])
         words += [word for setting in FEWER_STEPS for word in ("--set", setting)]
     if "dense/" in words:
@@ -112,7 +112,7 @@ def is_later_training(words: list[str]) -> bool:
     return words[1] == "train" and "--run-dir" in words and "runs/first" not in words
 
 
-def test_one_training_is_run_and_resumed_as_it_stands() -> None:
+def test_one_training_is_run_and_resumed_unchanged() -> None:
     trainings = [words for words in map(shlex.split, COMMANDS) if "train" in words and "--run-dir" in words]
     first, resumed = (words for words in trainings if not is_later_training(words))
     assert "--resume" in resumed and "--resume" not in first

@@ -1,7 +1,7 @@
 """Random faults in one run, by hand: `python -m tests.slurm.chaos --seed 1 --faults 20` (LOG.md has results).
 
-They come at random moments, also while nodes are checked, ranks start or a checkpoint is written. In the end
-every number of the last checkpoint must be that of a run to which nothing happened.
+They come at random moments, also while nodes are checked, ranks start or a checkpoint is written. In the
+end the last checkpoint must equal that of an undisturbed run, bit for bit.
 """
 
 import argparse
@@ -16,16 +16,16 @@ import psutil
 import torch
 
 from tests.distributed.runs.recovery import stored_tensors
-from tests.slurm.lab import JobRun, Lab, wait_for, why_not
+from tests.slurm.lab import JobRun, Lab, reason_to_skip, wait_for
 from turnout.training.checkpoint.directory import checkpoint_path
 
-# Above what 20 faults can be without progress: chaos is no reason to give up.
+# More than the failures without progress that 20 faults can cause: chaos is no reason to give up.
 PATIENT = ["--max-failures", "50"]
 START_S, STRAIGHT_S = 20, 3600
 
 
 class Chaos:
-    """The faults, each a method; after each the cluster is whole again and the run goes on."""
+    """The faults, each a method; after each the cluster is whole again and the run continues."""
 
     def __init__(self, lab: Lab, run: JobRun, seed: int) -> None:
         self._lab, self._run, self._random = lab, run, random.Random(seed)
@@ -42,11 +42,11 @@ class Chaos:
         ]
 
     def strike(self) -> str:
-        """Wait for a moment, do one thing, and see a later start begin; return what was done."""
-        n = len(self._run.starts)
+        """Wait for a random time, cause a fault, and wait for the next attempt; return what was done."""
+        n = len(self._run.attempts)
         time.sleep(self._random.uniform(0, START_S))
         done = self._random.choice(self._faults)()
-        self._run.wait_for_start(n + 1)
+        self._run.wait_for_attempt(n + 1)
         return done
 
     def kill_a_rank(self) -> str:
@@ -64,7 +64,7 @@ class Chaos:
         return "launcher of a node killed"
 
     def kill_the_supervisor(self) -> str:
-        """The job fails, without a word; a person puts it back."""
+        """The job fails without a message, and a person requeues it."""
         (process,) = self._found("turnout.launch.slurm.job")
         process.kill()
         wait_for(lambda: self._run.state() in ("FAILED", "CANCELLED", "NODE_FAIL"), "the job's end")
@@ -100,14 +100,14 @@ class Chaos:
         return f"{node}: {lose}, {bring_back}"
 
     def _nodes(self) -> tuple[str, ...]:
-        return self._run.starts[-1].begin.nodes
+        return self._run.attempts[-1].begin.nodes
 
     def _ranks(self) -> list[psutil.Process]:
-        wait_for(lambda: bool(self._run.processes(len(self._run.starts))), "ranks")
-        return self._run.processes(len(self._run.starts))
+        wait_for(lambda: bool(self._run.processes(len(self._run.attempts))), "ranks")
+        return self._run.processes(len(self._run.attempts))
 
     def _found(self, module: str) -> list[psutil.Process]:
-        """Return the live processes of this run that run a module of turnout's."""
+        """Return the processes of this run that execute a module of turnout."""
 
         def look() -> list[psutil.Process]:
             return [
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=20)
     wanted = parser.parse_args()
-    if (reason := why_not()) is not None:
+    if (reason := reason_to_skip()) is not None:
         sys.exit(reason)
     with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as name:
         lab = Lab(Path(name) / "lab", Path(name) / "place")
@@ -140,15 +140,17 @@ def main() -> None:
 
 def strike_and_compare(lab: Lab, seed: int, n_faults: int) -> None:
     run = lab.submit("chaos", *PATIENT)
-    run.wait_for_start(1)
+    run.wait_for_attempt(1)
     chaos = Chaos(lab, run, seed)
     for n in range(1, n_faults + 1):
         step, done = run.newest_step(), chaos.strike()
         print(f"{n:2} {done:26} step {step} was saved before, {run.newest_step()} after", flush=True)
     run.cancel()
     last = run.finish()
-    kinds = [start.ending.kind if start.ending else "cut off" for start in run.starts]
-    print(f"{len(kinds)} starts: {', '.join(f'{kinds.count(kind)} {kind}' for kind in dict.fromkeys(kinds))}")
+    kinds = [one.ending.kind if one.ending else "cut off" for one in run.attempts]
+    print(
+        f"{len(kinds)} attempts: {', '.join(f'{kinds.count(kind)} {kind}' for kind in dict.fromkeys(kinds))}"
+    )
     lab.turnout(
         "train", "run.toml", "--run-dir", "straight", "--nproc", "2", "--set", f"train.n_steps={last}"
     )

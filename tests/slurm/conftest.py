@@ -1,4 +1,4 @@
-"""One cluster for all tests of SLURM. Where it cannot be started they are skipped, with the reason."""
+"""One cluster for all tests of SLURM. If it cannot be started, they are skipped with the reason."""
 
 import os
 import subprocess
@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.lab import Lab, why_not
+from tests.slurm.lab import Lab, reason_to_skip
 
-NEEDED = "TURNOUT_TESTS_NEED_SLURM"  # in the environment: fail where they cannot run
-# So small that a test can fill it; the nodes see it, because it is there before they are.
+NEEDED = "TURNOUT_TESTS_NEED_SLURM"  # in the environment: fail instead of skipping
+# So small that a test can fill it. It is mounted before the nodes start, so they see it.
 SMALL_DISK = "size=40m"
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if (reason := why_not()) is not None:
+    if (reason := reason_to_skip()) is not None:
         assert not os.environ.get(NEEDED), reason
         pytest.skip(reason)
-    # Not below pytest's directory, whose names are too long for a socket's.
+    # Not below pytest's directory, whose path is too long for a socket.
     directory = Path(f"/tmp/slurm-{tmp_path_factory.getbasetemp().name}-{id(tmp_path_factory)}")
     lab = Lab(directory, tmp_path_factory.mktemp("cluster"))
     lab.make_place()
@@ -36,7 +36,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture(autouse=True)
 def _usable(lab: Lab) -> Iterator[None]:
-    """Begin each test with all nodes idle; what the one before has left and stays fails this one alone."""
+    """Begin each test with all nodes idle; if they do not become idle, fail it and restart the cluster."""
     try:
         lab.wait_until_usable()
     except AssertionError:

@@ -1,4 +1,4 @@
-"""`turnout train --hostfile` by DeepSpeed's own launcher: pdsh, a real sshd on each node, no scheduler."""
+"""`turnout train --hostfile` with DeepSpeed's own runner: pdsh, a real sshd on each node, no scheduler."""
 
 import os
 import subprocess
@@ -15,15 +15,16 @@ from tests.slurm.lab import WAIT_S, JobRun, Lab, wait_for
 
 NODES = ("n1", "n2")
 SHORT = ["--set", "train.n_steps=30"]
+TURNOUT = ("python", "-m", "turnout")  # by a path without a blank
 
 
 @pytest.fixture(scope="module")
 def ssh(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Start sshd on the nodes; return what reaches them from one another without a password."""
+    """Start sshd on the nodes; return the environment in which they reach each other without a password."""
     place = tmp_path_factory.mktemp("ssh")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / name], check=True)
-    Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it to be there
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd requires it
     options = {
         "HostKey": place / "host",
         "AuthorizedKeysFile": place / "user.pub",
@@ -46,7 +47,9 @@ def ssh(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str
         pid = (lab.directory / "pid" / f"init.{node}").read_text().strip()
         enter = ["nsenter", "-t", pid, "-m", "-n", "-u", "-p"]
         servers.append(subprocess.Popen([*enter, "/usr/sbin/sshd", "-D", "-f", str(place / "sshd_config")]))
-    path = f"{wrapper.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # Python's path passes through the shells of the nodes, so it may hold no blank.
+    (place / "env").symlink_to(sys.prefix)
+    path = f"{wrapper.parent}:{place / 'env' / 'bin'}:{os.environ['PATH']}"
     yield {**lab.env, "PATH": path, "OMP_NUM_THREADS": "1"}
     for server in servers:
         server.terminate()
@@ -69,14 +72,14 @@ def wait_for_ssh(lab: Lab, env: dict[str, str]) -> None:
     wait_for(answers, "sshd on n2")
 
 
-def test_two_machines_train_by_a_hostfile(lab: Lab, ssh: dict[str, str]) -> None:
+def test_two_machines_train_with_a_hostfile(lab: Lab, ssh: dict[str, str]) -> None:
     (lab.place / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
     wait_for_ssh(lab, ssh)
-    train = ["turnout", "train", "run.toml", *SHORT]
-    command = start_on_first_node(lab, ssh, *train, "--run-dir", "hosts-run", "--hostfile", "hosts")
+    train = ["train", "run.toml", *SHORT]
+    command = start_on_first_node(lab, ssh, *TURNOUT, *train, "--run-dir", "hosts-run", "--hostfile", "hosts")
     said = command.communicate(timeout=WAIT_S)
     assert command.returncode == 0, said
-    lab.turnout(*train[1:], "--run-dir", "one-machine", "--nproc", "2")
+    lab.turnout(*train, "--run-dir", "one-machine", "--nproc", "2")
     got, want = (
         stored_tensors(lab.place / name / "checkpoints" / "step-00000030")
         for name in ("hosts-run", "one-machine")
@@ -86,14 +89,14 @@ def test_two_machines_train_by_a_hostfile(lab: Lab, ssh: dict[str, str]) -> None
 
 
 @pytest.mark.long
-def test_a_failure_on_hosts_is_told_and_leaves_no_rank(lab: Lab, ssh: dict[str, str]) -> None:
-    """A file is in the place of the checkpoints' directory, so that the first save fails."""
+def test_a_failure_on_hosts_is_reported_and_leaves_no_rank(lab: Lab, ssh: dict[str, str]) -> None:
+    """A file stands where the checkpoints' directory belongs, so the first save fails."""
     (lab.place / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
     wait_for_ssh(lab, ssh)
     run_dir = lab.place / "hosts-fail"
-    train = ["turnout", "train", "run.toml", *SHORT, "--run-dir", run_dir.name, "--hostfile", "hosts"]
-    command = start_on_first_node(lab, ssh, *train)
-    wait_for((run_dir / "logs" / "attempt-00001").exists, "the start")
+    train = ["train", "run.toml", *SHORT, "--run-dir", run_dir.name, "--hostfile", "hosts"]
+    command = start_on_first_node(lab, ssh, *TURNOUT, *train)
+    wait_for((run_dir / "logs" / "attempt-00001").exists, "the attempt")
     (run_dir / "checkpoints").touch()
     _, stderr = command.communicate(timeout=WAIT_S)
     assert command.returncode == 1, stderr

@@ -1,4 +1,4 @@
-"""What stops a job before its ranks start, and what must not get through to a shell; on a real cluster."""
+"""What stops a job before its ranks start, and what must never reach a shell; on a real cluster."""
 
 import re
 import shutil
@@ -16,13 +16,13 @@ ONE_RANK = ["--set", "parallel.ep=1", "--set", "train.n_steps=40"]
 
 
 def ending(run: JobRun, n: int) -> Ending:
-    found = run.starts[n - 1].ending
+    found = run.attempts[n - 1].ending
     assert found is not None
     return found
 
 
-def test_one_node_trains_under_slurm_whatever_its_names_hold(lab: Lab) -> None:
-    """The smoke test, in a directory and with a prompt that would run commands if a shell read them."""
+def test_one_node_trains_under_slurm_whatever_its_names_contain(lab: Lab) -> None:
+    """The smoke test, with a directory's name and a prompt that would run commands if a shell read them."""
     hacked = lab.place / "hacked"
     name = f"-a b'\"$(touch {hacked.name});`touch {hacked.name}`|*"
     prompts = f'sample.prompts=["$(touch {hacked}) `touch {hacked}`"]'
@@ -33,7 +33,7 @@ def test_one_node_trains_under_slurm_whatever_its_names_hold(lab: Lab) -> None:
     assert ending(run, 1).kind == "done", log
     assert run.newest_step() == 40
     assert not list(lab.place.rglob(hacked.name))
-    assert "sample" in (run.starts[0].directory / "node-n1.log").read_text()
+    assert "sample" in (run.attempts[0].directory / "node-n1.log").read_text()
 
 
 def test_a_refused_job_leaves_nothing(lab: Lab) -> None:
@@ -70,7 +70,7 @@ def test_a_preflight_passes_on_good_nodes_and_names_bad_ones(lab: Lab) -> None:
 
 
 @pytest.mark.long
-def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, tmp_path: Path) -> None:
+def test_a_node_that_comes_back_with_other_packages_is_excluded(lab: Lab, tmp_path: Path) -> None:
     run = lab.submit("packages")
     run.wait_for_progress(1)
     real = Path(str(metadata.distribution("numpy").locate_file("."))).resolve()
@@ -78,7 +78,7 @@ def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, 
     fake = tmp_path / "METADATA"
     shutil.copyfile(installed / "METADATA", fake)
     fake.write_text(re.sub(r"(?m)^Version: .*", "Version: 9.9.9", fake.read_text(), count=1))
-    bad = run.starts[0].begin.nodes[1]
+    bad = run.attempts[0].begin.nodes[1]
     lab.in_node(bad, "mount", "--bind", str(fake), str(installed / "METADATA"))
     try:
         lab.run("scontrol", "requeue", run.job_id)
@@ -88,23 +88,23 @@ def test_a_node_that_comes_back_with_other_packages_is_kept_away_from(lab: Lab, 
         lab.in_node(bad, "umount", str(installed / "METADATA"))
     assert (ending(run, 2).kind, ending(run, 2).nodes) == ("unfit", (bad,)), run.log
     assert ending(run, 2).reasons == (f"node {bad}: has numpy 9.9.9, not {metadata.version('numpy')}",)
-    assert not list(run.starts[1].directory.glob("*.flight")), "no rank was started"
-    assert bad not in run.starts[2].begin.nodes
+    assert not list(run.attempts[1].directory.glob("*.flight")), "no rank was started"
+    assert bad not in run.attempts[2].begin.nodes
 
 
-def test_a_corpus_that_is_gone_is_no_nodes_fault(lab: Lab) -> None:
+def test_a_missing_corpus_is_no_nodes_fault(lab: Lab) -> None:
     shutil.copytree(lab.place / "corpus", lab.place / "lost")
     run = lab.submit(
         "no-corpus", *ONE_RANK, "--set", "data.corpus=lost", "--sbatch", "begin=now+5", nodes="1"
     )
     shutil.rmtree(lab.place / "lost")
     log = run.wait_until_gone()
-    (start,) = run.starts
-    assert start.ending is not None and (start.ending.action, start.ending.code) == ("stop", 3), log
-    assert "lost" in start.ending.reasons[0]
+    (attempt,) = run.attempts
+    assert attempt.ending is not None and (attempt.ending.action, attempt.ending.code) == ("stop", 3), log
+    assert "lost" in attempt.ending.reasons[0]
 
 
-def test_a_requeue_that_excludes_no_node_is_a_requeue(lab: Lab) -> None:
+def test_a_job_is_requeued_even_if_a_node_cannot_be_excluded(lab: Lab) -> None:
     sleeping = lab.run(
         "sbatch", "--parsable", "--requeue", "--output=/dev/null", "--wrap", "sleep 60"
     ).strip()
@@ -112,18 +112,18 @@ def test_a_requeue_that_excludes_no_node_is_a_requeue(lab: Lab) -> None:
     code = f"from turnout.launch.slurm.client import requeue; print(requeue('{sleeping}', ['nowhere']))"
     said = lab.run(sys.executable, "-c", code)
     assert said.startswith("requeued, but not away from nowhere: "), said
-    # Not PENDING: it may still be ending, or run again.
+    # Not PENDING: it may still be ending, or already run again.
     wait_for(lambda: "Restarts=1" in lab.run("scontrol", "show", "job", sleeping), "the job to be requeued")
 
 
 @pytest.mark.long
 def test_a_crash_loop_stops_with_its_reason(lab: Lab, tmp_path: Path) -> None:
-    """A fabric variable that names no interface: each start fails in the same way before its first step."""
+    """A fabric variable names no interface, so each attempt fails in the same way before its first step."""
     site = tmp_path / "site.env"
     site.write_text("export GLOO_SOCKET_IFNAME=nowhere0\n")
     run = lab.submit("loop", "--env-file", str(site))
     log = run.wait_until_gone()
-    assert [ending(run, n).action for n in (1, 2)] == ["requeue", "stop"] and len(run.starts) == 2, log
+    assert [ending(run, n).action for n in (1, 2)] == ["requeue", "stop"] and len(run.attempts) == 2, log
     assert "the same failure at step 0 twice: stopped" in log
     assert "nowhere0" in log
     assert run.state() == "FAILED"
@@ -151,4 +151,4 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(lab: Lab) -> None:
     assert not list((run.run_dir / "checkpoints").glob("*.tmp")), log
     assert "No space left on device" in log or "GiB free, and a checkpoint takes" in log
     run.finish()
-    assert run.starts[-1].begin.from_step == saved
+    assert run.attempts[-1].begin.from_step == saved

@@ -1,6 +1,7 @@
-"""The life of a job on a real cluster: warned, requeued, hit by every fault, in the end as if nothing was.
+"""The life of a job on a real cluster: warned, requeued, hit by every fault, and nothing is lost.
 
-Each fault must end as launch/slurm/requeue_policy.py says, leave its words in the logs, and lose no step that was saved.
+After each fault the job must do what launch/slurm/requeue_policy.py says, log its reason, and lose no step
+that was saved.
 """
 
 import json
@@ -21,7 +22,7 @@ from turnout.training.checkpoint.directory import CHECKPOINTS, checkpoint_path
 
 
 def check_as_if_nothing_happened(lab: Lab, run: JobRun, last: int, *settings: str, nproc: int) -> None:
-    """Compare each logged step and all numbers of the last checkpoint with a run that nothing happened to."""
+    """Compare each logged step and each tensor of the last checkpoint with those of an undisturbed run."""
     straight = lab.place / f"{run.run_dir.name}-straight"
     train = ["train", "run.toml", "--run-dir", straight.name, "--nproc", str(nproc)]
     lab.turnout(*train, *settings, "--set", f"train.n_steps={last}")
@@ -37,13 +38,13 @@ def without_speed(row: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if not name.startswith(("perf/", "mem/"))}
 
 
-def check_logs_kept(run: JobRun, n_starts: int) -> None:
-    """See that the job's log tells of every start, and that each start's own logs are there."""
-    said = re.findall(r"(attempt-\d+): job", run.log)
-    assert said == [f"attempt-{n:05d}" for n in range(1, n_starts + 1)]
-    for start in run.starts:
-        assert {path.name for path in start.directory.glob("check-*.log")} >= {
-            f"check-{node}.log" for node in start.begin.nodes
+def check_logs_kept(run: JobRun, n_attempts: int) -> None:
+    """Check that the job's log names every attempt, and that each attempt's own logs are there."""
+    named = re.findall(r"(attempt-\d+): job", run.log)
+    assert named == [f"attempt-{n:05d}" for n in range(1, n_attempts + 1)]
+    for attempt in run.attempts:
+        assert {path.name for path in attempt.directory.glob("check-*.log")} >= {
+            f"check-{node}.log" for node in attempt.begin.nodes
         }
     assert not list((run.run_dir / "checkpoints").glob("*.tmp"))
 
@@ -55,7 +56,7 @@ def test_a_run_is_warned_saves_is_requeued_and_finishes(lab: Lab) -> None:
     run = lab.submit("warned", "--time", "30", "--warn-s", "25", *settings, ranks=2)
     run.wait_for_progress(1)
     # A limit that comes soon, but not before SLURM, which looks at limits twice a minute, can warn of it.
-    elapsed_s = time.time() - run.starts[0].begin.began_s
+    elapsed_s = time.time() - run.attempts[0].begin.began_s
     lab.run("scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={math.ceil((elapsed_s + 45) / 60)}")
     run.wait_for_ending(1)
     run.wait_for(lambda: run.state() == "PENDING", "the requeue")
@@ -64,19 +65,23 @@ def test_a_run_is_warned_saves_is_requeued_and_finishes(lab: Lab) -> None:
     run.cancel()
     last = run.finish(*settings, ranks=2)
     log = run.log
-    assert [start.ending.kind for start in run.starts if start.ending] == ["saved", "saved", "done"], log
-    assert "SLURM warns of the time limit: stopping" in log and "requeued to go on" in log
-    assert [start.begin.restart for start in run.starts] == [0, 1, 0]
+    assert [attempt.ending.kind for attempt in run.attempts if attempt.ending] == [
+        "saved",
+        "saved",
+        "done",
+    ], log
+    assert "SLURM warns of the time limit: stopping" in log and "requeued to continue" in log
+    assert [attempt.begin.restart for attempt in run.attempts] == [0, 1, 0]
     check_logs_kept(run, 3)
     check_as_if_nothing_happened(lab, run, last, *settings, nproc=4)
 
 
-def test_a_run_goes_on_after_a_killed_rank_and_a_warning(lab: Lab) -> None:
+def test_a_run_continues_after_a_killed_rank_and_a_warning(lab: Lab) -> None:
     meet(lab, "rank-faults", kill_a_rank, warn)
 
 
-@pytest.mark.long  # SLURM takes a minute to miss a node
-def test_a_run_goes_on_after_every_other_fault(lab: Lab) -> None:
+@pytest.mark.long  # SLURM takes a minute to notice a lost node
+def test_a_run_continues_after_every_other_fault(lab: Lab) -> None:
     faults = (power_off_a_node, cut_off_a_node, stop_a_rank, preempt, requeue_by_hand)
     meet(lab, "other-faults", *faults)
 
@@ -85,7 +90,7 @@ Fault = Callable[[Lab, JobRun, int], None]
 
 
 def meet(lab: Lab, name: str, *faults: Fault) -> None:
-    """Let one run meet these faults, one after the other; it must end as if nothing had happened."""
+    """Let one run meet these faults in turn; it must end like an undisturbed run."""
     run = lab.submit(name)
     for n, fault in enumerate(faults, 1):
         run.wait_for_progress(n)
@@ -101,8 +106,8 @@ def kill_a_rank(lab: Lab, run: JobRun, n: int) -> None:
     run.rank_process(n, 1).kill()
     end = run.wait_for_ending(n).ending
     assert end is not None and end.kind == "failed" and end.action == "requeue", end
-    assert end.reasons[0].startswith("rank 1 ended without a word (killed, or out of memory)"), end
-    assert f"rank 1 ran on {run.starts[n - 1].begin.nodes[1]}" in end.reasons
+    assert end.reasons[0].startswith("rank 1 died without an error message (killed, or out of memory)"), end
+    assert f"rank 1 ran on {run.attempts[n - 1].begin.nodes[1]}" in end.reasons
     assert f"step {end.saved_step} was saved since it began" in end.decision
 
 
@@ -112,7 +117,7 @@ def warn(lab: Lab, run: JobRun, n: int) -> None:
     end = run.wait_for_ending(n).ending
     assert end is not None and (end.kind, end.action) == ("saved", "requeue"), end
     assert "SLURM warns of the time limit: stopping" in run.log
-    assert run.wait_for_start(n + 1).begin.from_step == end.saved_step
+    assert run.wait_for_attempt(n + 1).begin.from_step == end.saved_step
 
 
 def stop_a_rank(lab: Lab, run: JobRun, n: int) -> None:
@@ -124,47 +129,47 @@ def stop_a_rank(lab: Lab, run: JobRun, n: int) -> None:
 
 def requeue_by_hand(lab: Lab, run: JobRun, n: int) -> None:
     lab.run("scontrol", "requeue", run.job_id)
-    check_told_and_saved(run, n)
+    check_ended_by_slurm(run, n)
 
 
 def preempt(lab: Lab, run: JobRun, n: int) -> None:
-    """The other job wants all nodes, so the one that was cut off must be back."""
-    (spare,) = {f"n{i}" for i in range(1, N_NODES + 1)} - set(run.starts[n - 1].begin.nodes)
+    """The preempting job needs all nodes, so the one that was cut off must be back."""
+    (spare,) = {f"n{i}" for i in range(1, N_NODES + 1)} - set(run.attempts[n - 1].begin.nodes)
     lab.wait_until_back(spare)
     wish = ["-p", "high", "-N", str(N_NODES), "--exclusive", "--output=/dev/null"]
     urgent = lab.run("sbatch", "--parsable", *wish, "--wrap", "sleep 2").strip()
-    check_told_and_saved(run, n)
-    run.wait_for_start(n + 1)
-    assert "COMPLETED" in lab.run("scontrol", "show", "job", urgent), "the run was to wait for it"
+    check_ended_by_slurm(run, n)
+    run.wait_for_attempt(n + 1)
+    assert "COMPLETED" in lab.run("scontrol", "show", "job", urgent), "the run must wait for it"
 
 
-def check_told_and_saved(run: JobRun, n: int) -> None:
+def check_ended_by_slurm(run: JobRun, n: int) -> None:
     end = run.wait_for_ending(n).ending
     assert end is not None and (end.kind, end.action) == ("saved", "leave"), end
-    run.wait_for_start(n + 1)
-    assert run.starts[n].begin.from_step == end.saved_step
+    run.wait_for_attempt(n + 1)
+    assert run.attempts[n].begin.from_step == end.saved_step
 
 
 def power_off_a_node(lab: Lab, run: JobRun, n: int) -> None:
-    """SLURM finds out, ends what is left and requeues the job, which goes on elsewhere."""
-    lost = run.starts[n - 1].begin.nodes[1]
+    """SLURM notices, ends the remaining ranks and requeues the job, which continues on other nodes."""
+    lost = run.attempts[n - 1].begin.nodes[1]
     lab.script("node", lost, "crash")
-    start = run.wait_for_start(n + 1)
-    assert lost not in start.begin.nodes
+    attempt = run.wait_for_attempt(n + 1)
+    assert lost not in attempt.begin.nodes
     lab.script("node", lost, "start")
     lab.wait_until_back(lost)
 
 
 def cut_off_a_node(lab: Lab, run: JobRun, n: int) -> None:
-    """Its ranks cannot be ended from outside; they find that the run has another owner, and go."""
-    lost = run.starts[n - 1].begin.nodes[1]
+    """Its ranks cannot be ended from outside; they end when they find another attempt's fencing token."""
+    lost = run.attempts[n - 1].begin.nodes[1]
     stale = run.rank_process(n, 1)
     lab.script("node", lost, "unplug")
-    start = run.wait_for_start(n + 1)
-    assert lost not in start.begin.nodes
+    attempt = run.wait_for_attempt(n + 1)
+    assert lost not in attempt.begin.nodes
     psutil.wait_procs([stale], timeout=15)
     assert not stale.is_running() or stale.status() == psutil.STATUS_ZOMBIE
-    lab.script("node", lost, "plug")  # SLURM finds out within a minute
+    lab.script("node", lost, "plug")  # SLURM notices within a minute
 
 
 def test_a_cancelled_run_saves_stays_ended_and_can_be_submitted_again(lab: Lab) -> None:
@@ -181,28 +186,30 @@ def test_a_cancelled_run_saves_stays_ended_and_can_be_submitted_again(lab: Lab) 
     lab.run("scancel", run.job_id)
     run.wait_until_gone()
     assert run.state() == "CANCELLED"
-    (start,) = run.starts
-    assert start.ending is not None and (start.ending.kind, start.ending.action) == ("saved", "leave")
+    (attempt,) = run.attempts
+    assert attempt.ending is not None and (attempt.ending.kind, attempt.ending.action) == ("saved", "leave")
     run.finish()
-    assert run.starts[-1].begin.from_step == start.ending.saved_step
+    assert run.attempts[-1].begin.from_step == attempt.ending.saved_step
     assert "done" in lab.turnout("status", "cancelled", "--verify")
 
 
 @pytest.mark.long
-def test_a_chain_goes_on_where_nothing_may_be_requeued(lab: Lab) -> None:
+def test_a_chain_continues_a_run_without_requeueing(lab: Lab) -> None:
     run = lab.submit("chain", "--chain", "3", "--set", "train.n_steps=300")
     run.wait_for_progress(1)
     lab.run("scancel", "--batch", "--signal=USR1", run.job_id)
     log = run.wait_until_gone()
-    assert [s.begin.job_id for s in run.starts] == run.job_ids
-    assert [s.ending.kind for s in run.starts if s.ending] == ["saved", "done", "done"], log
-    assert "nothing left to do" in log and "left to the next of the chain" in log
+    assert [attempt.begin.job_id for attempt in run.attempts] == run.job_ids
+    assert [attempt.ending.kind for attempt in run.attempts if attempt.ending] == ["saved", "done", "done"], (
+        log
+    )
+    assert "nothing left to do" in log and "left to the next job of the chain" in log
 
 
-def test_a_run_goes_on_with_fewer_nodes_at_the_same_batch(lab: Lab) -> None:
+def test_a_run_continues_on_fewer_nodes_with_the_same_batch(lab: Lab) -> None:
     run = lab.submit("fewer", nodes="1-2", ranks=2)
     run.wait_for_progress(1)
-    first = run.starts[0].begin
+    first = run.attempts[0].begin
     assert first.n_ranks == 4 and len(first.nodes) == 2
     for node in ("n2", "n3"):
         lab.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
@@ -213,10 +220,10 @@ def test_a_run_goes_on_with_fewer_nodes_at_the_same_batch(lab: Lab) -> None:
     finally:
         for node in ("n2", "n3"):
             lab.run("scontrol", "update", f"nodename={node}", "state=resume")
-    second = run.starts[1]
+    second = run.attempts[1]
     assert second.begin.n_ranks == 2 and second.begin.nodes == ("n1",)
     assert second.ending is not None and second.ending.kind == "saved", run.log
     rows = read_rows(run.run_dir)
     assert [row["train/tokens_seen"] for row in rows] == [256 * row["step"] for row in rows]
     provenance = json.loads((run.run_dir / "provenance.json").read_text())
-    assert [start["nproc"] for start in provenance["attempts"]] == [4, 4, 2]
+    assert [attempt["nproc"] for attempt in provenance["attempts"]] == [4, 4, 2]

@@ -1,4 +1,4 @@
-"""The loss of one document, and the routes of its tokens, written out."""
+"""The loss of one document, and the experts of its tokens, written out."""
 
 import torch
 
@@ -25,7 +25,7 @@ def nll_by_hand(decoder: Decoder, state: RouterState, ids: list[int], bos_id: in
 
 
 @torch.no_grad()
-def routes_by_hand(
+def experts_by_hand(
     decoder: Decoder, cfg: ModelConfig, state: RouterState, token_ids: list[int]
 ) -> list[list[list[tuple[int, float]]]]:
     """Return (expert, weight) of each choice of each token of one sequence, by expert layer, best first."""

@@ -1,4 +1,4 @@
-"""Fixtures of more than one test file, and the rule that no test here starts a process."""
+"""Fixtures that several test files share, and the rule that no test here starts a process."""
 
 import multiprocessing.process
 import shutil
@@ -14,7 +14,7 @@ from tests.ranks import join_alone
 from tests.unit.hostile_fixtures import limits
 from turnout.training.checkpoint.directory import verify_checkpoint
 
-# What Python reports when a process is about to start; multiprocessing's own ways are not among them.
+# The audit events of a process that is about to start; multiprocessing raises none for its own.
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}
 _forbids_processes = False
 
@@ -26,7 +26,7 @@ def _refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
         )
 
 
-sys.addaudithook(_refuse_processes)  # it cannot be taken away again
+sys.addaudithook(_refuse_processes)  # Python has no way to remove it
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def _no_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
-    """This process as the only rank: its process group, and what DeepSpeed's launcher sets for a rank."""
+    """This process as the only rank: it has a process group, and the variables of DeepSpeed's launcher."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
         patch.setenv("DS_ACCELERATOR", "cpu")
@@ -54,14 +54,14 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest checkpoint, of step 7."""
+    """The smallest checkpoint, at step 7."""
     (path,) = save_alone(tmp_path_factory.mktemp("honest") / "run", [7])
-    verify_checkpoint(path)  # so that all is imported that the limits are not to count
+    verify_checkpoint(path)  # imports everything now, so that limits() does not count it
     return path
 
 
 @pytest.fixture
 def path(honest: Path, tmp_path: Path) -> Iterator[Path]:
-    """A checkpoint to be spoiled, in a process of little memory and time."""
+    """A copy of the checkpoint to damage, while the process is limited in memory and time."""
     with limits():
         yield Path(shutil.copytree(honest, tmp_path / honest.name))

@@ -37,7 +37,7 @@ WORDS = [
 
 
 def make_texts(n_documents: int, *, seed: int = 0, n_words: int = 40) -> list[str]:
-    """Return documents of unequal length, no two the same."""
+    """Return distinct documents of unequal length."""
     rng = random.Random(seed)
     return [
         f"{seed}:{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 2 * n_words)))
@@ -80,7 +80,7 @@ def make_corpus(
     valid_frac: float = 0.0,
     shard_tokens: int = 500,
 ) -> Corpus:
-    """Prepare a corpus of one jsonl source for each name, in this process."""
+    """Prepare a corpus with one jsonl source per name, in this process."""
     directory.mkdir(parents=True, exist_ok=True)
     sources = [
         Source(name, write_jsonl(directory / f"{name}.jsonl", rows), weights[name] if weights else None)

@@ -1,4 +1,4 @@
-"""What tests of a stranger's checkpoint share: checksums that go with an attack, limits, and the refusal."""
+"""For tests of a stranger's checkpoint: files with right checksums, resource limits, the error message."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ ALLOWED_S = 20
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Let giant allocations fail, and what waits for ever."""
+    """Make giant allocations and endless waits fail."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"not refused within {ALLOWED_S} s")
@@ -46,7 +46,7 @@ def put_manifest(path: Path, text: str | bytes) -> None:
 
 
 def put_file(path: Path, name: str, content: bytes) -> None:
-    """Write a file, and let the manifest vouch for it."""
+    """Write a file, and its size and checksum into the manifest."""
     (path / name).write_bytes(content)
     tree = json.loads((path / MANIFEST).read_bytes())
     tree["files"][name] = {"n_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -56,6 +56,6 @@ def put_file(path: Path, name: str, content: bytes) -> None:
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         verify_checkpoint(path)
-    said = str(caught.value)
-    assert said.isprintable() and len(said) < 600, "one line, that cannot steer a terminal"
-    return said
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 600, "one line, without control characters"
+    return message

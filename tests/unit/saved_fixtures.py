@@ -1,4 +1,4 @@
-"""A small saved run with its texts, which `turnout evaluate`, `lm-eval` and `routes` are tried on."""
+"""A small saved run with its texts, for tests of `turnout evaluate`, `lm-eval` and `experts`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ MODEL = {"vocab_size": 300, "seq_len": 16, "n_layers": 3, "d_ff": 24, "n_dense_l
 
 @dataclass(frozen=True)
 class SavedRun:
-    """place: the working directory, which holds the run "run" and the texts a.jsonl and b.jsonl."""
+    """place: the working directory with the run "run" and the texts a.jsonl and b.jsonl."""
 
     place: Path
     corpus: Corpus

@@ -1,7 +1,7 @@
-"""What a checkpoint asks of the file system, one call for each boundary at which a process may die.
+"""The file operations of a save, each of them durable: on the disk when the call returns.
 
-Every call of a save goes through `at`, which does nothing here. The tests put a rank to death in it, at each
-boundary in turn, so a boundary that is added here is tested without another word.
+Every operation calls Disk.boundary first, which does nothing here. Tests override it to kill a rank at each
+boundary in turn, so a new boundary is covered automatically.
 """
 
 import os
@@ -13,19 +13,20 @@ Buffer = bytes | memoryview
 
 
 class Disk:
-    """Writes files that are on the disk when a call returns, and renames that stay after a power loss."""
+    """Writes and renames files so that a power loss after the call does not undo it."""
 
     def boundary(self, name: str, path: Path) -> None:
-        """Stand before a boundary."""
+        """Mark a point at which a process may die."""
 
     def make_directory(self, path: Path) -> None:
-        """Make a directory, unless another rank was first."""
+        """Make a directory, unless another rank has made it."""
         self.boundary("mkdir", path)
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, chunks: Iterable[Buffer]) -> None:
-        """Write a new file and flush it to the disk. Raises OSError, which names the file; what was written
-        then stays.
+        """Write a new file and flush it to the disk.
+
+        Raises OSError, which names the file; a half-written file stays.
         """
         self.boundary("create", path)
         try:
@@ -37,11 +38,11 @@ class Disk:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as err:
-            err.filename = err.filename or str(path)  # a write that fails knows only a number
+            err.filename = err.filename or str(path)  # a failing write reports only the error number
             raise
 
     def flush_directory(self, path: Path) -> None:
-        """Flush the names in a directory."""
+        """Flush the entries of a directory."""
         self.boundary("fsync", path)
         directory = os.open(path, os.O_RDONLY)
         try:
@@ -50,16 +51,16 @@ class Disk:
             os.close(directory)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Rename within one file system: atomic, and lasting once the call returns."""
+        """Rename within one file system; atomic, and durable once the call returns."""
         self.boundary("rename", target)
         source.replace(target)
         self.flush_directory(target.parent)
 
     def remove(self, path: Path) -> None:
-        """Remove a directory whose name says that nobody reads it."""
+        """Remove a directory that, by its name, nobody reads."""
         self.boundary("remove", path)
         shutil.rmtree(path)
 
     def discard(self, path: Path) -> None:
-        """Remove what was written of a checkpoint that failed; what cannot be removed has no name anyway."""
+        """Remove what a failed save has written. Ignores errors: what stays has no checkpoint's name."""
         shutil.rmtree(path, ignore_errors=True)

@@ -1,13 +1,13 @@
-"""What a checkpoint says of itself: manifest.json, and its own checksum in manifest.sha256.
+"""The manifest of a checkpoint, manifest.json, and its checksum, manifest.sha256: format, reading, checks.
 
     step-00001000/
         manifest.json, manifest.sha256    written last
-        rank-00000.safetensors ...        pieces of every parameter, flattened: master, exp_avg, exp_avg_sq
+        rank-00000.safetensors ...        flattened shards of parameters: master, exp_avg, exp_avg_sq
         router.safetensors                bias and load fractions
         config.toml, provenance.json, tokenizer.model (or .json)
 
-Everything is JSON, TOML or safetensors, so reading a stranger's checkpoint runs no code. What it claims is
-checked before it is used, and nothing is allocated by its word.
+Everything is JSON, TOML or safetensors, so reading a stranger's checkpoint runs no code. Every claim in the
+manifest is checked before it is used, and no memory is allocated because of an unchecked one.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from turnout.training.errors import CheckpointError, UnreadableError, printable
 from turnout.training.guard import GuardState
 from turnout.training.renames import rename_manifest
 
-# 1 held gate and up of the experts apart, which is not read; 2 had other names for two keys.
+# Version 1, which stored gate and up of the experts separately, is not read; 2 names two keys differently.
 FORMAT_VERSION, READ_VERSIONS = 3, (2, 3)
 MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 ROUTER_FILE, CONFIG_FILE, PROVENANCE_FILE = "router.safetensors", "config.toml", "provenance.json"
@@ -40,11 +40,11 @@ BIAS, LOAD_FRAC = "bias", "load_frac"  # the tensors in ROUTER_FILE
 _FILE_NAMES = re.compile(
     r"(rank-[0-9]{5}|router)\.safetensors|config\.toml|provenance\.json|tokenizer\.(model|json)"
 )
-# Python's integers have no end, those of tensors and file offsets have. Strict, or "nan" would be a number.
+# Python's integers have no limit; tensor sizes and file offsets do. Strict, or the text "nan" would pass.
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Size = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
 Scalar = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]  # is printed, and part of a key
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")]  # is printed, and is part of a key
 
 
 def rank_file(rank: int) -> str:
@@ -59,7 +59,7 @@ class FileEntry(BaseModel):
 
 
 class TensorEntry(BaseModel):
-    """A whole tensor and who holds what of it. pieces: (rank, first_col, width, start, stop) each."""
+    """A whole tensor and its shards, each as (rank, first_col, width, start, stop)."""
 
     model_config = STRICT
 
@@ -73,12 +73,12 @@ class TensorEntry(BaseModel):
         return Matrix(self.n_rows, self.row_width)
 
     def held_shards(self) -> list[tuple[int, Shard]]:
-        """Return (rank, piece) of each piece."""
-        return [(rank, Shard(*numbers)) for rank, *numbers in self.shards]
+        """Return each shard with the rank that holds it."""
+        return [(rank, Shard(*bounds)) for rank, *bounds in self.shards]
 
 
 class SavedLayout(BaseModel):
-    """The layout that saved the checkpoint. Only to be told: it binds nobody who loads it."""
+    """The layout that saved the checkpoint. For information only: any layout can load it."""
 
     model_config = STRICT
 
@@ -92,12 +92,12 @@ _GUARD = TypeAdapter(GuardState)
 
 
 class TrainingState(BaseModel):
-    """Everything else that training carries from step to step.
+    """What training carries from step to step besides tensors.
 
     optimizer     scalars of the optimizer, such as the number of applied steps
     loss_scaler   state of fp16's dynamic loss scaling; empty otherwise
-    guard         what training/guard.py remembers
-    skipped       the data steps that are left out for ever
+    guard         the state of training/guard.py
+    skipped       the data steps that the run never trains on
     """
 
     model_config = STRICT
@@ -117,7 +117,7 @@ class TrainingState(BaseModel):
     def _check_guard(cls, guard: dict[str, Any]) -> dict[str, Any]:
         if unknown := guard.keys() - GuardState.__dataclass_fields__.keys():
             raise ValueError(f"holds {sorted(unknown)}, which the guard does not know")
-        # As JSON: in Python, strict would want a GuardState.
+        # Validated as JSON, because strict validation of Python objects accepts only a GuardState.
         _GUARD.validate_json(json.dumps(guard), strict=True)
         return guard
 
@@ -125,12 +125,12 @@ class TrainingState(BaseModel):
     @classmethod
     def _check_skipped(cls, skipped: tuple[SkippedWindow, ...]) -> tuple[SkippedWindow, ...]:
         if any(window.last >= 2**63 for window in skipped):
-            raise ValueError("leaves out data steps beyond 2**63")
+            raise ValueError("skips data steps beyond 2**63")
         return skipped
 
 
 class DataIdentity(BaseModel):
-    """Which text a run reads; where it lies is of no importance."""
+    """The training data of a run, identified by content and not by path."""
 
     model_config = STRICT
 
@@ -158,7 +158,7 @@ class Manifest(BaseModel):
     def _check_files(self) -> Self:
         for name in self.files:
             if not _FILE_NAMES.fullmatch(name):
-                raise ValueError(f"file name {name!r} is none that a checkpoint has")
+                raise ValueError(f"{name!r} is not the name of a checkpoint's file")
         if missing := {ROUTER_FILE, CONFIG_FILE} - self.files.keys():
             raise ValueError(f"{sorted(missing)} is not among the files")
         return self
@@ -179,13 +179,13 @@ class Manifest(BaseModel):
                 raise ValueError(f"{name}: {fault}")
             missing = {rank_file(rank) for rank, *_ in entry.shards} - self.files.keys()
             if missing:
-                raise ValueError(f"{name}: lies in {sorted(missing)}, which is not among the files")
+                raise ValueError(f"{name}: is in {sorted(missing)}, which is not among the files")
         return self
 
 
 @dataclass(frozen=True)
 class Attached:
-    """What a run's checkpoints carry beside the numbers: identity of the data, and small files by name."""
+    """What a run's checkpoints carry besides its state: the identity of the data, and small files by name."""
 
     data: DataIdentity
     files: Mapping[str, bytes]
@@ -205,7 +205,7 @@ def to_bytes(manifest: Manifest) -> tuple[bytes, bytes]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check a checkpoint's manifest, and see that its files are there at their sizes.
+    """Read and check a checkpoint's manifest, and check that its files exist and have the right sizes.
 
     Raises CheckpointError naming the file and the fault.
     """
@@ -213,10 +213,10 @@ def read_manifest(directory: Path) -> Manifest:
     text, wanted = _read_small(path), _read_small(sum_path)
     if wanted != f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode():
         raise CheckpointError(
-            f"{path}: does not have the SHA-256 that {sum_path.name} says; one of them is damaged"
+            f"{path}: its SHA-256 is not the one in {sum_path.name}; one of the two files is damaged"
         )
     try:
-        # Python's json takes NaN and Infinity, which JSON does not have, and makes infinity of 1e999.
+        # Python's json accepts NaN and Infinity, which JSON does not have, and reads 1e999 as infinity.
         tree = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_each_key_once)
         _check_version(path, tree)
         manifest = Manifest.model_validate(rename_manifest(tree) if isinstance(tree, dict) else tree)
@@ -230,32 +230,32 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _check_version(path: Path, tree: Any) -> None:
-    # Before the fields: another version may have others.
+    # Checked before the fields, because another version may have other fields.
     found = tree.get("format_version", FORMAT_VERSION) if isinstance(tree, dict) else FORMAT_VERSION
     if found not in READ_VERSIONS:
         raise CheckpointError(
-            f"{path}: format_version={printable(repr(found), 20)} where {list(READ_VERSIONS)} are read; "
-            "use the Turnout that wrote it"
+            f"{path}: format_version={printable(repr(found), 20)} must be one of {list(READ_VERSIONS)}; "
+            "use the version of Turnout that wrote it"
         )
 
 
 def _finite(literal: str) -> float:
     if not math.isfinite(value := float(literal)):
-        raise ValueError(f"{literal} is no number")
+        raise ValueError(f"{literal} is not a finite number")
     return value
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of two that are alike, readers differ in which one they believe.
+    # JSON readers differ in which of two equal keys they keep.
     if len(tree := dict(pairs)) != len(pairs):
-        raise ValueError("a key comes twice in one object")
+        raise ValueError("a key appears twice in one object")
     return tree
 
 
 def check_size(path: Path, entry: FileEntry) -> None:
-    """Raise CheckpointError where a file is missing, is not a plain file, or has another size."""
+    """Check the size of a file. Raises CheckpointError if it differs, or if there is no such plain file."""
     if (found := _size_of(path)) != entry.n_bytes:
-        raise CheckpointError(f"{path}: has {found} bytes where the manifest says {entry.n_bytes}")
+        raise CheckpointError(f"{path}: has {found} bytes, but the manifest says {entry.n_bytes}")
 
 
 def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | None = None) -> None:
@@ -264,12 +264,12 @@ def check_file(path: Path, entry: FileEntry, on_read: Callable[[int], None] | No
     with naming_unreadable(path):
         found = sha256_of(path, on_read)
     if found != entry.sha256:
-        raise CheckpointError(f"{path}: SHA-256 {found[:16]}.. where the manifest says {entry.sha256[:16]}..")
+        raise CheckpointError(f"{path}: SHA-256 {found[:16]}.., but the manifest says {entry.sha256[:16]}..")
 
 
 def _read_small(path: Path) -> bytes:
     if _size_of(path) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is")
+        raise CheckpointError(f"{path}: is larger than {MAX_MANIFEST_BYTES} bytes, the limit for a manifest")
     with naming_unreadable(path):
         return path.read_bytes()
 
@@ -283,7 +283,10 @@ def _size_of(path: Path) -> int:
 
 @contextmanager
 def naming_unreadable(path: Path) -> Iterator[None]:
-    """Say which file it is that a failing disk, or a missing permission, does not give."""
+    """Turn an OSError, such as a failing disk's, into an UnreadableError.
+
+    Raises UnreadableError, which names the file.
+    """
     try:
         yield
     except OSError as err:

@@ -1,7 +1,7 @@
-"""What one rank gives to a checkpoint and takes from it: its fragments of the engine's state, by name."""
+"""One rank's part of a checkpoint: its fragments of the engine's state by name, for saving and restoring."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from turnout.training.errors import CheckpointError
 from turnout.training.optimizers.adamw import ADAMW_KINDS, ADAMW_SCALARS
 from turnout.training.parallel.groups import Groups
 
-MODULE_PREFIX = "decoder."  # of the engine's module, which is training/objective.py's
+MODULE_PREFIX = "decoder."  # in parameter names of the engine's module (training/objective.py)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a fragment lies in its whole tensor, whose shape this is."""
+    """The shape of a whole tensor, and which shard of it a fragment is."""
 
     shape: tuple[int, ...]
     matrix: Matrix
@@ -33,18 +33,21 @@ class Placement:
 class RankState:
     """One rank's part of a checkpoint.
 
-    places    by parameter name, what this rank writes of it
-    tensors   by key_of(kind, name), [numel of the piece] fp32
-    router    by name, flat; the first rank writes them
+    placements  by parameter name, the shard that this rank writes
+    tensors     by key_of(kind, name), [numel of the shard] fp32
+    router      by name, flat; the first rank writes them
     """
 
     kinds: tuple[str, ...]
-    places: Mapping[str, Placement]
+    placements: Mapping[str, Placement]
     tensors: Mapping[str, Tensor]
     router: Mapping[str, Tensor]
 
-    def copied_to(self, buffers: dict[str, Tensor]) -> "RankState":
-        """Return the share with its tensors copied into host buffers, which are made once and used again."""
+    def copy_to_host(self, buffers: dict[str, Tensor]) -> "RankState":
+        """Return a copy whose tensors are in host buffers.
+
+        buffers: by key, [numel of the shard] fp32; filled here, and reused by the next copy.
+        """
         for key, live in self.tensors.items():
             if key not in buffers or buffers[key].shape != live.shape:
                 buffers[key] = torch.empty(live.shape, dtype=torch.float32, pin_memory=live.is_cuda)
@@ -54,38 +57,39 @@ class RankState:
             torch.cuda.synchronize()
         return replace(self, tensors={key: buffers[key] for key in self.tensors}, router=router)
 
-    def described(self) -> dict[str, tuple]:
-        """Return the places as plain numbers: (shape, n_rows, row_width, piece) by name."""
+    def to_plain_placements(self) -> dict[str, tuple]:
+        """Return the placements as plain integers for JSON: (shape, n_rows, row_width, shard) by name."""
         return {
             name: (
-                place.shape,
-                place.matrix.n_rows,
-                place.matrix.row_width,
-                (place.shard.first_col, place.shard.width, place.shard.start, place.shard.stop),
+                placement.shape,
+                placement.matrix.n_rows,
+                placement.matrix.row_width,
+                astuple(placement.shard),
             )
-            for name, place in self.places.items()
+            for name, placement in self.placements.items()
         }
 
 
 def rank_state_of(engine: Engine, router_state: RouterState, groups: Groups) -> RankState:
-    """Return what this rank writes: together the ranks write each element once. The tensors are live."""
+    """Return what this rank writes, in live tensors. Together the ranks write each element once."""
     layout = groups.layout
     names = [name for name, _ in engine.module.named_parameters()]
-    places: dict[str, Placement] = {}
+    placements: dict[str, Placement] = {}
     tensors: dict[str, Tensor] = {}
     for fragment in engine.fragments():
-        # All tensor-parallel ranks hold an unsplit parameter; they take turns in writing them.
+        # All tensor-parallel ranks hold the unsplit parameters, so these are spread over the ranks by index.
         is_replicated = split_of(fragment.name) is None
         if is_replicated and names.index(fragment.name) % layout.tp != layout.tp_rank(groups.rank):
             continue
         name = fragment.name.removeprefix(MODULE_PREFIX)
-        places[name] = place_of(fragment, groups)
+        placements[name] = placement_of(fragment, groups)
         tensors |= {key_of(kind, name): values for kind, values in fragment.values.items()}
     router = {BIAS: router_state.bias_ME, LOAD_FRAC: router_state.load_frac_ME}
-    return RankState(engine.state_kinds(), places, tensors, router)
+    return RankState(engine.state_kinds(), placements, tensors, router)
 
 
-def place_of(fragment: Fragment, groups: Groups) -> Placement:
+def placement_of(fragment: Fragment, groups: Groups) -> Placement:
+    """Return which shard of its whole tensor a rank's fragment is."""
     split = split_of(fragment.name)
     size, index = _part_of(split, groups)
     shape = _whole_shape(fragment.part_shape, split, size)
@@ -96,7 +100,7 @@ def place_of(fragment: Fragment, groups: Groups) -> Placement:
 
 
 def _part_of(split: Split | None, groups: Groups) -> tuple[int, int]:
-    """Return into how many parts a parameter is split, and which of them is this rank's."""
+    """Return the number of parts that a parameter is split into, and the index of this rank's part."""
     layout = groups.layout
     if split is None:
         return 1, 0
@@ -108,10 +112,10 @@ def _part_of(split: Split | None, groups: Groups) -> tuple[int, int]:
 
 
 def restore(reader: TensorReader, engine: Engine, router_state: RouterState, groups: Groups) -> RouterState:
-    """Put a checkpoint into the engine, whatever layout saved it; return the router state. Collective.
+    """Load a checkpoint, saved by any layout, into the engine; return the router state. Collective.
 
-    router_state: any of the model's; only its shapes are used. Raises CheckpointError where the model's
-    parameters are not those of the checkpoint.
+    router_state: any state of this model; only its shapes are used. Raises CheckpointError if the parameters
+    of the checkpoint are not those of the model.
     """
     manifest = reader.manifest
     state = manifest.state
@@ -119,9 +123,9 @@ def restore(reader: TensorReader, engine: Engine, router_state: RouterState, gro
     check_optimizer_state(reader)
     engine.make_optimizer_state(manifest.kinds, state.optimizer)
     for fragment in engine.fragments():
-        name, place = fragment.name.removeprefix(MODULE_PREFIX), place_of(fragment, groups)
+        name, placement = fragment.name.removeprefix(MODULE_PREFIX), placement_of(fragment, groups)
         for kind, values in fragment.values.items():
-            reader.read_shard(name, kind, place.shard, values)
+            reader.read_shard(name, kind, placement.shard, values)
     engine.adopt_masters()
     engine.restore_loss_scaler(state.loss_scaler)
     bias_ME, load_frac_ME = (
@@ -134,7 +138,7 @@ def restore(reader: TensorReader, engine: Engine, router_state: RouterState, gro
 
 
 def check_parameters(reader: TensorReader, module: nn.Module, groups: Groups) -> None:
-    """Raise CheckpointError where the checkpoint's parameters are not the module's, by name and shape."""
+    """Compare names and shapes of all parameters. Raises CheckpointError naming the first that differs."""
     wanted = dict(_whole_matrices(module, groups))
     found = {name: (entry.shape, entry.matrix) for name, entry in reader.manifest.tensors.items()}
     if wanted == found:
@@ -143,16 +147,16 @@ def check_parameters(reader: TensorReader, module: nn.Module, groups: Groups) ->
         if wanted.get(name) != found.get(name):
             here, there = (x[name][0] if name in x else "absent" for x in (wanted, found))
             raise CheckpointError(
-                f"{reader.directory}: parameter {name} is {there} where this model's is {here}"
+                f"{reader.directory}: parameter {name} is {there}, but this model's is {here}"
             )
 
 
 def check_optimizer_state(reader: TensorReader) -> None:
-    """Raise CheckpointError where the state is not AdamW's: all of it, or none before the first update."""
+    """Check the optimizer state. Raises CheckpointError unless it is AdamW's, or empty before any update."""
     kinds, scalars = {*reader.manifest.kinds} - {MASTER}, {*reader.manifest.state.optimizer}
     if (kinds, scalars) not in ((set(), set()), ({*ADAMW_KINDS}, {*ADAMW_SCALARS})):
         raise CheckpointError(
-            f"{reader.directory}: holds {sorted(kinds | scalars)} where AdamW keeps "
+            f"{reader.directory}: holds {sorted(kinds | scalars)}, but AdamW keeps "
             f"{sorted({*ADAMW_KINDS, *ADAMW_SCALARS})}"
         )
 

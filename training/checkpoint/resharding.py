@@ -1,8 +1,9 @@
-"""The geometry of a tensor that many ranks hold in pieces. Integers and copies; no files, no processes.
+"""The shards of a tensor: their geometry, and copying from the saved shards into those of another layout.
 
-A tensor cut along `dim` is seen as a matrix: `n_rows` is the product of the sizes before dim, and `row_width`
-that of the sizes from dim on, so that every tensor-parallel or expert-parallel part is a block of whole
-columns. A piece is a range of such a block, flattened: what one rank's ZeRO partition holds of it.
+Integers and copies; no files, no processes. A tensor split along `dim` is viewed as a matrix: `n_rows` is the
+product of the sizes before dim, and `row_width` the product of the sizes from dim on. Every tensor-parallel
+or expert-parallel part is then a block of whole columns. A shard is a range of the flattened block: the
+elements in one rank's ZeRO partition.
 
     n_rows 3, row_width 8, two parts of 4 columns; elements 2 to 8 of the second part are
         . . . . | . . x x
@@ -18,12 +19,12 @@ from typing import TYPE_CHECKING
 from turnout.moe.parallel.sharding import Split
 
 if TYPE_CHECKING:
-    from torch import Tensor  # which readers of manifests need not wait for
+    from torch import Tensor  # slow to import, and not needed to read a manifest
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor seen as rows of columns, so that each part of it is a block of whole columns."""
+    """A tensor viewed as a matrix in which each part is a block of whole columns."""
 
     n_rows: int
     row_width: int
@@ -51,7 +52,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class _Rectangle:
-    """Rows [top, bottom) of columns [left, right), which lie at `offset` of the piece, row after row."""
+    """Rows [top, bottom) of columns [left, right), stored row by row from `offset` of the shard on."""
 
     top: int
     bottom: int
@@ -65,23 +66,23 @@ class _Rectangle:
 
 
 def _rectangles(shard: Shard) -> Iterator[_Rectangle]:
-    """Cut a piece into at most three rectangles: a rest of a row, whole rows, the beginning of a row."""
-    at, left, width = shard.start, shard.first_col, shard.width
-    while at < shard.stop:
-        row, col = divmod(at, width)
-        n_whole = (shard.stop - at) // width if col == 0 else 0
-        n_cols = width if n_whole else min(width - col, shard.stop - at)
+    """Cut a shard into at most three rectangles: the end of a row, whole rows, the beginning of a row."""
+    pos, left, width = shard.start, shard.first_col, shard.width
+    while pos < shard.stop:
+        row, col = divmod(pos, width)
+        n_whole = (shard.stop - pos) // width if col == 0 else 0
+        n_cols = width if n_whole else min(width - col, shard.stop - pos)
         n_rows = max(1, n_whole)
-        yield _Rectangle(row, row + n_rows, left + col, left + col + n_cols, at - shard.start)
-        at += n_rows * n_cols
+        yield _Rectangle(row, row + n_rows, left + col, left + col + n_cols, pos - shard.start)
+        pos += n_rows * n_cols
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two pieces share, as one block of a row range.
+    """The common elements of two shards, as one block of columns in a range of rows.
 
-    read      the range of the source piece's elements in which the shared rows lie
-    n_rows    how many rows; the source range is n_rows x source_width, the target's n_rows x target_width
+    read      the range of the source shard's elements that holds the common rows
+    n_rows    number of rows; the source range is n_rows x source_width, the target's n_rows x target_width
     """
 
     read: tuple[int, int]
@@ -98,7 +99,7 @@ class Overlap:
         return self.n_rows * self.n_cols
 
     def copy(self, source: "Tensor", target: "Tensor") -> None:
-        """Copy the shared elements. source [read stop - start], target [target piece's numel]; both flat."""
+        """Copy the common elements. source [read stop - start], target [target shard's numel]; both flat."""
         block = source.view(self.n_rows, self.source_width).narrow(1, self.source_col, self.n_cols)
         stop = self.target_start + self.n_rows * self.target_width
         rows = target[self.target_start : stop].view(self.n_rows, self.target_width)
@@ -106,7 +107,7 @@ class Overlap:
 
 
 def overlaps(source: Shard, target: Shard) -> Iterator[Overlap]:
-    """Yield what the target can take from the source; nothing where they do not touch."""
+    """Yield the blocks of elements that both shards hold; none if they do not overlap."""
     for theirs in _rectangles(source):
         for ours in _rectangles(target):
             top, bottom = max(theirs.top, ours.top), min(theirs.bottom, ours.bottom)
@@ -127,7 +128,7 @@ def overlaps(source: Shard, target: Shard) -> Iterator[Overlap]:
 
 
 def tiling_fault(matrix: Matrix, shards: Sequence[Shard]) -> str | None:
-    """Say where the pieces fail to cover every element exactly once; None where they do."""
+    """Return where the shards fail to cover every element exactly once; None if they do."""
     blocks: dict[tuple[int, int], list[Shard]] = {}
     for shard in sorted(shards):
         blocks.setdefault((shard.first_col, shard.width), []).append(shard)

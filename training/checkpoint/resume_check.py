@@ -1,7 +1,7 @@
-"""Which settings may differ when a run goes on: those that cannot change what it computes.
+"""Which settings may change when a run is resumed: those that cannot change what it computes.
 
-The layout, the micro-batch, recomputation and whatever is only watched or written are free. Everything else
-is the meaning of the run: a change is refused by name, unless it was allowed by name.
+The layout, the micro-batch, recomputation and everything that is only monitored or written are free to
+change. Any other change is refused by name, unless it was allowed by name.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -11,8 +11,8 @@ from turnout.training.checkpoint.manifest import DataIdentity
 from turnout.training.config.run import RunConfig
 from turnout.training.errors import ConfigError, printable
 
-# data.corpus: where the text lies is free, which text it is, is not; check_same_data looks at that.
-FREE = (
+# data.corpus: the path may change, but not the text; check_same_data compares the text.
+FREE_TO_CHANGE = (
     "parallel",
     "train.microbatch_seqs",
     "train.recompute",
@@ -27,14 +27,15 @@ FREE = (
     "guard",
 )
 
-# What follows from a change where its name does not say it.
-CONSEQUENCES = {"train.n_steps": "the learning rate goes on by the schedule of the new number of steps"}
+# The effect of a change that does not follow from the setting's name.
+CONSEQUENCES = {"train.n_steps": "the learning rate continues on the schedule for the new number of steps"}
 
 
 def check_same_run(saved: RunConfig, wanted: RunConfig, allowed: Collection[str]) -> list[str]:
-    """Return the changes of meaning, as `optim.lr 0.001 -> 0.002`. Raises ConfigError for one not allowed.
+    """Return the changes that are not free, as `optim.lr 0.001 -> 0.002`.
 
-    allowed: may name what did not change, because a job that is started again repeats its command.
+    allowed: settings that may change. It may name others, because a requeued job repeats its command.
+    Raises ConfigError for a change that is not allowed.
     """
     old, new = dict(_settings(saved.model_dump(mode="json"))), dict(_settings(wanted.model_dump(mode="json")))
     paths = sorted(old.keys() | new.keys())
@@ -45,21 +46,21 @@ def check_same_run(saved: RunConfig, wanted: RunConfig, allowed: Collection[str]
     }
     if refused := [path for path in changes if path not in allowed]:
         raise ConfigError(
-            f"the run has other settings: {', '.join(changes[path] for path in refused)}; go back to them, "
+            f"the run has other settings: {', '.join(changes[path] for path in refused)}; change them back, "
             f"or allow the change: {' '.join(f'--allow-change {path}' for path in refused)}"
         )
     return list(changes.values())
 
 
 def check_same_data(saved: DataIdentity, found: DataIdentity, allowed: Collection[str]) -> list[str]:
-    """Return the changes of the text. Raises ConfigError where it is other text and that is not allowed."""
+    """Return the change of the training text, if any. Raises ConfigError if it is not allowed."""
     if saved == found:
         return []
     what = "corpus_hash" if saved.corpus_hash != found.corpus_hash else "tokenizer_sha256"
     change = printable(f"data.corpus {what} {getattr(saved, what)[:12]} -> {getattr(found, what)[:12]}")
     if "data.corpus" not in allowed:
         raise ConfigError(
-            f"the run has other text: {change}; name the old corpus, or allow the change: "
+            f"the run has other text: {change}; use the old corpus, or allow the change: "
             "--allow-change data.corpus"
         )
     return [change]
@@ -70,7 +71,7 @@ def _consequence(path: str) -> str:
 
 
 def _is_free(path: str) -> bool:
-    return any(path == free or path.startswith(f"{free}.") for free in FREE)
+    return any(path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
 
 def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""A safetensors file as a stream of bytes, so that no more of a tensor is in memory than its writer holds.
+"""A safetensors file as a stream of bytes, so that no whole tensor needs to be in memory.
 
 Format: github.com/huggingface/safetensors, "Format".
 """
@@ -22,9 +22,10 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file: what the header says of it, and where its numbers come from when it is its turn.
+    """A tensor to be written: its shape and dtype for the header, and a function that reads its elements.
 
-    read  returns parts of any shape, which one after the other are the whole, row-major
+    read  called once, just before the tensor is written. Returns contiguous CPU tensors of any shape; their
+          elements in order are those of the whole tensor, row-major.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +40,7 @@ class Stored:
 def cut_by_bytes(
     items: Iterable[Item], n_bytes_of: Callable[[Item], int], max_bytes: int
 ) -> Iterator[list[Item]]:
-    """Cut tensors into files of at most max_bytes each; one that is larger has a file of its own."""
+    """Distribute items over files of at most max_bytes each; a larger item gets a file of its own."""
     part, n_bytes = list[Item](), 0
     for item in items:
         if part and n_bytes + n_bytes_of(item) > max_bytes:
@@ -53,7 +54,7 @@ def cut_by_bytes(
 def safetensors_chunks(
     tensors: Mapping[str, Stored], metadata: Mapping[str, str] | None = None
 ) -> Iterator[Buffer]:
-    """Yield the header, then the tensors in its order, each of them read when the ones before are written."""
+    """Yield the header, then the tensors in its order. Each is read after the ones before it were written."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, stored in tensors.items():
@@ -72,8 +73,8 @@ def _bytes_of(stored: Stored) -> Iterable[Buffer]:
     for part in stored.read():
         assert part.is_contiguous() and part.device.type == "cpu"
         n_read += part.numel()
-        # Converted a chunk at a time: a whole copy would be half the part again.
+        # Converted chunk by chunk: as bf16, a converted copy of the whole part would add half its size.
         for chunk in part.flatten().split(CHUNK_BYTES // part.element_size()):
             yield memoryview(chunk.to(stored.dtype).view(torch.uint8).numpy().data)
         del part, chunk  # before the next part is read
-    assert n_read == prod(stored.shape), "the parts are not the whole"
+    assert n_read == prod(stored.shape), "the parts do not add up to the tensor"

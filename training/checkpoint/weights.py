@@ -1,6 +1,6 @@
-"""The weights of a trained model under the names of ours, from whatever holds them. One process, no engine.
+"""The weights of a trained model under Turnout's parameter names, from any source. One process, no engine.
 
-They are read a tensor at a time, or an expert at a time, so that a model larger than memory can be copied.
+They are read one tensor or one expert at a time, so that a model larger than memory can be copied.
 """
 
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.config.optim import MASTER
 from turnout.training.errors import CheckpointError
 
-# What a reader maps at most before it lets go: pages of a mapped file count as a process's own memory.
+# Bytes read before the files are mapped again: mapped pages that were read count as the process's memory.
 MAPPED_BYTES = 32 << 20
 
 
 class Weights(Protocol):
-    """What holds a model.
+    """A source of a model's weights.
 
-    place           the directory, to be named in messages
+    place           its directory, for messages
     tokenizer_path  its tokenizer.model or tokenizer.json
     """
 
@@ -38,26 +38,29 @@ class Weights(Protocol):
     tokenizer_path: Path
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
-        """Return a parameter, or one expert's part of it, fp32 on the CPU. Raises CheckpointError."""
+        """Return a parameter in its whole shape, or one expert's part, fp32 on the CPU.
+
+        Raises CheckpointError.
+        """
         ...
 
     def read_bias(self) -> Tensor:
-        """Return the routers' bias, [M, E] fp32. Raises CheckpointError."""
+        """Return the routers' bias, [n_moe_layers, n_experts] fp32. Raises CheckpointError."""
         ...
 
 
 def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the whole shape of each parameter by name."""
+    """Return the shape of each whole parameter by name."""
     with torch.device("meta"):
         decoder = Decoder(cfg)
     return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
 
 
 class CheckpointWeights:
-    """The weights in a checkpoint, whatever layout saved it. Its tensors are not verified here."""
+    """The weights in a checkpoint saved by any layout. Its tensors are not verified here."""
 
     def __init__(self, directory: Path, cfg: ModelConfig) -> None:
-        """Raise CheckpointError where the checkpoint is not whole, or of another model than cfg's."""
+        """Open a checkpoint. Raises CheckpointError if it is incomplete, or of another model than cfg's."""
         self.place, self.cfg = directory, cfg
         self.manifest = read_checkpoint(directory)
         self.shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(cfg)
@@ -65,18 +68,17 @@ class CheckpointWeights:
         for name in sorted(found.keys() | self.shapes.keys()):
             if found.get(name) != self.shapes.get(name):
                 here, there = self.shapes.get(name, "absent"), found.get(name, "absent")
-                raise CheckpointError(
-                    f"{directory}: parameter {name} is {there} where its config says {here}"
-                )
+                raise CheckpointError(f"{directory}: parameter {name} is {there}, but its config says {here}")
         names = [name for name in self.manifest.files if name.startswith("tokenizer.")]
         if len(names) != 1:
             raise CheckpointError(
-                f"{directory}: holds {names or 'no tokenizer'} where one tokenizer is needed"
+                f"{directory}: holds {names or 'no tokenizer'}, but must hold one tokenizer"
             )
         self.tokenizer_path = directory / names[0]
         self._reader, self._n_mapped = TensorReader(directory, self.manifest), 0
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
+        """Return a parameter in its whole shape, or one expert's part, fp32 on the CPU."""
         shape, matrix = self.shapes[name], self.manifest.tensors[name].matrix
         first_col, width = 0, matrix.row_width
         if expert is not None:
@@ -86,16 +88,17 @@ class CheckpointWeights:
         out = torch.empty(prod(shape))
         for start in range(0, out.numel(), MAPPED_BYTES // 4):
             stop = min(start + MAPPED_BYTES // 4, out.numel())
-            self._let_go()
+            self._limit_mapped()
             self._reader.read_shard(name, MASTER, Shard(first_col, width, start, stop), out[start:stop])
             self._n_mapped += 4 * (stop - start)
         return out.view(shape)
 
-    def _let_go(self) -> None:
+    def _limit_mapped(self) -> None:
         if self._n_mapped >= MAPPED_BYTES:
             self._reader, self._n_mapped = TensorReader(self.place, self.manifest), 0
 
     def read_bias(self) -> Tensor:
+        """Return the routers' bias, [n_moe_layers, n_experts] fp32."""
         bias_ME = torch.empty(self.cfg.n_moe_layers, self.cfg.n_experts)
         self._reader.read_named(ROUTER_FILE, BIAS, bias_ME)
         return bias_ME
@@ -108,7 +111,7 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     expert_backend: str = "reference",
 ) -> tuple[Decoder, RouterState]:
-    """Return the whole model, ready to be evaluated, on one device."""
+    """Return the whole model in eval mode on one device, with its router state."""
     decoder = build_decoder(weights.cfg, device=device, dtype=dtype, expert_backend=expert_backend)
     for name, parameter in decoder.named_parameters():
         read_into(weights, name, parameter)
@@ -117,13 +120,13 @@ def load_decoder(
 
 @torch.no_grad()
 def read_into(weights: Weights, name: str, out: Tensor) -> None:
-    """Fill a tensor of any dtype and device with a parameter. Of experts one is held at a time."""
+    """Fill a tensor of the parameter's shape, any dtype and device. Experts are read one at a time."""
     parts = [out] if not is_expert(name) else list(out.unbind())
     for expert, part in enumerate(parts):
         part.copy_(weights.read(name, expert if is_expert(name) else None))
 
 
 def read_router_state(weights: Weights, device: torch.device | str = "cpu") -> RouterState:
-    """Return the trained bias; the load fractions, which only a training step reads, are uniform."""
+    """Return the trained bias with uniform load fractions, which only a training step reads."""
     state = RouterState.initial(weights.cfg, device)
     return RouterState(weights.read_bias().to(device), state.load_frac_ME)

@@ -8,11 +8,17 @@ from turnout.moe.config import STRICT
 
 
 class CheckpointConfig(BaseModel):
+    """When checkpoints are written, and which ones are kept."""
+
     model_config = STRICT
 
-    every_steps: PositiveInt | None = None  # None: only after the last step
+    # Optimizer steps between checkpoints; one is always written after the last step. None: only that one.
+    every_steps: PositiveInt | None = None
+    # Number of newest checkpoints to keep; older ones are deleted.
     keep_last: PositiveInt = 3
-    keep_every_steps: PositiveInt | None = None  # those of these steps are kept for ever
+    # Checkpoints at multiples of this step count are never deleted. None: none is protected.
+    keep_every_steps: PositiveInt | None = None
+    # Whether training continues while a checkpoint is written. false: it waits until the files are on disk.
     async_save: bool = True
 
     @model_validator(mode="after")

@@ -6,7 +6,11 @@ from turnout.moe.config import STRICT
 
 
 class EvalConfig(BaseModel):
+    """Evaluation on the validation split during training."""
+
     model_config = STRICT
 
-    every_steps: PositiveInt | None = None  # None: only after the last step
-    max_documents: PositiveInt | None = None  # None: the whole validation split
+    # Optimizer steps between evaluations; one always follows the last step. None: only that one.
+    every_steps: PositiveInt | None = None
+    # Cap on the documents of one evaluation. None: the whole validation split.
+    max_documents: PositiveInt | None = None

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, PositiveInt, model_validator
 
 from turnout.moe.config import STRICT
 
-# What these settings of GuardConfig are where they are at work and were not given.
+# Defaults of settings that are active but not given. Inactive ones stay None.
 GUARD_DEFAULTS: dict[str, float] = {
     "spike_sigma": 6.0,
     "spike_window_steps": 100,
@@ -17,31 +17,43 @@ GUARD_DEFAULTS: dict[str, float] = {
 
 
 class GuardConfig(BaseModel):
-    """What is taken for training gone wrong (training/guard.py), and what is then done.
+    """Which anomalies are looked for (training/guard.py), and what is done about each.
 
-    skip: the step's update is not applied. rollback: back to the last checkpoint, and the data of the steps
-    that led here is left out. A setting that is not at work is None; one that is at work never is, but for
-    max_load_frac and max_dead_frac, of which one is enough.
+    stop: the run ends with an error. skip: the step's update is not applied. rollback: the run returns to its
+    last checkpoint and leaves out the data of the steps that led here. off: not looked for.
+    Inactive settings are None. Active ones are always set, except that on_collapse needs only one of
+    max_load_frac and max_dead_frac.
     """
 
     model_config = STRICT
 
+    # Action when the loss or the gradient norm is not finite.
     on_non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    # Action when the loss is more than spike_sigma above its running mean.
     on_spike: Literal["off", "stop", "skip", "rollback"] = "off"
-    spike_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # standard deviations
-    spike_window_steps: int | None = Field(default=None, ge=2)  # of the mean; none is found before so many
-    # The updates that led to a collapse are past, so that skipping one would mend nothing.
+    # Standard deviations above the mean beyond which a loss is a spike. Default with on_spike: 6.
+    spike_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    # Window of the running mean and deviation, in steps; spikes are looked for only after so many steps.
+    # Default with on_spike: 100.
+    spike_window_steps: int | None = Field(default=None, ge=2)
+    # Action when routing has collapsed onto few experts. There is no skip: the updates that caused the
+    # collapse are already applied.
     on_collapse: Literal["off", "stop", "rollback"] = "off"
-    max_load_frac: float | None = Field(default=None, gt=0, lt=1)  # of a layer's rows, to one expert
-    max_dead_frac: float | None = Field(default=None, ge=0, lt=1)  # of a layer's experts, without any row
+    # Fraction of a layer's rows above which one expert is overloaded. None: not examined.
+    max_load_frac: float | None = Field(default=None, gt=0, lt=1)
+    # Fraction of a layer's experts without any row above which the layer has collapsed. None: not examined.
+    max_dead_frac: float | None = Field(default=None, ge=0, lt=1)
+    # Steps in a row that a layer must exceed its limit to count as collapsed. Default with on_collapse: 50.
     collapse_patience_steps: PositiveInt | None = None
-    skip_window_steps: PositiveInt | None = None  # data left out by a rollback, the offending step the last
-    max_interventions: PositiveInt | None = None  # skips and rollbacks of a run; at the next it stops
+    # Steps of data that a rollback leaves out, up to and with the offending step. Default with rollback: 1.
+    skip_window_steps: PositiveInt | None = None
+    # Cap on the skips and rollbacks of a run; the run stops at the next one. Default with either: 5.
+    max_interventions: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Give what is at work its default here, so that the resolved config holds it."""
+        """Fill in the defaults of active settings, so that the resolved config contains them."""
         if not isinstance(values, dict):
             return values
         given = {name: value for name, value in values.items() if value is not None}
@@ -65,7 +77,7 @@ class GuardConfig(BaseModel):
 
 
 def _idle_guard_settings(on_non_finite: Any, on_spike: Any, on_collapse: Any) -> dict[str, str]:
-    """Return the settings that these actions leave without effect, each with why and the way out."""
+    """Return the settings that have no effect with these actions, each with the reason and the way out."""
     actions = (on_non_finite, on_spike, on_collapse)
     idle: dict[str, str] = {}
     if on_spike in (None, "off"):
@@ -80,6 +92,6 @@ def _idle_guard_settings(on_non_finite: Any, on_spike: Any, on_collapse: Any) ->
         )
         if "skip" not in actions:
             idle["max_interventions"] = (
-                "where nothing is skipped or rolled back; set on_spike=skip for example"
+                "when nothing is skipped or rolled back; set on_spike=skip for example"
             )
     return idle

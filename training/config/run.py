@@ -1,8 +1,8 @@
-"""The configuration tree: the only schema of a run.
+"""The configuration tree: the only schema of a run. Its sections are the other files of this folder.
 
-Values are checked field by field and across fields here; what also needs the number of ranks is checked in
-training/parallel/layout.py, what needs the corpus in launch/preflight.py. Reading files and `--set` is
-launch/settings.py.
+Here values are checked across sections. Checks that also need the number of ranks are in
+training/parallel/layout.py, those that need the corpus in launch/preflight.py. launch/settings.py reads files
+and `--set`.
 """
 
 import math
@@ -93,16 +93,14 @@ class RunConfig(BaseModel):
             remedy = f"use at most {most}, or" if most else "use"
             seqs = self.train.microbatch_seqs
             raise ValueError(
-                f"train.expert_backend={name} takes less than {INT32_ELEMENTS:,} numbers of routed rows at once, "
-                f"and train.microbatch_seqs={seqs} gives {seqs * self._elements_of_sequence(name):,}; {remedy} "
-                "train.expert_backend=torch_grouped"
+                f"train.expert_backend={name} takes fewer than {INT32_ELEMENTS:,} elements of routed rows at "
+                f"once, but train.microbatch_seqs={seqs} gives {seqs * self._elements_of_sequence(name):,}; "
+                f"{remedy} train.expert_backend=torch_grouped"
             )
         return self
 
     def fits_int32(self, backend: str) -> bool:
-        """Return whether an expert backend can count the numbers of its weights, and of a micro-batch's rows
-        whatever the routing.
-        """
+        """Return whether an expert backend can index its weights, and any routing's rows of a micro-batch."""
         model = self.model
         n_weights = model.n_experts // self.parallel.ep * model.d_model * 2 * model.d_expert
         has_few_weights = not REQUIREMENTS[backend].indexes_int32 or n_weights < INT32_ELEMENTS
@@ -113,10 +111,10 @@ class RunConfig(BaseModel):
         return REQUIREMENTS[backend].indexes_int32 and n_elements >= INT32_ELEMENTS
 
     def _elements_of_sequence(self, backend: str) -> int:
-        """Return the numbers of a sequence's rows on the rank that has most of them."""
+        """Return the elements of a sequence's rows on the rank that holds the most."""
         model, parallel = self.model, self.parallel
         width = max(model.d_model, 2 * model.d_expert) if backend == "triton_grouped" else model.d_model
-        load: float = parallel.ep  # all rows of all ranks
+        load: float = parallel.ep  # of the mean: all rows of all ranks
         if parallel.ep > 1 and parallel.ep_max_load is not None:
             load = min(load, parallel.ep_max_load)
         return math.ceil(model.seq_len * model.top_k * width // parallel.tp * load)
@@ -140,9 +138,9 @@ class RunConfig(BaseModel):
         }
         path = next((path for path, action in actions.items() if action == "rollback"), None)
         if path is not None and (every_steps is None or every_steps >= n_steps):
-            given = "" if every_steps is None else f", not to checkpoint.every_steps={every_steps}"
+            given = "" if every_steps is None else f", but checkpoint.every_steps={every_steps}"
             raise ValueError(
-                f"{path}=rollback needs a checkpoint before the last step to go back to{given}; "
+                f"{path}=rollback needs a checkpoint before the last step to return to{given}; "
                 f"set checkpoint.every_steps below train.n_steps={n_steps}"
             )
         return self
@@ -157,18 +155,18 @@ class RunConfig(BaseModel):
         if window is not None and window >= n_steps:
             raise ValueError(
                 f"guard.spike_window_steps={window} must be below train.n_steps={n_steps}, or no spike is "
-                f"ever found; use at most {n_steps - 1}, or guard.on_spike=off"
+                f"ever detected; use at most {n_steps - 1}, or guard.on_spike=off"
             )
         if patience is not None and patience > n_steps:
             raise ValueError(
                 f"guard.collapse_patience_steps={patience} must not be above train.n_steps={n_steps}, or no "
-                f"collapse is ever found; use at most {n_steps}"
+                f"collapse is ever detected; use at most {n_steps}"
             )
         return self
 
     @model_validator(mode="after")
     def _check_collapse_limits(self) -> Self:
-        """Refuse limits that no routing exceeds, or every one: a token's top_k experts are distinct."""
+        """Refuse limits that no routing or every routing exceeds: a token's top_k experts are distinct."""
         n_experts, top_k = self.model.n_experts, self.model.top_k
         load, dead = self.guard.max_load_frac, self.guard.max_dead_frac
         if load is not None and not 1 / n_experts <= load < 1 / top_k:

@@ -10,7 +10,11 @@ class SampleConfig(BaseModel):
 
     model_config = STRICT
 
+    # Texts to continue. Empty: no samples are written.
     prompts: tuple[str, ...] = ()
+    # Maximum number of tokens generated per prompt.
     n_tokens: PositiveInt = 64
-    temperature: float = Field(default=0.8, ge=0)  # 0: greedy
+    # Sampling temperature, by which logits are divided. 0: greedy decoding.
+    temperature: float = Field(default=0.8, ge=0)
+    # Nucleus sampling: only the most probable tokens that together reach this probability are sampled.
     top_p: float = Field(default=0.95, gt=0, le=1)

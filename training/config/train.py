@@ -8,15 +8,24 @@ from turnout.moe.config import STRICT
 
 
 class TrainConfig(BaseModel):
+    """Steps, batches and arithmetic."""
+
     model_config = STRICT
 
+    # Optimizer steps of the whole run.
     n_steps: PositiveInt
-    batch_tokens: PositiveInt  # per optimizer step, all ranks
-    microbatch_seqs: PositiveInt  # per rank and forward
+    # Tokens per optimizer step, over all ranks; a multiple of model.seq_len.
+    batch_tokens: PositiveInt
+    # Sequences per rank in one forward pass.
+    microbatch_seqs: PositiveInt
+    # Data type of the forward and backward passes; weights and optimizer state are also kept in fp32.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # Seed of the initial weights and of sampling.
     seed: int = Field(default=0, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0)  # None: no clipping
-    # auto: in half precision on a GPU from sm_80 on triton_grouped or torch_grouped, else sorted_loop
+    # Global gradient norm above which gradients are scaled down to it. None: no clipping.
+    clip_norm: float | None = Field(default=None, gt=0)
+    # Implementation of the experts' matrix products. auto: triton_grouped or torch_grouped in half precision
+    # on GPUs from sm_80 on, otherwise sorted_loop.
     expert_backend: Literal[
         "auto",
         "reference",
@@ -26,6 +35,9 @@ class TrainConfig(BaseModel):
         "megablocks",
         "triton_grouped",
     ] = "auto"
-    recompute: Literal["none", "selective", "full"] = "none"  # of activations, in backward
-    # Blocks by torch.compile, and the loss where parallel.tp=1: a slower first step, faster ones after it.
+    # Activations that are recomputed in the backward pass instead of being kept. selective: attention and
+    # feed-forward layers, without repeating their communication. full: whole blocks, communication included.
+    recompute: Literal["none", "selective", "full"] = "none"
+    # Whether torch.compile compiles the blocks, and with parallel.tp=1 the loss. Slower first step, faster
+    # later ones.
     compile: bool = False

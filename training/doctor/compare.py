@@ -1,4 +1,4 @@
-"""How far two trainings are apart, tensor by tensor: the arithmetic of `turnout doctor`. Pure."""
+"""How much two trainings differ, tensor by tensor: the arithmetic of `turnout doctor`. Pure."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# In the order in which a fault shows first. Those up to the first update are of the first step.
+# In the order in which a fault becomes visible. Those up to "first update" belong to the first update step.
 CHECKS = (
     "sample ids",
     "loss",
@@ -19,11 +19,11 @@ CHECKS = (
     "second step",
     "both updates",
 )
-# name -> tensor, for each of CHECKS
+# For each of CHECKS: name -> tensor.
 Evidence = dict[str, dict[str, Tensor]]
 
-# The largest error in fp32, relative to a tensor's norm: about ten times what was measured over the packaged
-# recipes on 2 and 4 ranks (LOG.md), and far below what any wrong factor, group or count gives.
+# The largest error in fp32, relative to a tensor's norm: about ten times the errors measured over the
+# packaged recipes on 2 and 4 ranks (LOG.md), and far below the error of any wrong factor, group or count.
 LIMITS = {
     "sample ids": 0.0,
     "loss": 1e-5,
@@ -35,8 +35,8 @@ LIMITS = {
     "second step": 1e-5,
     "both updates": 5e-4,
 }
-# In bf16 rows change experts where two are nearly tied, which makes tensors noisy but no longer or shorter:
-# what is judged is the length along the one in fp32, which a lost or doubled contribution changes.
+# In bf16 rows change experts at near-ties. That makes tensors noisy but neither longer nor shorter, so the
+# length along the fp32 tensor is compared, which a lost or doubled contribution changes.
 HALF_LIMITS = {
     "sample ids": 0.0,
     "loss": 2e-2,
@@ -48,17 +48,17 @@ HALF_LIMITS = {
     "second step": 0.2,
     "both updates": 0.2,
 }
-# Counts that hang on near ties, and signs of such counts.
+# Not compared in bf16: counts that depend on near-ties, and signs of such counts.
 NOT_IN_HALF = ("bias", "dropped rows")
 
-# Rounding is relative to what was summed, so a tensor much smaller than the others of its check (a gradient
-# in which terms cancel) is measured against this share of their typical size.
+# Rounding errors are relative to the summed terms. A tensor much smaller than the others of its check (a
+# gradient whose terms cancel) is therefore measured against this fraction of their root mean square.
 FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How one tensor differs: the norm of the difference, relative to the wanted norm, and in words."""
+    """How one tensor differs: the norm of the difference relative to the wanted norm, and a description."""
 
     name: str
     error: float
@@ -67,9 +67,10 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One check: its worst tensor, and the first beyond its limit in the order in which a fault spreads.
+    """The result of one check.
 
-    worst is None where there is nothing to compare.
+    worst  the tensor with the largest error; None if there is nothing to compare
+    first  the first tensor beyond the limit, in the order in which a fault spreads
     """
 
     check: str
@@ -80,11 +81,12 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
+        """Whether no tensor is beyond its limit."""
         return self.n_different == 0
 
 
 def compare(got: Evidence, want: Evidence, *, is_half: bool = False) -> list[Comparison]:
-    """Compare what a layout left with what one process in fp32 left; is_half: the layout ran in bf16."""
+    """Compare the evidence of a layout with that of one process in fp32; is_half: the layout ran in bf16."""
     return [compare_check(check, got[check], want[check], is_half=is_half) for check in CHECKS]
 
 
@@ -96,7 +98,10 @@ def compare_check(
     *,
     is_half: bool = False,
 ) -> Comparison:
-    """Compare named tensors. Missing and surplus names are differences. limit: other than the usual one."""
+    """Compare named tensors of equal shapes [...]. Missing and surplus names are differences.
+
+    limit: replaces the usual one.
+    """
     wrong_names = sorted(got.keys() ^ want.keys())
     if wrong_names:
         whose = "is missing" if wrong_names[0] in want else "is not in one process"
@@ -121,7 +126,7 @@ def compare_check(
 
 
 def _spreading_order(check: str, want: Mapping[str, Tensor]) -> list[str]:
-    """Gradients flow from the last parameter to the first, so a fault in a late one spreads to the early."""
+    """Return names in the order in which a fault spreads: gradients flow from the last parameter on."""
     return list(want)[::-1] if "gradient" in check else list(want)
 
 
@@ -133,7 +138,7 @@ def _floor(want: Mapping[str, Tensor]) -> float:
 
 def _error(got: Tensor, want: Tensor, floor: float) -> float:
     if not want.is_floating_point():
-        return float((got != want).double().mean())  # ids: the share that differs
+        return float((got != want).double().mean())  # ids: the fraction that differs
     difference = float(torch.linalg.vector_norm(got.double() - want.double()))
     if difference == 0:
         return 0.0
@@ -142,7 +147,7 @@ def _error(got: Tensor, want: Tensor, floor: float) -> float:
 
 
 def _error_of_length(got: Tensor, want: Tensor, floor: float) -> float:
-    """Return by how much `got` is too long or too short along `want`; noise across it does not count."""
+    """Return by how much `got` is too long or too short along `want`, relatively; ignore noise across it."""
     if not want.is_floating_point() or want.numel() == 1:
         return _error(got, want, floor)
     size = max(float(torch.linalg.vector_norm(want.double())), floor * math.sqrt(want.numel()))
@@ -153,8 +158,8 @@ def _error_of_length(got: Tensor, want: Tensor, floor: float) -> float:
 def _describe(name: str, error: float, got: Tensor, want: Tensor, limit: float) -> Deviation:
     name = name.removeprefix("decoder.")
     if not want.is_floating_point():
-        place = [int(i) for i in (got != want).nonzero()[0]] if error else []
-        return Deviation(name, error, f"differ in {error:.0%} of their places, first in {place}")
+        index = [int(i) for i in (got != want).nonzero()[0]] if error else []
+        return Deviation(name, error, f"{error:.0%} of the elements differ, the first at {index}")
     if want.numel() == 1:
         return Deviation(name, error, f"is {float(got):.9g}, in one process {float(want):.9g}")
     ratio = float((got.double() * want.double()).sum() / want.double().square().sum())
@@ -166,7 +171,7 @@ def _describe(name: str, error: float, got: Tensor, want: Tensor, limit: float) 
 
 
 def _where(name: str, got: Tensor, want: Tensor, limit: float) -> str:
-    """Name the experts that differ, where not all do."""
+    """Name the experts that differ, unless all do."""
     if ".experts." not in name:
         return ""
     allowed = limit * torch.linalg.vector_norm(want.double()) / math.sqrt(want.size(0))

@@ -1,7 +1,8 @@
-"""What a config allows but experience advises against: each rule with its reason, its source and a way out.
+"""Advice on settings that are valid but usually a mistake: each rule with its reason, source and remedy.
 
-What cannot work is refused by the config models (training/config/run.py, moe/config.py) and by plan_layout; here
-are settings that work and usually end badly. Nothing here stops a run. Pure: a RunConfig in, findings out.
+Settings that cannot work are refused by the config models (training/config/run.py, moe/config.py) and by
+plan_layout. The rules here cover settings that work but usually end badly. They stop no run. Pure: a
+RunConfig in, a list of Advice out.
 """
 
 import math
@@ -18,10 +19,10 @@ RANKS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
-class Finding:
+class Advice:
     """One setting that deserves a second look.
 
-    severity  "warning": the loss, or the run itself, is at stake; "note": only its speed or memory
+    severity  "warning": the loss or the whole run is at risk; "note": only its speed or memory
     """
 
     rule: str
@@ -32,22 +33,24 @@ class Finding:
     value: Any = None
 
 
-Rule = Iterator[Finding]
+Rule = Iterator[Advice]
 
 
-def lint(cfg: RunConfig) -> list[Finding]:
-    """Return all findings, warnings first."""
+def lint(cfg: RunConfig) -> list[Advice]:
+    """Return all advice on a config, warnings first."""
     rules = (_balancing, _batch_statistics, _routing, _optimizer, _schedule, _scale, _run, _shapes, _layout)
-    found = [replace(f, value=_value_at(cfg, f.path)) for rule in rules for f in rule(cfg)]
-    return sorted(found, key=lambda finding: finding.severity != "warning")
+    found = [replace(a, value=_value_at(cfg, a.path)) for rule in rules for a in rule(cfg)]
+    return sorted(found, key=lambda advice: advice.severity != "warning")
 
 
-def warning(rule: str, path: str, reason: str, remedy: str) -> Finding:
-    return Finding(rule, "warning", path, reason, remedy)
+def warning(rule: str, path: str, reason: str, remedy: str) -> Advice:
+    """Return advice on a setting that risks the loss or the run."""
+    return Advice(rule, "warning", path, reason, remedy)
 
 
-def note(rule: str, path: str, reason: str, remedy: str) -> Finding:
-    return Finding(rule, "note", path, reason, remedy)
+def note(rule: str, path: str, reason: str, remedy: str) -> Advice:
+    """Return advice on a setting that costs speed or memory."""
+    return Advice(rule, "note", path, reason, remedy)
 
 
 def _value_at(cfg: RunConfig, path: str) -> Any:
@@ -63,8 +66,8 @@ def _balancing(cfg: RunConfig) -> Rule:
         yield warning(
             "no-balancing",
             "model.balance.coef",
-            "with model.balance.bias_rate=0 too, nothing keeps experts evenly loaded, and gates left "
-            "alone come to favour the same few (Shazeer et al. 2017, 1701.06538, section 4)",
+            "with model.balance.bias_rate=0 too, nothing keeps experts evenly loaded, and the router comes "
+            "to favour the same few (Shazeer et al. 2017, 1701.06538, section 4)",
             "set model.balance.coef=0.01, or model.balance.bias_rate=0.001",
         )
     if balance.coef > 0.1:
@@ -79,11 +82,11 @@ def _balancing(cfg: RunConfig) -> Rule:
         yield warning(
             "two-balancings",
             "model.balance.coef",
-            f"model.balance.bias_rate={balance.bias_rate} exists to spare the model this loss's gradient; "
-            "beside it DeepSeek-V3 keeps 0.0001 (2412.19437, section 4.2)",
+            f"model.balance.bias_rate={balance.bias_rate} exists to avoid this loss's gradient; "
+            "together with it DeepSeek-V3 uses 0.0001 (2412.19437, section 4.2)",
             "use model.balance.coef=0.0001, or model.balance.bias_rate=0",
         )
-    # A softmax score is 1 / n_experts on average, a sigmoid one about a half.
+    # A softmax score is 1 / n_experts on average, a sigmoid score about 0.5.
     mean_score = 1 / cfg.model.n_experts if router.score == "softmax" else 0.5
     limit = (0.1 if router.score == "softmax" else 0.02) * mean_score
     if balance.bias_rate > limit:
@@ -91,7 +94,7 @@ def _balancing(cfg: RunConfig) -> Rule:
             "large-bias-rate",
             "model.balance.bias_rate",
             f"a {router.score} score is about {mean_score:.2g} here, so a few steps of the bias outweigh "
-            "it and loads swing; 0.001 is usual for sigmoid scores (Wang et al. 2024, 2408.15664)",
+            "it and loads oscillate; 0.001 is usual for sigmoid scores (Wang et al. 2024, 2408.15664)",
             f"use at most {limit:.2g}",
         )
     if balance.z_coef == 0 and router.score == "softmax" and cfg.train.precision != "fp32":
@@ -121,7 +124,7 @@ def _batch_statistics(cfg: RunConfig) -> Rule:
             "short-sequences",
             "model.balance.scope",
             f"an expert sees {rows_per_seq:.3g} rows of a sequence when balanced; forcing so few to be "
-            "even works against specialised experts (Qiu et al. 2025, 2501.11873)",
+            "even prevents experts from specialising (Qiu et al. 2025, 2501.11873)",
             "use model.balance.scope=batch",
         )
 
@@ -133,7 +136,7 @@ def _routing(cfg: RunConfig) -> Rule:
             "unnormalised-sigmoid",
             "model.router.normalize",
             f"sigmoid weights of a token sum to anything from 0 to top_k={model.top_k}, so the layer's "
-            "output changes scale from token to token (DeepSeek-V3 divides by the sum: 2412.19437, "
+            "output varies in scale from token to token (DeepSeek-V3 divides by the sum: 2412.19437, "
             "section 2.1.2)",
             "use model.router.normalize=true",
         )
@@ -149,15 +152,15 @@ def _routing(cfg: RunConfig) -> Rule:
         yield note(
             "capacity-without-effect",
             "model.router.capacity_factor",
-            "an expert could take every token of a sequence, so no row is ever dropped and the sorting is "
-            "paid for nothing",
+            "an expert can take every token of a sequence, so no row is ever dropped and the extra sorting "
+            "is wasted",
             f"use less than n_experts / top_k = {model.n_experts / model.top_k:.3g}, or leave it out",
         )
     if model.top_k == model.n_experts:
         yield warning(
             "every-expert",
             "model.top_k",
-            "every token goes to every expert: a dense model at the price of routing",
+            "every token goes to every expert: a dense model with the cost of routing",
             f"use at most {model.n_experts // 2}",
         )
     logit_std = model.init_std * math.sqrt(model.d_model)
@@ -166,8 +169,8 @@ def _routing(cfg: RunConfig) -> Rule:
             "loud-initialisation",
             "model.init_std",
             f"router logits start with a standard deviation of {logit_std:.2g}, so the first, arbitrary "
-            "choices are near certain and little gradient corrects them (ST-MoE, 2202.08906: smaller is "
-            "more stable)",
+            "choices have probabilities near 1 and hardly any gradient corrects them (ST-MoE, 2202.08906: "
+            "smaller is more stable)",
             f"use at most {1 / math.sqrt(model.d_model):.1g}",
         )
 
@@ -194,7 +197,7 @@ def _optimizer(cfg: RunConfig) -> Rule:
         yield warning(
             "no-weight-decay",
             "optim.weight_decay",
-            "weights grow without bound, which lowers the effective learning rate by no schedule (Kosson "
+            "weights grow without bound, which lowers the effective learning rate uncontrollably (Kosson "
             "et al. 2023, 2305.17212)",
             "use 0.1",
         )
@@ -212,7 +215,7 @@ def _optimizer(cfg: RunConfig) -> Rule:
             "fp16",
             "train.precision",
             "its narrow range needs loss scaling, which skips steps, and was blamed for instabilities "
-            "that bf16 did not have (BLOOM, 2211.05100)",
+            "that bf16 did not show (BLOOM, 2211.05100)",
             "use bf16",
         )
 
@@ -224,7 +227,7 @@ def _schedule(cfg: RunConfig) -> Rule:
         yield warning(
             "short-warmup",
             "optim.schedule.warmup_steps",
-            "AdamW divides by a second moment that it has not measured yet; 2 / (1 - beta2) steps of "
+            "AdamW divides by a second moment that is not yet well estimated; 2 / (1 - beta2) steps of "
             "warm-up are enough (Ma and Yarats 2019, 1910.04209)",
             f"use at least {wanted}",
         )
@@ -232,23 +235,24 @@ def _schedule(cfg: RunConfig) -> Rule:
         yield warning(
             "little-decay",
             "optim.schedule.final_frac",
-            "much of the loss falls while the rate decays (Hu et al. 2024, 2404.06395, section 4), and "
-            "here it hardly does",
+            "much of the loss reduction happens while the rate decays (Hu et al. 2024, 2404.06395, section "
+            "4), and here it hardly decays",
             "use 0.1 or less",
         )
     if schedule.decay_frac is not None and schedule.decay_frac < 0.05:
         yield warning(
             "short-decay",
             "optim.schedule.decay_frac",
-            "a decay of 10 to 20% of the steps is what reaches a cosine's loss (Hagele et al. 2024, "
+            "a decay over 10 to 20% of the steps is needed to reach a cosine's loss (Hagele et al. 2024, "
             "2405.18392)",
             "use 0.1 to 0.2",
         )
 
 
 def _scale(cfg: RunConfig) -> Rule:
-    """The fits of learning rate and batch to compute of DeepSeek LLM (2401.02954, section 3.1), which lie
-    within a factor of 3 of OLMoE's settings and of the packaged recipes'.
+    """DeepSeek LLM's fits of learning rate and batch size to compute (2401.02954, section 3.1).
+
+    They lie within a factor of 3 of the settings of OLMoE and of the packaged recipes.
     """
     train = cfg.train
     flops = float(train.n_steps * train.batch_tokens * flops_per_token(cfg.model))
@@ -266,14 +270,14 @@ def _scale(cfg: RunConfig) -> Rule:
             "low-lr",
             "optim.lr",
             f"{source} {best_lr:.1e}; far below it the run learns little for its compute",
-            f"use about {best_lr:.1e}, unless trained weights are continued",
+            f"use about {best_lr:.1e}, unless the run continues from trained weights",
         )
     if train.batch_tokens > 8 * best_batch_tokens:
         yield warning(
             "large-batch",
             "train.batch_tokens",
-            f"{source} {best_batch_tokens:.2g} tokens, and beyond the critical batch more tokens per step "
-            "teach no more per step (McCandlish et al. 2018, 1812.06162)",
+            f"{source} {best_batch_tokens:.2g} tokens, and beyond the critical batch size more tokens no "
+            "longer improve a step (McCandlish et al. 2018, 1812.06162)",
             "use a smaller batch and more steps",
         )
 
@@ -283,21 +287,21 @@ def _run(cfg: RunConfig) -> Rule:
         yield warning(
             "late-evaluation",
             "eval.every_steps",
-            f"the held-out loss is first known after all {cfg.train.n_steps:,} steps",
+            f"the held-out loss is not known before all {cfg.train.n_steps:,} steps are done",
             "evaluate every few thousand steps, with eval.max_documents to keep it short",
         )
     if cfg.checkpoint.every_steps is None and cfg.train.n_steps > 1000:
         yield warning(
             "no-checkpoints",
             "checkpoint.every_steps",
-            f"the run is first saved after all {cfg.train.n_steps:,} steps; a kill before that loses all",
+            f"nothing is saved before all {cfg.train.n_steps:,} steps are done; a kill until then loses all",
             "save every few hundred steps; training waits only while the state is copied",
         )
     if cfg.parallel.timeout_s < 60:
         yield warning(
             "short-timeout",
             "parallel.timeout_s",
-            "a rank that compiles, evaluates or writes to a slow filesystem is taken for dead",
+            "a rank that compiles, evaluates or writes to a slow filesystem is considered dead",
             "use at least 60",
         )
     if cfg.train.precision == "fp32" and n_params(cfg.model) > 10**9:
@@ -337,19 +341,19 @@ def _shapes(cfg: RunConfig) -> Rule:
         yield note(
             "slow-attention",
             "model.d_head",
-            "flash attention takes multiples of 8 up to 256; others run slower and in O(seq_len^2) memory",
+            "flash attention supports multiples of 8 up to 256; others are slow and use O(seq_len^2) memory",
             "use 64 or 128",
         )
     if train.expert_backend == "reference":
         yield note(
             "slow-experts",
             "train.expert_backend",
-            "it is there to be compared with, and keeps more and computes more slowly",
+            "this backend exists for comparisons; it keeps more activations and is slower",
             "use auto",
         )
 
 
-def _tile_note(rule: str, path: str, value: int, tile: int, what: str) -> Finding:
+def _tile_note(rule: str, path: str, value: int, tile: int, what: str) -> Advice:
     reason = f"{what} runs in tiles of {tile} on a GPU, and the last one is {value % tile / tile:.0%} full"
     return note(rule, path, reason, f"use {_round_up(value, tile)}")
 
@@ -360,8 +364,8 @@ def _layout(cfg: RunConfig) -> Rule:
         yield note(
             "no-sequence-parallel",
             "parallel.sequence_parallel",
-            f"each of the {parallel.tp} ranks holds the norms' and residuals' activations whole; splitting "
-            "them costs no more communication (Korthikanti et al. 2022, 2205.05198, section 4.2)",
+            f"each of the {parallel.tp} ranks holds all activations of norms and residuals; splitting "
+            "them needs no additional communication (Korthikanti et al. 2022, 2205.05198, section 4.2)",
             "use parallel.sequence_parallel=true",
         )
     rows = rows_per_expert(cfg)
@@ -369,13 +373,13 @@ def _layout(cfg: RunConfig) -> Rule:
         yield note(
             "thin-experts",
             "train.microbatch_seqs",
-            f"an expert's product has {rows:.3g} rows of a micro-batch, where a GPU's tile takes {TILE}",
+            f"an expert's matrix product has {rows:.3g} rows per micro-batch, but a GPU's tile has {TILE}",
             "use more sequences per micro-batch with train.recompute, or a larger parallel.ep",
         )
 
 
 def rows_per_expert(cfg: RunConfig) -> float:
-    """Return the rows an expert computes in one forward pass when load is even: ep ranks send it theirs."""
+    """Return the rows per expert and forward pass if load is even, from all ranks of its ep group."""
     model = cfg.model
     n_tokens = cfg.train.microbatch_seqs * model.seq_len * cfg.parallel.ep / cfg.parallel.tp
     return n_tokens * model.top_k / model.n_experts

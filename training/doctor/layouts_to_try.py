@@ -1,4 +1,4 @@
-"""Which runs of one config `turnout doctor` compares: every layout that fits, and ways to cut its batch.
+"""The runs of one config that `turnout doctor` compares: every layout that fits, and ways to split its batch.
 
 Pure: a config and a number of ranks in, variants out.
 """
@@ -10,15 +10,16 @@ from typing import Literal
 from turnout.training.config.run import RunConfig
 from turnout.training.parallel.layout import Layout, divisors, misfits, plan_layout
 
-TIGHT = 0.4  # parallel.ep_max_load: below 1 any routing makes further trips, here at least two
+TIGHT = 0.4  # of parallel.ep_max_load: below 1 any routing needs extra chunks, here at least two
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train the same batches.
+    """One way to train on the same batches.
 
-    n_microbatches: per rank and step. n_trips, max_load: parallel.ep_chunks and parallel.ep_max_load; None:
-    the config's own.
+    n_microbatches  per rank and step
+    n_chunks        parallel.ep_chunks
+    max_load        parallel.ep_max_load; None: the config's own
     """
 
     layout: Layout
@@ -38,7 +39,7 @@ class Variant:
         if self.n_microbatches > 1:
             words.append(f"micro-batches={self.n_microbatches}")
         if self.n_chunks > 1:
-            words.append(f"trips={self.n_chunks}")
+            words.append(f"chunks={self.n_chunks}")
         if self.max_load is not None:
             words.append(f"max-load={self.max_load}")
         if self.recompute != "none":
@@ -48,7 +49,7 @@ class Variant:
         return " ".join(words)
 
     def apply(self, cfg: RunConfig) -> RunConfig:
-        """Return cfg at this variant. Raises ConfigError where it does not fit."""
+        """Return cfg with this variant's settings. Raises ConfigError if they do not fit."""
         parallel = {
             "tp": self.layout.tp,
             "ep": self.layout.ep,
@@ -73,7 +74,7 @@ class Variant:
 
 
 def split_layouts(cfg: RunConfig, world_size: int) -> tuple[list[Layout], dict[Layout, str]]:
-    """Return the layouts of world_size ranks that fit the model, and why each other one does not."""
+    """Return the layouts of world_size ranks that fit the model, and for the others the reason why not."""
     fitting, refused = [], {}
     for tp in divisors(world_size):
         for ep in divisors(world_size):
@@ -89,7 +90,7 @@ def split_layouts(cfg: RunConfig, world_size: int) -> tuple[list[Layout], dict[L
 
 
 def richest(layouts: Sequence[Layout]) -> Layout:
-    """Return the layout with the most kinds of parallelism at once, then with the largest groups."""
+    """Return the layout with the most kinds of parallelism; among equals, the one with the largest groups."""
 
     def key(layout: Layout) -> tuple[int, int, int]:
         kinds = (layout.dp, layout.tp, layout.ep, layout.edp)
@@ -99,25 +100,25 @@ def richest(layouts: Sequence[Layout]) -> Layout:
 
 
 def list_variants(cfg: RunConfig, layouts: Sequence[Layout]) -> list[Variant]:
-    """Return every layout under both ZeRO stages, sequence parallelism where tensors are split, and on the
-    richest layout accumulation, recomputation and further trips of rows; all in fp32, where a difference
-    shows beyond rounding.
+    """Return the variants to compare.
 
-    A bf16 config is also run in bf16, where DeepSpeed takes other ways.
+    These are every layout with both ZeRO stages, sequence parallelism if tensors are split, and on the
+    richest layout accumulation, recomputation and extra chunks of rows. All are in fp32, where a fault stands
+    out from rounding. A bf16 config also runs in bf16, where DeepSpeed uses other code.
     """
     base = [Variant(layout, stage) for layout in layouts for stage in (1, 2)]
     stage = cfg.parallel.zero_stage
     base += [Variant(layout, stage, sequence_parallel=True) for layout in layouts if layout.tp > 1]
     rich = Variant(richest(layouts), stage)
     rich = replace(rich, sequence_parallel=rich.layout.tp > 1 and cfg.parallel.sequence_parallel)
-    cuts = [replace(rich, n_microbatches=n) for n in (2, 4)]
-    cuts.append(replace(rich, n_microbatches=2, zero_stage=2 if stage == 1 else 1))
-    cuts += [replace(rich, recompute=recompute) for recompute in ("selective", "full")]
-    cuts.append(replace(rich, n_microbatches=2, recompute="full", sequence_parallel=rich.layout.tp > 1))
+    splits = [replace(rich, n_microbatches=n) for n in (2, 4)]
+    splits.append(replace(rich, n_microbatches=2, zero_stage=2 if stage == 1 else 1))
+    splits += [replace(rich, recompute=recompute) for recompute in ("selective", "full")]
+    splits.append(replace(rich, n_microbatches=2, recompute="full", sequence_parallel=rich.layout.tp > 1))
     if rich.layout.ep > 1:
-        cuts += [replace(rich, n_chunks=2), replace(rich, max_load=TIGHT)]
+        splits += [replace(rich, n_chunks=2), replace(rich, max_load=TIGHT)]
     half = []
     if cfg.train.precision == "bf16":
         plain = [v for v in base if not v.sequence_parallel]
-        half = [replace(v, precision="bf16") for v in [*plain, cuts[1], cuts[2], cuts[4]]]
-    return [*base, *cuts, *half]
+        half = [replace(v, precision="bf16") for v in [*plain, splits[1], splits[2], splits[4]]]
+    return [*base, *splits, *half]

@@ -1,7 +1,7 @@
-"""The same steps by any layout of the real engine and by hand in one process, and their comparison by name.
+"""The same steps in any layout of the real engine, and in plain torch in one process, for comparison by name.
 
-A training leaves evidence: named tensors under each of the checks of training/doctor/compare.py. Nothing here
-knows how the layouts were chosen or how ranks were started.
+A training produces evidence: named tensors for each check of training/doctor/compare.py. Nothing here knows
+how layouts were chosen or how ranks were launched.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from turnout.training.parallel.groups import Groups
 from turnout.training.parallel.layout import Layout
 from turnout.training.step import accumulate, advance_router_state, apply_update
 
-# A change of all weights by 1e-5 of their size, a hundred times rounding, must not move a row elsewhere.
+# Changing all weights by 1e-5 of their size, 100 times the rounding error, must not change any row's experts.
 NUDGE = 1e-5
 NUDGED_LIMITS = {
     "balancing gradient": 3e-3,
@@ -37,17 +37,18 @@ N_SEEDS = 50
 
 
 class SwitchedObjective(Objective):
-    """An objective whose cross-entropy can be switched off, which leaves the gradient of balancing alone."""
+    """An objective whose cross-entropy can be switched off, so that only balancing has a gradient."""
 
-    counts_cross_entropy = True
+    has_cross_entropy = True
 
     def forward(self, batch: Batch, router_state: RouterState) -> ObjectiveSums:
+        """Compute the sums of Objective, without the cross-entropy in total if it is switched off."""
         sums = super().forward(batch, router_state)
-        if self.counts_cross_entropy:
+        if self.has_cross_entropy:
             return sums
         balance, stats = self.decoder.cfg.balance, sums.stats
         total = balance.coef * stats.balance_sum.mean() + balance.z_coef * stats.z_sum.mean()
-        # Times 0 and not left out: the engine wants a gradient for every parameter.
+        # Multiplied by 0 instead of left out, because the engine needs a gradient for every parameter.
         return ObjectiveSums(total + 0.0 * sums.total, sums.nll, stats)
 
 
@@ -57,17 +58,16 @@ def build_sgd(groups: ParamGroups) -> torch.optim.Optimizer:
 
 
 def lr_at(cfg: RunConfig, step: int) -> float:
-    """Return 0 for the step of balancing alone, then a rate that moves the weights visibly, far from
-    divergence.
-    """
+    """Return 0 for the balancing-only step, then a rate that clearly changes weights without divergence."""
     if step == 0:
         return 0.0
     return 0.2 if cfg.train.clip_norm is None else 0.5 / cfg.train.clip_norm
 
 
-def starting_state(cfg: RunConfig) -> RouterState:
-    """Return uneven loads of a previous step, without which the batch scope has no gradient, and with a
-    bias_rate some bias.
+def uneven_router_state(cfg: RunConfig) -> RouterState:
+    """Return a router state with uneven loads, and with some bias if cfg has a bias_rate.
+
+    Without uneven loads of a previous step, balancing in batch scope would have no gradient.
     """
     state, generator = RouterState.initial(cfg.model), torch.Generator().manual_seed(0)
     load_ME = torch.rand(state.load_frac_ME.shape, generator=generator) + 0.1
@@ -76,18 +76,18 @@ def starting_state(cfg: RunConfig) -> RouterState:
 
 
 def train_by_engine(cfg: RunConfig, groups: Groups, loader: Loader) -> Evidence:
-    """Take cfg's steps at its layout through the real engine: one of balancing alone, which moves nothing,
-    then two updates. Every rank calls it, and each returns whole tensors as it sees them.
+    """Take cfg's steps in its layout with the real engine: a balancing-only step that changes no weight, then
+    two updates. Collective; each rank returns whole tensors as it sees them.
     """
     objective = SwitchedObjective(build_local_decoder(cfg, groups))
-    # The engine's own check would stop where the comparison says more.
+    # The engine's own check would stop the run, whereas the comparison shows more.
     engine = put_under_engine(objective, cfg, groups, build_sgd, checks_first_step=False)
     evidence: Evidence = {check: {} for check in CHECKS}
     evidence["sample ids"] = assembled_ids(cfg, groups.layout, loader)
-    state, before = starting_state(cfg), engine.master_weights()
+    state, before = uneven_router_state(cfg), engine.master_weights()
     with prefetch(loader, cfg, groups.layout, groups.rank) as steps:
         for step, microbatches in steps:
-            objective.counts_cross_entropy = step > 0
+            objective.has_cross_entropy = step > 0
             totals = accumulate(engine, microbatches, state, step=step, groups=groups)
             if step < 2:
                 evidence["gradient" if step else "balancing gradient"] = engine.gradients()
@@ -96,7 +96,7 @@ def train_by_engine(cfg: RunConfig, groups: Groups, loader: Loader) -> Evidence:
                 continue
             state = advance_router_state(state, result, cfg.model.balance)
             means = (result.loss, result.balance_loss, result.z_loss, result.entropy, result.n_dropped)
-            _note_step(evidence, step, means, result.outcome.grad_norm, state)
+            _add_step(evidence, step, means, result.outcome.grad_norm, state)
             after = engine.master_weights()
             update = {name: after[name] - before[name] for name in before}
             evidence["first update" if step == 1 else "both updates"] = update
@@ -105,9 +105,9 @@ def train_by_engine(cfg: RunConfig, groups: Groups, loader: Loader) -> Evidence:
 
 
 def train_plainly(cfg: RunConfig, loader: Loader, *, nudge: float = 0.0) -> Evidence:
-    """Take the same steps by hand, in fp32: one process, one batch, plain torch, experts by their slow twin.
+    """Take the same steps in plain torch in fp32: one process, one batch, and the reference expert backend.
 
-    nudge: relative size of a random change of the initial weights, to see what hangs on rounding.
+    nudge: relative size of a random change of the initial weights, which shows what depends on rounding.
     """
     decoder = build_decoder(cfg.model, expert_backend="reference")
     init_weights(decoder, seed=cfg.train.seed)
@@ -118,12 +118,12 @@ def train_plainly(cfg: RunConfig, loader: Loader, *, nudge: float = 0.0) -> Evid
     before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
     optimizer = build_sgd(param_groups(objective.named_parameters(), cfg.optim.weight_decay))
     evidence: Evidence = {check: {} for check in CHECKS}
-    state = starting_state(cfg)
+    state = uneven_router_state(cfg)
     for step in range(cfg.train.n_steps):
         batch = loader.batch(step)
         evidence["sample ids"][f"samples of step {step}"] = batch.sample_ids
         n_tokens = (batch.targets != IGNORE_INDEX).sum()
-        objective.counts_cross_entropy = step > 0
+        objective.has_cross_entropy = step > 0
         sums = objective(batch, state)
         optimizer.zero_grad()
         (sums.total / n_tokens).backward()
@@ -139,7 +139,7 @@ def train_plainly(cfg: RunConfig, loader: Loader, *, nudge: float = 0.0) -> Evid
         state = state.after_step(sums.stats.counts_E, cfg.model.balance)
         layer_sums = (sums.stats.balance_sum, sums.stats.z_sum, sums.stats.entropy_sum)
         means = [sums.nll / n_tokens, *(x.detach().double().mean() / n_tokens for x in layer_sums)]
-        _note_step(evidence, step, [*means, sums.stats.n_dropped.sum()], norm, state)
+        _add_step(evidence, step, [*means, sums.stats.n_dropped.sum()], norm, state)
         update = {name: p.detach() - before[name] for name, p in objective.named_parameters()}
         evidence["first update" if step == 1 else "both updates"] = update
     return evidence
@@ -153,10 +153,10 @@ def _gradients(objective: Objective) -> dict[str, Tensor]:
     return gradients
 
 
-def _note_step(
+def _add_step(
     evidence: Evidence, step: int, means: Sequence[Tensor], norm: float, state: RouterState
 ) -> None:
-    """Take the numbers of one step, and the router state after it, into the evidence."""
+    """Add the losses and norm of one step, and the router state after it, to the evidence."""
     names = ("cross-entropy", "balancing loss", "z-loss", "router entropy", "dropped rows")
     loss = {name: mean.detach().double() for name, mean in zip(names, means, strict=True)}
     clip_norm = {"gradient norm": torch.tensor(norm, dtype=torch.float64)}
@@ -168,8 +168,9 @@ def _note_step(
 
 
 def assembled_ids(cfg: RunConfig, layout: Layout, loader: Loader) -> dict[str, Tensor]:
-    """Return the sample ids of each step that the ranks of a layout get, [tp, batch_seqs]: row t holds those
-    of the ranks with tp_rank t, which must all be the whole batch.
+    """Return the sample ids that the ranks of a layout read in each step, [tp, batch_seqs].
+
+    Row t holds those of the ranks with tp_rank t; each row must be the whole batch.
     """
     ids_of_rank: list[list[Tensor]] = []
     for rank in range(layout.world_size):
@@ -186,10 +187,10 @@ def assembled_ids(cfg: RunConfig, layout: Layout, loader: Loader) -> dict[str, T
 
 
 def find_steady_batches(cfg: RunConfig, order: Order) -> tuple[int, Evidence]:
-    """Return a seed of batches whose routing does not hang on rounding, and the evidence of one process.
+    """Return a seed of batches whose routing does not depend on rounding, and the evidence of one process.
 
-    Where two experts are nearly tied for a token, the order in which a layout sums decides between them, and
-    what follows differs by much more than rounding although nothing is wrong.
+    If two experts are nearly tied for a token, the order of a layout's sums decides between them, and the
+    results then differ by much more than rounding although nothing is wrong.
     """
     for seed in range(N_SEEDS):
         loader = SyntheticLoader(cfg, order, seed)

@@ -1,7 +1,8 @@
-"""A config of the same structure and tiny sizes, which the same layouts fit: what `turnout doctor` trains.
+"""Shrink a config to tiny sizes with the same structure and the same fitting layouts, for `turnout doctor`.
 
-Kept: how experts are chosen, weighted and balanced, the kinds of layers, the ratio of heads, precision,
-clipping, and for every size that a layout must divide, by which numbers of ranks it can be divided. Pure.
+Unchanged are the choice, weighting and balancing of experts, the kinds of layers, the ratio of heads,
+precision and clipping. Every size that a layout must divide remains divisible by the same numbers of ranks.
+Pure.
 """
 
 import math
@@ -11,15 +12,15 @@ from turnout.moe.config import ModelConfig
 from turnout.moe.experts.requirements import REQUIREMENTS
 from turnout.training.config.run import RunConfig
 
-N_STEPS = 3  # what training/doctor/parity.py takes: one of balancing alone, and two updates
-# Any model's gradient norm is above it, so that clipping is at work whatever the original limit.
+N_STEPS = 3  # of training/doctor/parity.py: a balancing-only step and two updates
+# Every model's gradient norm is above this, so that clipping is active whatever the original limit.
 CLIP_NORM = 0.05
 
 
 def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
-    """Return the small twin of cfg for world_size ranks. Its own layout is plain data parallelism.
+    """Return the small version of cfg for world_size ranks. Its own layout is plain data parallelism.
 
-    A batch gives every data-parallel rank at least 4 sequences, so that it can be cut into micro-batches.
+    A batch has at least 4 sequences for every data-parallel rank, so that it can be split into micro-batches.
     """
     backend = cpu_backend(cfg.train.expert_backend)
     multiple = 1 if backend == "auto" else REQUIREMENTS[backend].width_multiple
@@ -36,20 +37,20 @@ def shrink(cfg: RunConfig, world_size: int) -> RunConfig:
         "clip_norm": None if cfg.train.clip_norm is None else CLIP_NORM,
         "recompute": "none",
         "expert_backend": backend,
-        "compile": False,  # seconds for each variant, of models that compute for milliseconds
+        "compile": False,  # it takes seconds per variant, for models that compute for milliseconds
     }
     tree["optim"]["schedule"] |= schedule
-    del tree["sample"], tree["guard"]  # which speak of more steps and longer sequences
+    del tree["sample"], tree["guard"]  # they may require more steps or longer sequences
     return RunConfig.model_validate(tree)
 
 
 def cpu_backend(name: str) -> str:
-    """Return an expert backend, or where it needs a GPU what a CPU has in its place."""
-    return "auto" if name != "auto" and REQUIREMENTS[name].gpu else name
+    """Return an expert backend, or if it needs a GPU the one that replaces it on a CPU."""
+    return "auto" if name != "auto" and REQUIREMENTS[name].is_gpu_only else name
 
 
 def shrink_model(model: ModelConfig, world_size: int, *, multiple: int = 8) -> ModelConfig:
-    """Return the small twin of a model. multiple: of which the widths of experts' matrices must be."""
+    """Return the small version of a model. multiple: must divide the widths of experts' matrices."""
 
     def small(size: int, at_least: int, step: int = 1) -> int:
         return _like(size, at_least, world_size, step)
@@ -71,20 +72,20 @@ def shrink_model(model: ModelConfig, world_size: int, *, multiple: int = 8) -> M
         "vocab_size": small(model.vocab_size, 64),
         "seq_len": seq_len,
         "sliding_window": None if model.sliding_window is None else min(model.sliding_window, seq_len // 2),
-        # The same spread of router logits and activations at the start as in the wide model.
+        # Router logits and activations initially have the same spread as in the wide model.
         "init_std": model.init_std * math.sqrt(model.d_model / d_model),
     }
     return ModelConfig.model_validate(model.model_dump() | sizes)
 
 
 def _like(size: int, at_least: int, world_size: int, step: int = 1) -> int:
-    """Return the least multiple of step, no larger than size, that the same numbers of ranks divide."""
+    """Return the least multiple of step, at most size, that the same numbers of ranks divide."""
     shared = math.gcd(size, world_size)
     return _first(lambda n: n >= at_least and math.gcd(n, world_size) == shared, step, size)
 
 
 def _small_expert(model: ModelConfig, world_size: int, multiple: int) -> int:
-    """Return d_expert. Tensor parallelism cuts the shared experts by their joint width."""
+    """Return d_expert. Tensor parallelism splits the shared experts by their joint width."""
     shared = math.gcd(model.d_shared, world_size)
 
     def fits(d_expert: int) -> bool:
@@ -94,7 +95,7 @@ def _small_expert(model: ModelConfig, world_size: int, multiple: int) -> int:
 
 
 def _few_experts(model: ModelConfig, world_size: int) -> int:
-    """Return n_experts: room for choice among and within groups, and two on each rank where there were."""
+    """Return n_experts: enough for a choice among and within groups, and if possible two on each rank."""
     router, shared = model.router, math.gcd(model.n_experts, world_size)
     at_least = max(2 * model.top_k, 2 * world_size)
     if router.capacity_factor is not None:
@@ -113,5 +114,5 @@ def _few_experts(model: ModelConfig, world_size: int) -> int:
 
 
 def _first(fits: Callable[[int], bool], step: int, limit: int) -> int:
-    """Return the least multiple of step below limit that fits, else limit."""
+    """Return the least multiple of step below limit that fits, otherwise limit."""
     return next((n for n in range(step, limit, step) if fits(n)), limit)

@@ -1,4 +1,4 @@
-"""Batches made up for a comparison: random tokens, unequal masks and documents, in the order of a corpus."""
+"""Synthetic batches for comparisons: random tokens, unequal masks and documents, in the order of a corpus."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,17 @@ from turnout.training.config.run import RunConfig
 
 @dataclass(frozen=True)
 class Order:
-    """The sizes and weights of the sources that a corpus has, which with a seed give the order of samples."""
+    """Sizes and weights of a corpus's sources; together with a seed they determine the order of samples."""
 
     n_samples_per_source: tuple[int, ...]
     weights: tuple[float, ...]
 
 
 class SyntheticLoader(Loader):
-    """Serves random tokens, under the sample ids that training would serve in this place of the order.
+    """Serves random tokens under the sample ids that training would read at the same step.
 
-    Sequences keep unequal shares of their targets and hold two documents, the border of which moves, so the
-    shares of ranks and micro-batches are unequal too.
+    Sequences keep different fractions of their targets and hold two documents with varying borders, so that
+    ranks and micro-batches have unequal numbers of targets.
     """
 
     def __init__(self, cfg: RunConfig, order: Order, seed: int) -> None:
@@ -29,6 +29,7 @@ class SyntheticLoader(Loader):
         self._blend = Blend(order.weights)
 
     def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """Return the batch of a step, or some of its sequences."""
         cfg, chosen = self._cfg, slice(None) if rows is None else rows
         source_ids, sample_idx, _ = sample_ids(
             step,
@@ -41,9 +42,9 @@ class SyntheticLoader(Loader):
         n_seqs, seq_len = cfg.batch_seqs, cfg.model.seq_len
         stream = torch.randint(cfg.model.vocab_size, (n_seqs, seq_len + 1), generator=generator)
         targets = stream[:, 1:].clone()
-        shares = torch.linspace(1.0, 0.1, n_seqs)[torch.randperm(n_seqs, generator=generator)]
-        targets[torch.rand(n_seqs, seq_len, generator=generator) > shares[:, None]] = IGNORE_INDEX
-        targets[:, 0] = stream[:, 1]  # no sequence is wholly masked
+        kept_frac = torch.linspace(1.0, 0.1, n_seqs)[torch.randperm(n_seqs, generator=generator)]
+        targets[torch.rand(n_seqs, seq_len, generator=generator) > kept_frac[:, None]] = IGNORE_INDEX
+        targets[:, 0] = stream[:, 1]  # no sequence is entirely masked
         borders = torch.randint(seq_len, (n_seqs, 1), generator=generator)
         doc_ids = (torch.arange(seq_len) >= borders).long() * (not cfg.data.attend_across_documents)
         ids = torch.from_numpy(source_ids << SOURCE_BIT | sample_idx)

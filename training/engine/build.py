@@ -1,4 +1,4 @@
-"""Building one rank's part of a run: its part of the decoder, and the engine around it."""
+"""Build one rank's part of the decoder, and the engine around it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ from turnout.training.parallel.layout import n_microbatches
 
 
 def build_local_decoder(cfg: RunConfig, groups: Groups, dtype: torch.dtype = torch.float32) -> Decoder:
-    """Build this rank's part of the decoder with its initial weights, which are the same at every layout."""
+    """Build this rank's part of the decoder with its initial weights, which are the same in every layout."""
     decoder = build_decoder(
         cfg.model,
         device=groups.device,
@@ -35,7 +35,7 @@ def build_local_decoder(cfg: RunConfig, groups: Groups, dtype: torch.dtype = tor
 
 
 def build_engine(cfg: RunConfig, groups: Groups) -> tuple[Engine, Decoder]:
-    """Build the decoder and put it under the engine with its optimizer. Collective."""
+    """Build this rank's decoder, and an engine with its optimizer around it. Collective."""
     decoder = build_local_decoder(cfg, groups)
     return put_under_engine(Objective(decoder), cfg, groups, partial(build_adamw, cfg=cfg.optim)), decoder
 
@@ -48,7 +48,7 @@ def put_under_engine(
     *,
     checks_first_step: bool = True,
 ) -> Engine:
-    """Build the engine around a rank's objective. Collective."""
+    """Build the engine around this rank's objective. Collective."""
     return Engine(
         objective,
         cfg.train,

@@ -1,19 +1,21 @@
-"""Every DeepSpeed setting that bears on the result, written out: the defaults have moved between releases
-(gradient_clipping was 0 and is 1.0), and unknown top-level keys are ignored in silence.
+"""Every DeepSpeed setting that affects results, written out.
+
+DeepSpeed's defaults change between releases (gradient_clipping was 0 and is 1.0), and it silently ignores
+unknown top-level keys.
 """
 
 from typing import Any
 
 from turnout.training.config.train import TrainConfig
 
-# DeepSpeed wants a number; the loop logs by itself, so this one is never reached.
+# Steps between DeepSpeed's own log lines. It requires a number; the training loop does the logging.
 NEVER = 10**9
-# Gradients that are reduced at once, and weights that are gathered at once.
+# Elements of gradients that are reduced at once, and of weights that are gathered at once.
 BUCKET_ELEMENTS = 2**27
 
 
 def deepspeed_config(cfg: TrainConfig, *, zero_stage: int, dp: int, n_microbatches: int) -> dict[str, Any]:
-    """Return every DeepSpeed setting of a run. Pure; the reasons are in the comments."""
+    """Return every DeepSpeed setting of a run. Pure."""
     return {
         "train_micro_batch_size_per_gpu": cfg.microbatch_seqs,
         "gradient_accumulation_steps": n_microbatches,
@@ -21,7 +23,8 @@ def deepspeed_config(cfg: TrainConfig, *, zero_stage: int, dp: int, n_microbatch
         "gradient_clipping": cfg.clip_norm or 0.0,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
-        # Without these two, bf16 gradients are accumulated and reduced in bf16, with 12 times the error.
+        # Without these two settings bf16 gradients are accumulated and reduced in bf16, with 12 times the
+        # error.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,

@@ -1,10 +1,11 @@
-"""DeepSpeed, and everything private to it. No other file of training/ knows that it is there.
+"""DeepSpeed and everything private to it. Nothing outside training/engine/ knows about DeepSpeed.
 
-Contract: a step applies exactly the gradient of the sum of the losses given to `backward` on the
-data-parallel ranks, clipped by its global norm. DeepSpeed divides by their number, experts' gradients too,
-which it sums over the expert-data-parallel ranks; so `backward` multiplies by it.
+Contract: a step applies exactly the gradient of the sum of all losses given to `backward` on the
+data-parallel ranks, clipped by its global norm. DeepSpeed divides gradients by the number of data-parallel
+ranks, also those of experts, which it sums over the expert-data-parallel ranks; `backward` therefore
+multiplies by that number.
 
-Its settings are in training/engine/deepspeed_config.py.
+DeepSpeed's settings are in training/engine/deepspeed_config.py.
 """
 
 import contextlib
@@ -44,9 +45,9 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """grad_norm: the global norm before clipping, inf or nan where it is not finite.
+    """grad_norm: the global norm before clipping; may be inf or nan.
 
-    was_applied: False where a non-finite gradient made DeepSpeed skip the update; no weight has changed then.
+    was_applied: False if a non-finite gradient made DeepSpeed skip the update, so that no weight changed.
     """
 
     grad_norm: float
@@ -55,10 +56,11 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class Fragment:
-    """What one rank's optimizer holds of a parameter: live views, for a checkpoint to read or to fill.
+    """What one rank's optimizer holds of a parameter: live views that a checkpoint reads or fills.
 
-    part_shape: of this rank's part of the parameter; start: the fragment's offset in it, flattened
-    values: by kind, "master" and whatever state the optimizer keeps (exp_avg, exp_avg_sq), [n] fp32 each
+    part_shape: shape of this rank's part of the parameter
+    start: the fragment's offset in the flattened part
+    values: by kind ("master", and the optimizer's state such as exp_avg and exp_avg_sq), [n] fp32 each
     """
 
     name: str
@@ -82,12 +84,12 @@ class Engine:
         build_optimizer: Callable[[ParamGroups], torch.optim.Optimizer],
         checks_first_step: bool = True,
     ) -> None:
-        _quieten()
+        _silence_info()
         _skip_shm_build()
         _import_muon()
         if groups.device.type == "cpu":
             os.environ.setdefault("LOCAL_SIZE", str(groups.layout.world_size))
-        deepspeed.init_distributed(verbose=False)  # joins the process group that is already there
+        deepspeed.init_distributed(verbose=False)  # uses the process group that already exists
         self.n_microbatches, self._groups = n_microbatches, groups
         settings = deepspeed_config(
             cfg, zero_stage=zero_stage, dp=groups.layout.dp, n_microbatches=n_microbatches
@@ -100,7 +102,7 @@ class Engine:
             self._check = FirstStepCheck(
                 module, groups, has_expert_groups=has_own_expert_groups(groups.layout)
             )
-        # Its bf16 optimizer prints memory reports that no setting turns off.
+        # DeepSpeed's bf16 optimizer prints memory reports that no setting turns off.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=build_optimizer(param_groups), config=settings, mpu=_Mpu(groups)
@@ -112,26 +114,27 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
-        """The factor on the loss that keeps fp16 gradients representable; 1 otherwise."""
+        """The factor on the loss that keeps fp16 gradients representable; 1 in other precisions."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
 
     def forward(self, *args: Any) -> Any:
+        """Call the module."""
         return self._engine(*args)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate this rank's share of the gradient: the sum over ranks is what a step applies."""
+        """Add the gradient of a loss [] to this rank's gradient; a step applies the sum over ranks."""
         self._engine.backward(loss * self._groups.layout.dp, scale_wrt_gas=False)
         if isinstance(self._engine.optimizer, BF16_Optimizer):
-            # It has added the bf16 gradients to its fp32 sum and leaves them in place, so the next
+            # This optimizer has added the bf16 gradients to its fp32 sum but leaves them in place; the next
             # micro-batch would add them again.
             self._engine.optimizer.clear_lp_grads()
 
     def finish_microbatch(self) -> None:
-        """Tell DeepSpeed that one micro-batch, not the last of the step, is done."""
+        """Let DeepSpeed count one micro-batch that is not the last of the step."""
         self._engine.step()
 
     def step(self, lr: float) -> StepOutcome:
-        """Clip and apply the gradients of n_microbatches backward passes. Decides the same on every rank."""
+        """Clip and apply the gradients of n_microbatches backward passes; all ranks have the same outcome."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self._check is not None:
@@ -139,7 +142,7 @@ class Engine:
         return self._step()
 
     def drop_step(self) -> None:
-        """Have the coming step change no weight, as DeepSpeed does where a gradient is not finite."""
+        """Make the next step change no weight: an infinite gradient makes DeepSpeed skip the update."""
         for parameter in self._engine.module.parameters():
             if parameter._hp_mapping is not None:
                 self._reduced_gradient(parameter).view(-1)[0] = math.inf
@@ -153,7 +156,7 @@ class Engine:
         return StepOutcome(float(self._engine.get_global_grad_norm()), self._engine.was_step_applied())
 
     def _first_step(self, check: FirstStepCheck) -> StepOutcome:
-        """Step, and see that DeepSpeed reduced and clipped as it promises. Raises EngineError."""
+        """Step, and check that DeepSpeed reduces and clips correctly. Raises EngineError if it does not."""
         fragments, loss_scale = list(self._reduced_fragments()), self.loss_scale
         norm = float(check.norm(fragments)) / loss_scale
         if not math.isfinite(norm):
@@ -167,7 +170,7 @@ class Engine:
         return outcome
 
     def _reduced_fragments(self) -> Iterator[ReducedFragment]:
-        """Yield this rank's parts of the reduced gradient, as the coming step will apply them."""
+        """Yield this rank's parts of the reduced gradient, as the next step will apply them."""
         for name, parameter in self._engine.module.named_parameters():
             mapping = parameter._hp_mapping
             if mapping is None:
@@ -179,13 +182,13 @@ class Engine:
             yield ReducedFragment(name, address.start, values)
 
     def master_weights(self) -> dict[str, Tensor]:
-        """Return the whole fp32 value of every parameter by name. Collective: every rank must call it."""
+        """Return the whole fp32 value [...] of every parameter by name. Collective."""
         return self._whole(safe_get_full_fp32_param)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the whole gradient of every parameter by name, reduced and not yet clipped.
+        """Return the whole gradient [...] of every parameter by name, reduced and not yet clipped.
 
-        Collective; between the last backward pass of a step and the step.
+        Collective; to be called between the last backward pass of a step and the step.
         """
         factor = 1 / self.loss_scale
         return {name: gradient * factor for name, gradient in self._whole(safe_get_full_grad).items()}
@@ -199,7 +202,7 @@ class Engine:
         return whole
 
     def fragments(self) -> list[Fragment]:
-        """Return what this rank's optimizer holds of each parameter; all ranks together hold all of it."""
+        """Return this rank's fragments of the optimizer state; all ranks together hold the whole state."""
         states = self._optimizer.state
         flats = [group["params"][0] for group in self._optimizer.param_groups]
         fragments = []
@@ -207,7 +210,7 @@ class Engine:
             mapping = parameter._hp_mapping
             if mapping is None:
                 continue  # none of it is in this rank's partition
-            # Found by address: DeepSpeed links the state of the first parameter group only.
+            # By address, because DeepSpeed links only the state of the first parameter group.
             here, flat = mapping.hp_fragment_address, flats[mapping.param_group_index]
             whole = {MASTER: flat.detach()} | _per_element(states[flat], flat)
             values = {kind: tensor.narrow(0, here.start, here.numel) for kind, tensor in whole.items()}
@@ -216,12 +219,12 @@ class Engine:
         return fragments
 
     def state_kinds(self) -> tuple[str, ...]:
-        """Return the kinds of a fragment's values, the same on every rank."""
+        """Return the kinds of a fragment's values; they are the same on every rank."""
         flat = self._optimizer.param_groups[0]["params"][0]
         return (MASTER, *_per_element(self._optimizer.state[flat], flat))
 
     def optimizer_scalars(self) -> dict[str, float]:
-        """Return what the optimizer keeps once for all parameters, such as the number of applied steps."""
+        """Return the state that the optimizer keeps once for all parameters, such as its number of steps."""
         flats = [group["params"][0] for group in self._optimizer.param_groups]
         scalars: dict[str, float] = {}
         for flat in flats:
@@ -230,7 +233,7 @@ class Engine:
         return scalars
 
     def make_optimizer_state(self, kinds: Iterable[str], scalars: Mapping[str, float]) -> None:
-        """Give the optimizer the state that it makes in its first step, zero, for `fragments` to fill."""
+        """Create the state that the optimizer otherwise creates in its first step, as zeros to be filled."""
         for group in self._optimizer.param_groups:
             flat = group["params"][0]
             self._optimizer.state[flat] = {
@@ -239,21 +242,23 @@ class Engine:
             } | {kind: torch.zeros_like(flat) for kind in kinds if kind != MASTER}
 
     def adopt_masters(self) -> None:
-        """Make the model's weights those of the masters that were filled. Collective."""
+        """Copy the master weights, which a checkpoint has filled, into the model. Collective."""
         self._engine.optimizer.update_lp_params()
 
     def loss_scaler_state(self) -> dict[str, float]:
-        """Return where fp16's dynamic loss scaling stands; nothing in other precisions."""
+        """Return the state of fp16's dynamic loss scaling; empty in other precisions."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         return {k: float(getattr(scaler, k)) for k in _SCALER_STATE if getattr(scaler, "dynamic", False)}
 
     def restore_loss_scaler(self, state: Mapping[str, float]) -> None:
-        """Take up fp16's dynamic loss scaling; in other precisions there is none, so the state is left.
+        """Restore the state of fp16's dynamic loss scaling; other precisions have none and ignore it.
 
-        Raises CheckpointError where the state is no loss scaler's.
+        Raises CheckpointError if the state contains unknown fields.
         """
         if unknown := state.keys() - {*_SCALER_STATE}:
-            raise CheckpointError(f"the loss scaler's state holds {sorted(unknown)}, which it does not know")
+            raise CheckpointError(
+                f"the loss scaler's state has unknown fields {sorted(unknown)}; use another checkpoint"
+            )
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if getattr(scaler, "dynamic", False):
             for key, value in state.items():
@@ -264,6 +269,7 @@ class Engine:
         return self._engine.optimizer.optimizer
 
     def close(self) -> None:
+        """Free DeepSpeed's engine."""
         self._engine.destroy()
 
 
@@ -272,7 +278,7 @@ def _per_element(state: Mapping[str, Any], flat: Tensor) -> dict[str, Tensor]:
 
 
 class _Mpu:
-    """What DeepSpeed asks a model-parallel unit, in Megatron's words."""
+    """The model-parallel unit that DeepSpeed expects, with Megatron's method names."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
@@ -304,19 +310,20 @@ class _Mpu:
 
 
 class _MoEMarker(MoE):
-    """Empty: DeepSpeed reduces experts apart only if the model holds a layer of its own class."""
+    """An empty layer: DeepSpeed reduces experts separately only if a model contains a layer of this class."""
 
     def __init__(self, n_experts: int) -> None:
         nn.Module.__init__(self)
         self.num_experts = n_experts
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups are registered already."""
+        """Do nothing: the groups are already registered."""
 
 
 def mark_experts(module: nn.Module, param_groups: ParamGroups, groups: Groups) -> ParamGroups:
-    """Tell DeepSpeed which parameters are experts and which ranks hold the same ones; return the parameter
-    groups with the experts apart, as it wants them.
+    """Mark experts for DeepSpeed, and register the ranks that hold the same ones.
+
+    Returns the parameter groups with the experts in groups of their own, as DeepSpeed requires.
     """
     name, layout = f"ep_size_{groups.layout.ep}", groups.layout
     deepspeed_groups._EXPERT_PARALLEL_GROUP = {name: groups.ep}
@@ -336,8 +343,9 @@ def mark_experts(module: nn.Module, param_groups: ParamGroups, groups: Groups) -
 
 
 def mark_split_parameters(module: nn.Module, layout: Layout) -> None:
-    """Tell DeepSpeed's clip norm which parameters differ between tensor-parallel ranks. Experts do, whatever
-    ep: each rank keeps the optimizer state of other parts of them.
+    """Mark, for DeepSpeed's clip norm, the parameters that differ between tensor-parallel ranks.
+
+    Experts do at every ep, because each rank keeps the optimizer state of a different part of them.
     """
     for name, parameter in module.named_parameters():
         if layout.tp > 1 and split_of(name) is not None:
@@ -345,19 +353,20 @@ def mark_split_parameters(module: nn.Module, layout: Layout) -> None:
 
 
 def mark(parameter: nn.Parameter, **marks: bool | str) -> None:
+    """Set attributes that DeepSpeed reads on a parameter."""
     for key, value in marks.items():
         setattr(parameter, key, value)
 
 
-def _quieten() -> None:
-    """Leave DeepSpeed its errors: its banners, timings and advice repeat what the run directory holds."""
+def _silence_info() -> None:
+    """Let DeepSpeed log errors only: its banners, timings and advice repeat what is in the run directory."""
     deepspeed_logger.setLevel(logging.ERROR)
 
 
 def _import_muon() -> None:
     """Import DeepSpeed's Muon without compiling it.
 
-    Every engine imports it, and importing it compiles it, which adds a second to the start of each rank.
+    Every engine imports Muon, and the import compiles it, which delays the start of each rank by a second.
     """
     compiler = deepspeed.runtime.compiler
     compile_ = compiler.compile
@@ -371,7 +380,7 @@ def _import_muon() -> None:
 def _skip_shm_build() -> None:
     """Keep DeepSpeed from compiling its shared-memory op on the CPU.
 
-    It serves inference only, takes half a minute and a compiler, and a process killed while it compiles
-    leaves a lock on which every later start waits for ever.
+    The op is for inference only; compiling it takes half a minute and needs a compiler. A process killed
+    while it compiles leaves a lock behind, on which every later process waits forever.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

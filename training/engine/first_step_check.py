@@ -1,9 +1,9 @@
-"""Checks the engine's first step against a computation of our own, on every start.
+"""Check the engine's first step of every attempt against an independent computation.
 
-A wrong group or factor in the reduction of gradients does not stop a run: it trains otherwise. So a few
-elements of every parameter's gradient are noted before the engine touches them, summed over the right ranks,
-and compared with what the engine is about to apply; and the clip norm is computed again from the reduced
-gradient.
+A wrong group or factor in the reduction of gradients does not stop a run, which merely trains differently.
+Therefore some elements of every parameter's gradient are sampled before the engine sees them, summed over the
+correct ranks, and compared with the gradient that the engine is about to apply. The clip norm is recomputed
+from the reduced gradient.
 """
 
 from collections.abc import Iterable
@@ -16,13 +16,13 @@ from turnout.moe.parallel.sharding import is_expert, split_of
 from turnout.training.errors import EngineError
 from turnout.training.parallel.groups import Groups
 
-N_SAMPLES = 64  # of each parameter
-# Relative to the parameter's largest sampled gradient. A wrong factor is off by much more; bf16 and fp16
-# round each micro-batch's gradient.
+N_SAMPLES = 64  # elements per parameter
+# Relative to the parameter's largest sampled gradient. A wrong factor causes a much larger error. bf16 and
+# fp16 need more tolerance because each micro-batch's gradient is rounded.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 NORM_TOLERANCE = 1e-3
 WAY_OUT = (
-    "This is a fault of Turnout or of the installed DeepSpeed: compare its version with constraints.txt, "
+    "This is a bug in Turnout or in the installed DeepSpeed: compare its version with constraints.txt, "
     "and run `turnout doctor` on this config"
 )
 
@@ -31,7 +31,8 @@ WAY_OUT = (
 class ReducedFragment:
     """The part of a parameter's reduced gradient whose update this rank computes.
 
-    start: its offset in the flattened parameter; values [n] as the engine holds them, loss scale included
+    start: its offset in the flattened parameter
+    values: [n], as the engine holds them, multiplied by the loss scale
     """
 
     name: str
@@ -40,41 +41,45 @@ class ReducedFragment:
 
 
 class FirstStepCheck:
-    """Follows the backward passes of one step, whose loss `Engine.backward` has multiplied by dp."""
+    """Samples gradients in the backward passes of one step, whose loss the engine has multiplied by dp."""
 
     def __init__(self, module: nn.Module, groups: Groups, *, has_expert_groups: bool) -> None:
         self._groups, self._has_expert_groups = groups, has_expert_groups
         parameters = dict(module.named_parameters())
         self._names = list(parameters)
         self._dtype = next(iter(parameters.values())).dtype
-        self._places = {name: _places(p) for name, p in parameters.items()}
+        self._indices = {name: _sampled_indices(p) for name, p in parameters.items()}
         self._hooks = []
         self._samples: dict[str, Tensor] = {}
         self.restart()
         for name, parameter in parameters.items():
             self._hooks.append(
-                parameter.register_hook(lambda gradient, name=name: self._note(name, gradient))
+                parameter.register_hook(lambda gradient, name=name: self._sample(name, gradient))
             )
 
     def restart(self) -> None:
-        """Forget what was noted, for a step that was not applied."""
+        """Discard the samples, after a step that was not applied."""
         self._samples = {
-            name: torch.zeros(len(places), dtype=torch.float64, device=places.device)
-            for name, places in self._places.items()
+            name: torch.zeros(len(indices), dtype=torch.float64, device=indices.device)
+            for name, indices in self._indices.items()
         }
 
     def close(self) -> None:
+        """Stop sampling."""
         for hook in self._hooks:
             hook.remove()
 
     def check_gradients(self, fragments: Iterable[ReducedFragment]) -> None:
-        """Raise EngineError, on every rank alike, where a reduced gradient is not the sum of the ranks'."""
+        """Compare reduced gradients with the sum over ranks. Collective.
+
+        Raises EngineError, on every rank with the same text, if they differ.
+        """
         wanted = self._reduced_samples()
         worst, worst_error = 0, 0.0
         for fragment in fragments:
-            places = self._places[fragment.name]
-            is_here = (places >= fragment.start) & (places < fragment.start + fragment.values.numel())
-            got = fragment.values[places[is_here] - fragment.start].double()
+            indices = self._indices[fragment.name]
+            is_here = (indices >= fragment.start) & (indices < fragment.start + fragment.values.numel())
+            got = fragment.values[indices[is_here] - fragment.start].double()
             want = wanted[fragment.name]
             scale = want.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
             error = float((got - want[is_here]).abs().max() / scale) if got.numel() else 0.0
@@ -94,16 +99,16 @@ class FirstStepCheck:
         """Return the global norm of the reduced gradient, [] fp64. Collective."""
         square = torch.zeros((), dtype=torch.float64, device=self._groups.device)
         for fragment in fragments:
-            # Ranks of a tensor-parallel group hold the same gradient of what is not split.
+            # Ranks of a tensor-parallel group hold the same gradient of parameters that are not split.
             if split_of(fragment.name) is not None or self._groups.tp.rank() == 0:
                 square += torch.linalg.vector_norm(fragment.values, dtype=torch.float32).double() ** 2
         return self._groups.sum_over_ranks(square).sqrt()
 
-    def _note(self, name: str, gradient: Tensor) -> None:
-        self._samples[name] += gradient.take(self._places[name]).double()
+    def _sample(self, name: str, gradient: Tensor) -> None:
+        self._samples[name] += gradient.take(self._indices[name]).double()
 
     def _reduced_samples(self) -> dict[str, Tensor]:
-        """Sum the samples over the ranks that hold the same parameter, two reductions in all."""
+        """Sum the samples over the ranks that hold the same parameter, with two reductions in all."""
         dp = self._groups.layout.dp
         reduced: dict[str, Tensor] = {}
         for is_apart in (False, True):
@@ -116,20 +121,20 @@ class FirstStepCheck:
                 if is_apart
                 else self._groups.sum_over_tokens(flat)
             )
-            sizes = [len(self._places[n]) for n in names]
+            sizes = [len(self._indices[n]) for n in names]
             reduced |= dict(zip(names, (flat / dp).split(sizes), strict=True))
         return reduced
 
 
 def check_norm(got: float, want: float) -> None:
-    """Raise EngineError where the engine clipped by another norm than ours."""
+    """Compare the engine's norm with ours. Raises EngineError if it clipped by a different norm."""
     if abs(got - want) > NORM_TOLERANCE * want:
         raise EngineError(
             f"the engine's gradient norm is {got:.6g}, but the reduced gradient's is {want:.6g}. {WAY_OUT}"
         )
 
 
-def _places(parameter: nn.Parameter) -> Tensor:
-    """Return the flat indices of the elements that are watched, spread over the parameter."""
+def _sampled_indices(parameter: nn.Parameter) -> Tensor:
+    """Return the flat indices of the sampled elements, spread over the parameter."""
     n = min(N_SAMPLES, parameter.numel())
     return torch.linspace(0, parameter.numel() - 1, n, dtype=torch.float64, device=parameter.device).long()

@@ -1,7 +1,7 @@
-"""Which experts tokens take: the routing of every expert layer, taken out of the routers by hooks.
+"""Which experts tokens use: hooks record the routing of every expert layer.
 
-The model is as it was once the hooks are gone. Every token of a document is routed once, from bos to eos, in
-windows such as evaluation's, the last of which keeps a full context.
+Removing the hooks leaves the model as it was. Every token of a document, from bos to eos, is counted once, in
+the windows of evaluation (data/windows.py).
 
 Shapes
   T tokens   K top_k   M expert layers   E n_experts   G groups of tokens
@@ -23,15 +23,15 @@ from turnout.data.windows import EvaluationDocument, Window, rolling_windows
 from turnout.moe.load_balancing import RouterState, RouterStats
 from turnout.moe.model import Decoder
 from turnout.moe.router import Router, Routing
-from turnout.training.evaluation.scoring import ARRANGED_BATCHES, arrange, lay_out, owners_of
+from turnout.training.evaluation.scoring import PACKED_BATCHES, pack_windows, target_windows, to_tensors
 from turnout.training.generation.text_stream import REPLACEMENT
 
 TOKEN_CLASSES = ("whitespace", "letters", "digits", "punctuation", "other", "control")
 
 
 @dataclass(frozen=True)
-class TokenRoutes:
-    """The routing of tokens in the order of their text.
+class TokenRouting:
+    """The routing of tokens, in the order of the text.
 
     token_ids       [T] int64
     expert_ids_MTK  [M, T, K] int64, best first
@@ -46,58 +46,60 @@ class TokenRoutes:
 
 
 @contextmanager
-def recording_routes(decoder: Decoder) -> Iterator[list[Routing]]:
-    """Append to the list the routing of each expert layer, in their order, whenever the model is called."""
-    taken: list[Routing] = []
+def recording_routing(decoder: Decoder) -> Iterator[list[Routing]]:
+    """Yield a list to which each call of the model appends the routing of every expert layer, in order."""
+    recorded: list[Routing] = []
 
-    def take(module: nn.Module, inputs: object, outputs: tuple[Routing, RouterStats]) -> None:
-        taken.append(outputs[0])
+    def record(module: nn.Module, inputs: object, outputs: tuple[Routing, RouterStats]) -> None:
+        recorded.append(outputs[0])
 
-    handles = [m.register_forward_hook(take) for m in decoder.modules() if isinstance(m, Router)]
+    handles = [m.register_forward_hook(record) for m in decoder.modules() if isinstance(m, Router)]
     try:
-        yield taken
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
 def input_windows(token_ids: Sequence[int], seq_len: int) -> list[Window]:
-    """Return windows whose counted inputs are these tokens, bos first, once each."""
-    # A counted input is one whose target is counted, so the last token needs some target.
+    """Return windows that count each of these tokens, bos first, once as an input."""
+    # An input is counted if its target is, so the last token needs some target.
     return rolling_windows([*token_ids[1:], token_ids[-1]], seq_len=seq_len, bos_id=token_ids[0])
 
 
 @torch.no_grad()
-def route(decoder: Decoder, sequences: Sequence[Sequence[Window]], state: RouterState) -> TokenRoutes:
-    """Route sequences of windows, and return the routes of the tokens whose targets are counted."""
+def route_windows(
+    decoder: Decoder, sequences: Sequence[Sequence[Window]], state: RouterState
+) -> TokenRouting:
+    """Run the model on packed sequences, and return the routing of the tokens whose targets are counted."""
     device = decoder.embed.weight.device
-    tokens, targets, doc_ids, is_token = lay_out(sequences, decoder.cfg.seq_len)
-    with recording_routes(decoder) as taken:
+    tokens, targets, doc_ids, is_token = to_tensors(sequences, decoder.cfg.seq_len)
+    with recording_routing(decoder) as recorded:
         _, stats = decoder(tokens.to(device), doc_ids, is_token.to(device), state)
-    taken_rows = [routing.expert_ids_TK.cpu()[is_token.flatten()].flatten() for routing in taken]
-    counts_ME = torch.stack([rows.bincount(minlength=decoder.cfg.n_experts) for rows in taken_rows])
+    ids_N = [routing.expert_ids_TK.cpu()[is_token.flatten()].flatten() for routing in recorded]
+    counts_ME = torch.stack([ids.bincount(minlength=decoder.cfg.n_experts) for ids in ids_N])
     assert torch.equal(counts_ME, stats.counts_E.cpu()), "the hooks missed a row"
-    mine = (targets != IGNORE_INDEX).flatten()
+    is_counted_T = (targets != IGNORE_INDEX).flatten()
 
     def counted(parts: list[Tensor]) -> Tensor:
-        return torch.stack(parts).cpu()[:, mine]
+        return torch.stack(parts).cpu()[:, is_counted_T]
 
-    return TokenRoutes(
-        tokens.flatten()[mine],
-        counted([routing.expert_ids_TK for routing in taken]),
-        counted([routing.weights_TK for routing in taken]),
-        counted([_kept(routing) for routing in taken]),
+    return TokenRouting(
+        tokens.flatten()[is_counted_T],
+        counted([routing.expert_ids_TK for routing in recorded]),
+        counted([routing.weights_TK for routing in recorded]),
+        counted([_kept(routing) for routing in recorded]),
     )
 
 
 def route_text(
     decoder: Decoder, state: RouterState, token_ids: Sequence[int], *, microbatch_seqs: int
-) -> TokenRoutes:
-    """Route the tokens of one text, bos first, in their order."""
+) -> TokenRouting:
+    """Return the routing of the tokens of one text, bos first."""
     windows = input_windows(token_ids, decoder.cfg.seq_len)
     starts = range(0, len(windows), microbatch_seqs)
-    parts = [route(decoder, [[w] for w in windows[i : i + microbatch_seqs]], state) for i in starts]
-    return TokenRoutes(
+    parts = [route_windows(decoder, [[w] for w in windows[i : i + microbatch_seqs]], state) for i in starts]
+    return TokenRouting(
         torch.cat([part.token_ids for part in parts]),
         torch.cat([part.expert_ids_MTK for part in parts], dim=1),
         torch.cat([part.weights_MTK for part in parts], dim=1),
@@ -111,7 +113,7 @@ def _kept(routing: Routing) -> Tensor:
 
 
 def token_class(token_id: int, tokenizer: Tokenizer) -> str:
-    """Return the class of a token by its text; what is of no one kind, or no whole character, is other."""
+    """Return the class of a token by its text; "other" if it mixes kinds or is part of a character."""
     if token_id in (tokenizer.bos_id, tokenizer.eos_id):
         return "control"
     return class_of_text(tokenizer.decode([token_id]))
@@ -120,7 +122,7 @@ def token_class(token_id: int, tokenizer: Tokenizer) -> str:
 def class_of_text(text: str) -> str:
     if not text or REPLACEMENT in text:
         return "other"
-    # Unicode's general categories: letters and the marks on them, numbers, punctuation and symbols.
+    # Unicode's general categories: L letters and M the marks on them, N numbers, P punctuation, S symbols.
     kinds = {unicodedata.category(char)[0] for char in text.strip()}
     if not kinds:
         return "whitespace"
@@ -132,12 +134,12 @@ def class_of_text(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Specialisation:
-    """How often tokens of each group took each expert.
+class ExpertUsage:
+    """How many tokens of each group each expert got.
 
-    groups      names: (kind, name), kind "class" or "source"; each kind's groups hold every token once
-    tokens_G    [G] int64
-    counts_MGE  [M, G, E] int64 rows
+    groups      (kind, name) of each group, kind "class" or "source"; every token is in one group of each kind
+    tokens_G    [G] int64, tokens
+    counts_MGE  [M, G, E] int64, rows
     """
 
     groups: tuple[tuple[str, str], ...]
@@ -145,11 +147,13 @@ class Specialisation:
     counts_MGE: np.ndarray
 
     def of_kind(self, kind: str) -> list[int]:
+        """Return the indices of one kind's groups, without empty ones."""
         return [g for g, (k, _) in enumerate(self.groups) if k == kind and self.tokens_G[g]]
 
     def shares(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return of one kind's groups the share of each expert's rows [M, G, E], NaN where it has none, and
-        the share of all tokens [G].
+        """Return the share that each group of one kind has in each expert's rows, and in all tokens.
+
+        [M, G, E], NaN for an expert without rows, and [G]. Both sum to 1 over the groups.
         """
         mine = self.of_kind(kind)
         counts_MGE, tokens_G = self.counts_MGE[:, mine], self.tokens_G[mine]
@@ -157,15 +161,15 @@ class Specialisation:
             return counts_MGE / counts_MGE.sum(1, keepdims=True), tokens_G / tokens_G.sum()
 
     def information_bits(self, kind: str) -> np.ndarray:
-        """Return how many bits of its token's group a row's expert tells, [M]; 0 where it tells nothing."""
+        """Return the mutual information of expert and group per row, [M] in bits; 0 if independent."""
         joint_MGE = self.counts_MGE[:, self.of_kind(kind)].astype(np.float64)
         joint_MGE /= joint_MGE.sum((1, 2), keepdims=True)
-        apart_MGE = joint_MGE.sum(2, keepdims=True) * joint_MGE.sum(1, keepdims=True)
-        ratio_MGE = np.divide(joint_MGE, apart_MGE, out=np.ones_like(joint_MGE), where=joint_MGE > 0)
+        independent_MGE = joint_MGE.sum(2, keepdims=True) * joint_MGE.sum(1, keepdims=True)
+        ratio_MGE = np.divide(joint_MGE, independent_MGE, out=np.ones_like(joint_MGE), where=joint_MGE > 0)
         return (joint_MGE * np.log2(ratio_MGE)).sum((1, 2))
 
 
-def count_routes(
+def count_usage(
     decoder: Decoder,
     state: RouterState,
     documents: Iterable[EvaluationDocument],
@@ -173,8 +177,11 @@ def count_routes(
     *,
     sources: Sequence[str],
     microbatch_seqs: int,
-) -> Specialisation:
-    """Count the rows that each expert gets of each class of tokens and of each source, from bos to eos."""
+) -> ExpertUsage:
+    """Count the rows that each expert gets from each class of tokens and from each source.
+
+    Every token of a document counts, from bos to eos.
+    """
     cfg = decoder.cfg
     groups = [("class", name) for name in TOKEN_CLASSES] + [("source", name) for name in sources]
     classes = [token_class(i, tokenizer) for i in range(tokenizer.vocab_size)]
@@ -186,14 +193,15 @@ def count_routes(
         for document in documents
         for window in input_windows([tokenizer.bos_id, *document.ids, tokenizer.eos_id], cfg.seq_len)
     )
-    while chunk := list(islice(windows, ARRANGED_BATCHES * microbatch_seqs)):
-        source_of_window, mine = np.asarray([source for source, _ in chunk]), [window for _, window in chunk]
-        sequences = arrange(mine, cfg)
+    while pairs := list(islice(windows, PACKED_BATCHES * microbatch_seqs)):
+        group_of_window, unpacked = np.asarray([g for g, _ in pairs]), [window for _, window in pairs]
+        sequences = pack_windows(unpacked, cfg)
         for start in range(0, len(sequences), microbatch_seqs):
             batch = sequences[start : start + microbatch_seqs]
-            routes = route(decoder, [[mine[i] for i in row] for row in batch], state)
-            for group_T in (class_of_id[routes.token_ids], source_of_window[owners_of(batch, mine)]):
+            routing = route_windows(decoder, [[unpacked[i] for i in row] for row in batch], state)
+            sources_T = group_of_window[target_windows(batch, unpacked)]
+            for group_T in (class_of_id[routing.token_ids], sources_T):
                 tokens_G += np.bincount(group_T, minlength=len(groups))
-                for counts_GE, expert_ids_TK in zip(counts_MGE, routes.expert_ids_MTK.numpy(), strict=True):
+                for counts_GE, expert_ids_TK in zip(counts_MGE, routing.expert_ids_MTK.numpy(), strict=True):
                     np.add.at(counts_GE, (group_T[:, None], expert_ids_TK), 1)
-    return Specialisation(tuple(groups), tokens_G, counts_MGE)
+    return ExpertUsage(tuple(groups), tokens_G, counts_MGE)

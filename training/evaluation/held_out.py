@@ -1,9 +1,11 @@
-"""The loss of documents, without side effects: no gradient, router statistic or random state is touched.
+"""The loss of documents, without side effects: no gradient, router statistic or random state changes.
 
-Convention (lm-eval's rolling log-likelihood, without a second BOS): each document is scored alone, BOS first,
-in windows of seq_len tokens that score each token once (data/windows.py), and the sum of its tokens' -log2 p
-is divided by the UTF-8 bytes of its text. `evaluate` is the held-out loss of a run, over its ranks;
-`score_documents` is of any documents, one by one, in one process.
+Convention (lm-eval's rolling log-likelihood, without a second BOS): each document is scored alone, after BOS,
+in windows of seq_len tokens that score each token once (data/windows.py). Bits per byte are the sum of
+-log2 p over its tokens, divided by the UTF-8 bytes of its text.
+
+evaluate computes the held-out loss of a run, over its ranks; score_documents scores any documents, one by
+one, in one process.
 """
 
 import math
@@ -19,16 +21,16 @@ from turnout.data.windows import EvaluationDocument, Window, evaluation_document
 from turnout.moe.load_balancing import RouterState
 from turnout.moe.model import Decoder
 from turnout.training.errors import CheckpointError, printable
-from turnout.training.evaluation.scoring import ARRANGED_BATCHES, score_windows, sequence_logits
+from turnout.training.evaluation.scoring import PACKED_BATCHES, score_windows, sequence_logits
 from turnout.training.objective import token_nll
 from turnout.training.parallel.groups import Groups
 
-MAX_EXPONENT = 700.0  # exp of more does not fit into a float
+MAX_EXPONENT = 700.0  # exp of a larger number overflows a float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over documents. nll in nats; n_tokens are the scored ones."""
+    """Sums over documents. nll is in nats; n_tokens counts the scored tokens."""
 
     nll: float
     n_tokens: int
@@ -37,7 +39,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats per token; NaN where none was scored."""
+        """Nats per token; NaN if no token was scored."""
         return self.nll / self.n_tokens if self.n_tokens else math.nan
 
     @property
@@ -46,7 +48,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Per token; infinite where it is too large for a float, NaN where no token was scored."""
+        """Per token; infinite if it is too large for a float, NaN if no token was scored."""
         return math.inf if self.loss > MAX_EXPONENT else math.exp(self.loss)
 
     def __add__(self, other: "Evaluation") -> "Evaluation":
@@ -56,7 +58,10 @@ class Evaluation:
 def evaluation_windows(
     corpus: Corpus, seq_len: int, max_documents: int | None
 ) -> tuple[list[Window], int, int]:
-    """Return the windows of the validation split, its bytes and its documents."""
+    """Return the windows of the validation split, and the numbers of its bytes and documents.
+
+    Raises DataError if there is no text in it.
+    """
     bos_id = corpus.load_tokenizer().bos_id
     windows, n_bytes, n_documents = [], 0, 0
     for document in evaluation_documents(corpus):
@@ -83,7 +88,7 @@ def evaluate(
     microbatch_seqs: int,
     max_documents: int | None,
 ) -> Evaluation:
-    """Score the validation split, spread over the data-parallel ranks. Every rank returns the same sums."""
+    """Score the validation split over the data-parallel ranks. Every rank returns the same sums."""
     seq_len = decoder.cfg.seq_len
     windows, n_bytes, n_documents = evaluation_windows(corpus, seq_len, max_documents)
     random_before, state_before = torch.get_rng_state(), _copy(router_state)
@@ -103,10 +108,10 @@ def evaluate(
 
 
 def _rank_batches(windows: list[Window], groups: Groups, microbatch_seqs: int) -> Iterator[list[Window]]:
-    """Yield this rank's windows in batches; every rank gets equally many batches, some of them empty."""
+    """Yield this rank's windows in batches; every rank gets the same number, some of them empty."""
     dp = groups.layout.dp
     per_round = dp * microbatch_seqs
-    # Sorted by length, a batch wastes little on padding; the sum does not care.
+    # Batches of similar lengths waste little on padding. The order does not change the sums.
     windows = sorted(windows, key=lambda w: len(w.inputs))
     for start in range(0, len(windows), per_round):
         yield windows[start : start + per_round][groups.dp_rank :: dp]
@@ -120,9 +125,9 @@ def score_documents(
     bos_id: int,
     microbatch_seqs: int,
 ) -> Iterator[tuple[EvaluationDocument, Evaluation]]:
-    """Yield the sums of each document, in their order. A document of no tokens is one of no loss.
+    """Yield each document with its sums, in the order given. A document without tokens has loss sum 0.
 
-    Raises CheckpointError where the logits are not finite.
+    Raises CheckpointError if the logits are not finite.
     """
     pending: list[tuple[EvaluationDocument, list[Window]]] = []
     n_windows = 0
@@ -130,7 +135,7 @@ def score_documents(
         windows = rolling_windows(document.ids, seq_len=decoder.cfg.seq_len, bos_id=bos_id)
         pending.append((document, windows))
         n_windows += len(windows)
-        if n_windows >= ARRANGED_BATCHES * microbatch_seqs:
+        if n_windows >= PACKED_BATCHES * microbatch_seqs:
             yield from _scored(decoder, state, pending, microbatch_seqs)
             pending, n_windows = [], 0
     yield from _scored(decoder, state, pending, microbatch_seqs)
@@ -150,7 +155,7 @@ def _scored(
         if not nll.isfinite().all():
             raise CheckpointError(
                 f"the model's logits are not finite in document {printable(document.origin)} of "
-                f"{printable(document.source)}; train it again from an earlier checkpoint"
+                f"{printable(document.source)}; resume training from an earlier checkpoint"
             )
         yield document, Evaluation(float(nll.sum()), int(n_tokens.sum()), document.n_bytes, 1)
 

@@ -19,10 +19,10 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from; None where nothing was found that tells.
+    """Where a checkpoint comes from. A field is None where nothing records it.
 
-    trained_by     the command of the run's newest start
-    recipe         the resolved config that it was trained with, TOML
+    trained_by     the command of the run's newest attempt
+    recipe         the resolved config of the training, TOML
     bits_per_byte  of the validation split, at this step
     """
 
@@ -35,7 +35,7 @@ class Origin:
 
 
 def origin_of(checkpoint: Path, manifest: Manifest) -> Origin:
-    """Return what a checkpoint, and the run that it may still lie in, tell of it."""
+    """Return what a checkpoint, and the run directory that may still surround it, record about its origin."""
     state = manifest.state
     return Origin(
         step=state.step,
@@ -48,18 +48,19 @@ def origin_of(checkpoint: Path, manifest: Manifest) -> Origin:
 
 
 def model_card(
-    cfg: ModelConfig, origin: Origin | None, *, library: str, files: str, command: Sequence[str], gate: str
+    cfg: ModelConfig, origin: Origin | None, *, library: str, files: str, command: Sequence[str], proof: str
 ) -> str:
     """Return the text of README.md.
 
-    library  which loads the files, as the Hugging Face hub calls it
-    files    what they are
-    gate     how they were proven
+    library  the library that loads the files, as the Hugging Face hub calls it
+    files    what the files are, one sentence
+    command  the command that wrote them
+    proof    how they were checked, in words
     """
     facts = {
-        "parameters": f"{n_params(cfg):,}, of which a token uses {n_active_params(cfg):,}",
+        "parameters": f"{n_params(cfg):,} ({n_active_params(cfg):,} active per token)",
         "layers": f"{cfg.n_layers}, {cfg.n_dense_layers} of them dense",
-        "experts": f"{cfg.n_experts}, {cfg.top_k} a token, and {cfg.n_shared_experts} shared",
+        "experts": f"{cfg.n_experts}, {cfg.top_k} per token, and {cfg.n_shared_experts} shared",
         "vocabulary": f"{cfg.vocab_size:,}",
         "sequence length": f"{cfg.seq_len:,}",
     }
@@ -69,7 +70,7 @@ def model_card(
         facts["corpus"] = printable(origin.corpus_hash)
         if origin.bits_per_byte is not None:
             facts["held-out text"] = f"{origin.bits_per_byte:.4f} bits per byte"
-    facts["checked"] = gate
+    facts["checked"] = proof
     rows = "\n".join(f"| {name} | {_in_cell(value)} |" for name, value in facts.items())
     listings = {"Exported by": shlex.join(command)}
     if origin is not None and origin.trained_by is not None:
@@ -81,18 +82,18 @@ def model_card(
         "# Mixture-of-Experts language model\n\n"
         f"Pretrained with Turnout. {files}\n\n| | |\n|---|---|\n{rows}\n\n"
         "It continues text; it was not tuned to follow instructions. Text never becomes a control token,\n"
-        "and every text of training began with the begin-of-text token.\n"
+        "and every document of training began with the begin-of-text token.\n"
         + "".join(f"\n{title}:\n\n{_listing(text)}" for title, text in listings.items())
     )
 
 
 def _in_cell(value: str) -> str:
-    """Return text as a table of Markdown shows it."""
+    """Return text escaped for a Markdown table."""
     return "".join(f"\\{char}" if char in "\\|`*_<[" else char for char in value)
 
 
 def _listing(text: str) -> str:
-    """Return text as Markdown shows it as it is, indented: a fence could be closed from inside it."""
+    """Return text as an indented block, which Markdown shows verbatim; text could close a fence."""
     return "".join(f"    {printable(line, len(line) + 1)}\n" for line in text.splitlines())
 
 

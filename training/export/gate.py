@@ -1,31 +1,37 @@
-"""The gate of every export: the client loads what was written and must compute what our model computes.
+"""The gate of every export: the other program must compute the logits that our model computes.
 
-Both sides run in fp32 with the numbers as they were stored, so rounding to bf16 or Q8_0 is no difference,
-and the order of sums is all that remains. Unlike the writer the gate needs memory for the whole model in
-fp32: ours first, and when that is gone the client's.
+transformers_logits and gguf_file.llama_cpp_logits load what was written, as a user would, and check_logits
+compares. Both sides run in fp32 on the stored values, so rounding to bf16 or Q8_0 makes no difference; only
+the order of sums does. Unlike the writer, the gate needs memory for the whole model in fp32: first for ours,
+then, after that is freed, for the other program's.
 
-Where two experts of a token are within TIE of each other, rounding alone may choose the other one, and from
-that token on nothing can be demanded: a row counts up to its first such token. Where too few count, other
-rows are tried.
+Where a token's last chosen expert and the next one score within TIE of each other, rounding alone may swap
+them, and from that token on the logits may differ. So a row counts only up to its first such token. Where too
+few tokens count, other rows are tried.
 
-A sliding window of up to MAX_TRIED_WINDOW has to be seen to hide something, in a row longer than itself where
-it is long. Before its end there is hardly ever no tie, so there some tokens must agree: by chance, with other
-keys, none would. That a longer one was not tried is said.
+A sliding window of up to MAX_TRIED_WINDOW tokens must be seen to hide something. A long one gets a row of its
+own that is longer than the window. Ties nearly always come before the end of that row, so there only some
+tokens have to agree: with other keys none would, except by chance. A longer window is reported as not tried.
 """
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from turnout.data.corpus import Corpus
+from turnout.data.tokenizer import Tokenizer
 from turnout.moe.config import ModelConfig
 from turnout.moe.router import Router
 from turnout.training.checkpoint.weights import Weights, load_decoder
 from turnout.training.errors import ExportError
+from turnout.training.export.huggingface import PROBES
 
 TOLERANCE = 1e-4  # of a logit, absolute
 TIE = 1e-5  # of the largest score
@@ -33,27 +39,27 @@ N_TOKENS = 1024
 ROW_TOKENS = 128  # many short rows: each is compared up to its first tie
 MIN_COMPARED = 32
 MIN_COMPARED_FRAC = 0.05
-N_TRIES = 4  # of pseudo-random rows, where the first rows do not do
-MAX_TRIED_WINDOW = 8192  # the logits of a longer row are many GB, of the client's too
+N_TRIES = 4  # sets of pseudo-random rows to try after the first set
+MAX_TRIED_WINDOW = 8192  # the logits of a longer row take many GB, on both sides
 MIN_PAST_WINDOW = 8
 SEED = 20_240_229
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The rows of tokens on which an export is tried, each [length] int64, and what to call them."""
+    """The rows of tokens on which an export is tried, each [length] int64, and a description of them."""
 
     rows: tuple[Tensor, ...]
-    words: str
+    description: str
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What our model computes of some rows.
+    """What our model computes for some rows.
 
     logits     of each row [length, V] fp32
-    is_clear   of each row [length] bool: no two experts were too close, here or before
-    window     the model's
+    is_clear   of each row [length] bool: no expert was nearly tied, at this token or before
+    window     the model's sliding window
     """
 
     logits: tuple[Tensor, ...]
@@ -61,8 +67,21 @@ class Expected:
     window: int | None
 
 
+class Rounded:
+    """A model's weights, rounded as a file of lower precision stores them."""
+
+    def __init__(self, weights: Weights, to_stored: Callable[[str, Tensor], Tensor]) -> None:
+        self.place, self.cfg, self.tokenizer_path = weights.place, weights.cfg, weights.tokenizer_path
+        self.read_bias = weights.read_bias
+        self._weights, self._to_stored = weights, to_stored
+
+    def read(self, name: str, expert: int | None = None) -> Tensor:
+        """Return a parameter, or one expert's part of it, fp32, of the parameter's shape."""
+        return self._to_stored(name, self._weights.read(name, expert))
+
+
 class _Shortened:
-    """Weights of a decoder for shorter sequences: a position is turned the same in all of them."""
+    """A model's weights for shorter sequences. RoPE rotates a position alike at every sequence length."""
 
     def __init__(self, weights: Weights, seq_len: int) -> None:
         self.place, self.tokenizer_path = weights.place, weights.tokenizer_path
@@ -70,39 +89,26 @@ class _Shortened:
         self.read, self.read_bias = weights.read, weights.read_bias
 
 
-class Rounded:
-    """Weights as a file of less precision holds them."""
-
-    def __init__(self, weights: Weights, to_stored: Callable[[str, Tensor], Tensor]) -> None:
-        self.place, self.cfg, self.tokenizer_path = weights.place, weights.cfg, weights.tokenizer_path
-        self._weights, self._to_stored = weights, to_stored
-
-    def read(self, name: str, expert: int | None = None) -> Tensor:
-        return self._to_stored(name, self._weights.read(name, expert))
-
-    def read_bias(self) -> Tensor:
-        return self._weights.read_bias()
+def held_out_tokens(cfg: ModelConfig, corpus: Corpus | None) -> HeldOut:
+    """Return text that no step has trained on; pseudo-random tokens where the corpus has too little of it."""
+    lengths = row_lengths(cfg)
+    if corpus is not None:
+        for stream in corpus.split("valid"):
+            if stream.n_tokens >= sum(lengths):
+                tokens = torch.as_tensor(stream.read(0, sum(lengths)).astype("int64"))
+                return HeldOut(tokens.split(lengths), f"held-out text of {corpus.path}")
+    return random_tokens(cfg)
 
 
 def random_tokens(cfg: ModelConfig, seed: int = SEED) -> HeldOut:
-    """Return the same tokens for every model of a vocabulary, length and window."""
+    """Return pseudo-random tokens: the same for every model of a vocabulary, length and window."""
     lengths = row_lengths(cfg)
     tokens = torch.randint(cfg.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
     return HeldOut(tokens.split(lengths), "pseudo-random tokens")
 
 
-def held_out_tokens(cfg: ModelConfig, corpus: Corpus) -> HeldOut | None:
-    """Return text that no step has trained on; None where the corpus has too little of it."""
-    lengths = row_lengths(cfg)
-    for stream in corpus.split("valid"):
-        if stream.n_tokens >= sum(lengths):
-            tokens = torch.as_tensor(stream.read(0, sum(lengths)).astype("int64"))
-            return HeldOut(tokens.split(lengths), f"held-out text of {corpus.path}")
-    return None
-
-
 def row_lengths(cfg: ModelConfig) -> list[int]:
-    """Return the tokens of each row: short ones, and where a window has more, one that it slides over."""
+    """Return the tokens of each row: short rows, and one that is longer than a long sliding window."""
     short = min(cfg.seq_len, ROW_TOKENS)
     lengths = [short] * -(-N_TOKENS // short)
     if cfg.sliding_window is not None and cfg.sliding_window <= MAX_TRIED_WINDOW:
@@ -111,36 +117,28 @@ def row_lengths(cfg: ModelConfig) -> list[int]:
     return lengths
 
 
-def shortage(expected: Expected) -> str | None:
-    """Return why what can be compared proves too little; None where it is enough."""
-    is_clear = torch.cat([row for row in expected.is_clear if len(row) <= ROW_TOKENS])
-    n_compared, n_tokens = int(is_clear.sum()), is_clear.numel()
-    n_needed = min(n_tokens, max(MIN_COMPARED, math.ceil(MIN_COMPARED_FRAC * n_tokens)))
-    return None if n_compared >= n_needed else f"only {n_compared} of {n_tokens} where {n_needed} are needed"
-
-
 @torch.no_grad()
 def expected_logits(weights: Weights, rows: Sequence[Tensor]) -> Expected:
-    """Return what our model makes of rows of tokens, each one document."""
+    """Return what our model computes for rows of tokens, each [length] and one document."""
     parts = []
-    for length, equal in groupby(rows, len):  # rows of one length lie together, and share a decoder
+    for length, equal in groupby(rows, len):  # rows of one length are adjacent, and share a decoder
         parts += _expected_of_equal(weights, length, list(equal))
     logits, is_clear = zip(*parts, strict=True)
     return Expected(logits, is_clear, weights.cfg.sliding_window)
 
 
 def _expected_of_equal(weights: Weights, length: int, rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return logits and is_clear of rows of one length. The decoder is gone before another is loaded."""
+    """Return logits and is_clear of rows of one length. Frees its decoder before the next is loaded."""
     decoder, state = load_decoder(_Shortened(weights, length))
     close, found = list[Tensor](), []
 
-    def note(router: nn.Module, arguments: tuple, _: object) -> None:
+    def note_ties(router: nn.Module, arguments: tuple, _: object) -> None:
         assert isinstance(router, Router)
         close.append(_is_close(router, *arguments[:2]))
 
     for module in decoder.modules():
         if isinstance(module, Router):
-            module.register_forward_hook(note)
+            module.register_forward_hook(note_ties)
     for row in rows:
         close.clear()
         one = row.unsqueeze(0)
@@ -149,29 +147,8 @@ def _expected_of_equal(weights: Weights, length: int, rows: Sequence[Tensor]) ->
     return found
 
 
-def choose_rows(
-    weights: Weights,
-    first: HeldOut,
-    compute: Callable[[Weights, Sequence[Tensor]], Expected] = expected_logits,
-) -> tuple[HeldOut, Expected]:
-    """Return the first rows of which enough can be compared, and what our model makes of them.
-
-    Raises ExportError where neither those given nor pseudo-random ones do.
-    """
-    fault = None
-    for number in range(N_TRIES + 1):
-        tried = first if number == 0 else random_tokens(weights.cfg, SEED + number)
-        expected = compute(weights, tried.rows)
-        if (fault := shortage(expected)) is None:
-            return tried, expected
-    raise ExportError(
-        f"too few tokens can be compared, of {N_TRIES + 1} sets of rows: {fault}. Some router scores two "
-        f"experts within {TIE:g} of each other, and from there on either may be chosen; nothing was kept"
-    )
-
-
 def _is_close(router: Router, x_TD: Tensor, bias_E: Tensor) -> Tensor:
-    """Return where the last chosen and the first expert left out have nearly the same score, [T] bool."""
+    """Return where the last chosen expert and the first one left out have nearly the same score, [T] bool."""
     logits_TE = nn.functional.linear(x_TD, router.weight)
     scores_TE = logits_TE.softmax(-1) if router.cfg.router.score == "softmax" else logits_TE.sigmoid()
     best = (scores_TE + bias_E).sort(-1, descending=True).values
@@ -181,29 +158,147 @@ def _is_close(router: Router, x_TD: Tensor, bias_E: Tensor) -> Tensor:
     return best[:, k - 1] - best[:, k] <= TIE * scores_TE.max(-1).values
 
 
+def choose_rows(
+    weights: Weights,
+    corpus: Corpus | None,
+    compute: Callable[[Weights, Sequence[Tensor]], Expected] = expected_logits,
+) -> tuple[HeldOut, Expected]:
+    """Return the first set of rows with enough tokens to compare, and what our model computes for it.
+
+    Tries held-out text of the corpus, then pseudo-random rows; compute gets the rows, each [length]. Raises
+    ExportError where no set has enough.
+    """
+    fault = None
+    for number in range(N_TRIES + 1):
+        tried = (
+            held_out_tokens(weights.cfg, corpus) if number == 0 else random_tokens(weights.cfg, SEED + number)
+        )
+        expected = compute(weights, tried.rows)
+        if (fault := shortage(expected)) is None:
+            return tried, expected
+    raise ExportError(
+        f"too few tokens can be compared in any of {N_TRIES + 1} sets of rows: {fault}. Some router scores "
+        f"two experts within {TIE:g} of each other, and after that either may be chosen; nothing was kept"
+    )
+
+
+def shortage(expected: Expected) -> str | None:
+    """Return why too little can be compared to prove anything; None where it is enough."""
+    is_clear = torch.cat([row for row in expected.is_clear if len(row) <= ROW_TOKENS])
+    n_compared, n_tokens = int(is_clear.sum()), is_clear.numel()
+    n_needed = min(n_tokens, max(MIN_COMPARED, math.ceil(MIN_COMPARED_FRAC * n_tokens)))
+    return None if n_compared >= n_needed else f"only {n_compared} of {n_tokens} where {n_needed} are needed"
+
+
+def check_tokenizer(directory: Path, ours: Tokenizer, texts: Sequence[str]) -> None:
+    """Raise ExportError where AutoTokenizer gives other ids than training did, or other control ids."""
+    import transformers
+
+    with _quiet():
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            control = (theirs.bos_token_id, theirs.eos_token_id)
+            spelled = [f"a{theirs.bos_token}b{theirs.eos_token} c"]
+            differing = [
+                text
+                for text in (*PROBES, *spelled, *texts)
+                if theirs.encode(text, add_special_tokens=False) != ours.encode(text)
+                or theirs.encode(text) != [ours.bos_id, *ours.encode(text)]
+            ]
+        except Exception as err:
+            raise ExportError(
+                f"{transformers_name()} cannot load the tokenizer: {err}; nothing was kept"
+            ) from err
+    if control != (ours.bos_id, ours.eos_id):
+        raise ExportError(
+            f"transformers begins and ends a text with ids {control}, and the model with "
+            f"{(ours.bos_id, ours.eos_id)}; nothing was kept"
+        )
+    if differing:
+        raise ExportError(f"transformers tokenises {differing[0][:60]!r} differently; nothing was kept")
+
+
+@torch.no_grad()
+def transformers_logits(directory: Path, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return transformers' fp32 logits [length, V] of each row of tokens [length].
+
+    Raises ExportError where it cannot load the model, misses a tensor, or finds one that it does not know.
+    """
+    import transformers  # seconds to import, and only an export needs it
+
+    with _quiet():
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,  # a stranger's directory may hold a pickle beside them
+                # The config must not choose code either: neither its own nor downloaded kernels.
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                return_dict=True,
+            )
+        except Exception as err:  # whatever transformers raises, the directory must not be kept
+            raise ExportError(f"{transformers_name()} cannot load it: {err}; nothing was kept") from err
+    info = info if isinstance(info, dict) else vars(info)
+    for kind, found in info.items():
+        if found:
+            first = next(iter(found), found)
+            raise ExportError(f"{transformers_name()} loads it with {kind} {first}; nothing was kept")
+    model.eval()
+    return [model(row.unsqueeze(0), use_cache=False).logits[0] for row in rows]
+
+
+def transformers_name() -> str:
+    """Return transformers' name and version."""
+    import transformers
+
+    return f"transformers {transformers.__version__}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' log lines and progress bars off the terminal; its exceptions still arrive."""
+    from transformers.utils import logging as their_logging
+
+    level, has_bar = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
+    their_logging.set_verbosity(logging.CRITICAL)
+    their_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(level)
+        if has_bar:
+            their_logging.enable_progress_bar()
+
+
 def check_logits(found: Sequence[Tensor], expected: Expected, *, client: str, held_out: HeldOut) -> str:
-    """Return in words how close the client's logits, of each row [length, V], are. Raises ExportError."""
+    """Compare the logits of another program, of each row [length, V], with ours; return the result in words.
+
+    client: the program's name and version. Raises ExportError where they differ by more than TOLERANCE.
+    """
     differences = [
         (theirs[:, : ours.size(1)].float() - ours).abs().amax(1)
         for theirs, ours in zip(found, expected.logits, strict=True)
     ]
     is_clear = torch.cat(expected.is_clear)
     largest = float(torch.cat(differences)[is_clear].max())
-    if not largest <= TOLERANCE:  # NaN is no pass
+    if not largest <= TOLERANCE:  # NaN fails too
         raise ExportError(
-            f"{client} computes another model: largest logit difference {largest:.3g} on {held_out.words} "
-            f"where {TOLERANCE:g} is allowed. Nothing was kept"
+            f"{client} computes another model: largest logit difference {largest:.3g} on "
+            f"{held_out.description} where {TOLERANCE:g} is allowed; nothing was kept"
         )
-    left_out = "" if is_clear.all() else ", the others left out by ties"
+    left_out = "" if is_clear.all() else ", without those after a tie of experts"
     return (
         f"{client} computes the same: largest logit difference {largest:.2g} over {int(is_clear.sum()):,} of "
-        f"{is_clear.numel():,} tokens ({held_out.words}{left_out})"
+        f"{is_clear.numel():,} tokens ({held_out.description}{left_out})"
         + _check_window(differences, expected.window)
     )
 
 
 def _check_window(differences: Sequence[Tensor], window: int | None) -> str:
-    """Return what is to be said of the window. Raises ExportError where nothing past it agrees."""
+    """Return the words about the sliding window. Raises ExportError where too little past it agrees."""
     if window is None:
         return ""
     if window > MAX_TRIED_WINDOW:
@@ -213,6 +308,6 @@ def _check_window(differences: Sequence[Tensor], window: int | None) -> str:
     if n_agreeing < n_needed:
         raise ExportError(
             f"only {n_agreeing} of {len(past)} tokens past the sliding window of {window} agree where "
-            f"{n_needed} are needed, so that it was not seen to hide anything. Nothing was kept"
+            f"{n_needed} are needed to show that it hides anything; nothing was kept"
         )
     return f"; {n_agreeing:,} of {len(past):,} well past the sliding window agree"

@@ -1,15 +1,22 @@
-"""A model of ours as one GGUF file for llama.cpp, written from any weights one expert at a time.
+"""A model as one GGUF file for llama.cpp: written one expert at a time, read back, and loaded by llama.cpp.
 
-The names are the `gguf` package's own, found from those of Hugging Face. What differs from there: experts are
-stacked, and the heads of a llama (which a Mixtral is to llama.cpp) turn neighbours in RoPE, where we and
-Hugging Face turn the halves (ggml's NORM against NEOX), so its rows of q and k are reordered.
+Tensor names are the `gguf` package's own, looked up from Hugging Face's. Two things differ from Hugging Face.
+Experts are stacked. And llama.cpp treats a Mixtral as a llama, whose RoPE rotates neighbouring rows of a
+head (ggml's NORM), while ours and Hugging Face's rotates the two halves (NEOX). So its rows of q and k are
+reordered.
+
+Reading back shares only the tensor names with the writer: it compares experts whole, and computes by itself
+which rows RoPE pairs.
 """
 
+import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,13 +24,13 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from turnout.data.tokenizer import Tokenizer, load_tokenizer
 from turnout.moe.config import ModelConfig
 from turnout.training.checkpoint.durable_io import Buffer, Disk
 from turnout.training.checkpoint.weights import Weights
-from turnout.training.errors import ConfigError
-from turnout.training.export.huggingface import counted, read_slot
-from turnout.training.export.naming import Architecture, Slot, slots
-from turnout.training.export.tokenizer_files import SPACE, read_bpe
+from turnout.training.errors import ConfigError, ExportError
+from turnout.training.export.hf_config import Architecture
+from turnout.training.export.huggingface import SPACE, Slot, read_bpe, read_slot, slots
 
 GGUF_FILE = "model.gguf"
 ARCHITECTURES: dict[Architecture, gguf.MODEL_ARCH] = {
@@ -39,22 +46,23 @@ FILE_TYPES = {
     Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 BLOCK = 32  # elements of a row that share one scale in Q8_0
+UNUSED = 5  # sentencepiece's type of a piece that is never used
 ROWS_BYTES = 16 << 20
 _EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file: a slot of Hugging Face, or those of all experts one after the other.
+    """One tensor of the file: one slot of Hugging Face, or the slots of all experts, stacked.
 
-    n_turned_heads: of so many heads the rows are reordered; 0: of none
+    n_reordered_heads: the heads whose rows are reordered for ggml's RoPE; 0 where no rows are
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     slots: tuple[Slot, ...]
-    n_turned_heads: int
+    n_reordered_heads: int
 
     @property
     def n_bytes(self) -> int:
@@ -62,36 +70,36 @@ class GgufTensor:
 
 
 def check_gguf(cfg: ModelConfig, architecture: Architecture, kind: Kind, tokenizer: Path) -> None:
-    """Raise ConfigError for what transformers can load in an architecture and llama.cpp cannot."""
+    """Raise ConfigError where llama.cpp cannot load a model that transformers can load."""
     faults = {
-        "has no sliding window in it (model.sliding_window=none would do)": cfg.sliding_window is not None,
+        "has no sliding window (model.sliding_window=none would do)": cfg.sliding_window is not None,
     }
     if architecture == "qwen3_moe":
         faults |= {
             "always divides its weights by their sum (model.router.normalize=true would do)": (
                 not cfg.router.normalize
             ),
-            "has no dense layers in it (model.n_dense_layers=0 would do)": cfg.n_dense_layers > 0,
+            "has no dense layers (model.n_dense_layers=0 would do)": cfg.n_dense_layers > 0,
         }
     if wrong := [fault for fault, is_wrong in faults.items() if is_wrong]:
-        raise ConfigError(f"llama.cpp cannot hold this {architecture}: it {', and it '.join(wrong)}")
+        raise ConfigError(f"llama.cpp cannot load this {architecture}: it {', and it '.join(wrong)}")
     if tokenizer.suffix != ".model":
         raise ConfigError(
-            f"{tokenizer}: llama.cpp knows the pre-tokenizers of published tokenizer.json files only, and "
-            "would split text otherwise than training did; GGUF needs a sentencepiece tokenizer.model"
+            f"{tokenizer}: llama.cpp knows only the pre-tokenizers of published tokenizer.json files and "
+            "would split text differently than training did; use a sentencepiece tokenizer.model for GGUF"
         )
     read_bpe(tokenizer)
     widths = {"d_model": cfg.d_model, "d_expert": cfg.d_expert, "n_heads * d_head": cfg.n_heads * cfg.d_head}
     widths |= {"d_ff": cfg.d_ff} if cfg.d_ff is not None else {}
     if kind == Kind.Q8_0 and (odd := [f"{name}={width}" for name, width in widths.items() if width % BLOCK]):
         raise ConfigError(
-            f"--dtype q8_0 needs rows of whole blocks of {BLOCK}, and model.{', model.'.join(odd)} is not; "
-            "use --dtype bfloat16"
+            f"--dtype q8_0 needs multiples of {BLOCK}, and model.{', model.'.join(odd)} is not; use --dtype "
+            "bfloat16"
         )
 
 
 def gguf_tensors(architecture: Architecture, cfg: ModelConfig, kind: Kind) -> list[GgufTensor]:
-    """Return the tensors of a model's file in order."""
+    """Return the tensors of a model's file, in file order."""
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], cfg.n_layers)
     grouped: dict[str, list[Slot]] = {}
     for slot in slots(architecture, cfg):
@@ -102,14 +110,14 @@ def gguf_tensors(architecture: Architecture, cfg: ModelConfig, kind: Kind) -> li
         name = names.get_name(looked_up, try_suffixes=(".weight", ".bias"))
         assert name is not None, f"gguf knows no name for {theirs}"
         shape = parts[0].shape if len(parts) == 1 else (len(parts), *parts[0].shape)
-        # llama.cpp's own converters keep vectors and routers in fp32 too.
+        # llama.cpp's own converters also keep vectors and routers in fp32.
         is_matrix = len(shape) > 1 and not theirs.endswith(
             ("mlp.gate.weight", "block_sparse_moe.gate.weight")
         )
         heads = {"self_attn.q_proj.weight": cfg.n_heads, "self_attn.k_proj.weight": cfg.n_kv_heads}
-        turned = next((n for ending, n in heads.items() if theirs.endswith(ending)), 0)
-        turned = turned if architecture == "mixtral" else 0
-        tensors.append(GgufTensor(name, shape, kind if is_matrix else Kind.F32, tuple(parts), turned))
+        n_reordered = next((n for ending, n in heads.items() if theirs.endswith(ending)), 0)
+        n_reordered = n_reordered if architecture == "mixtral" else 0
+        tensors.append(GgufTensor(name, shape, kind if is_matrix else Kind.F32, tuple(parts), n_reordered))
     return tensors
 
 
@@ -123,7 +131,7 @@ def write_gguf(
 ) -> Path:
     """Write model.gguf into a directory; return its path. Raises CheckpointError or OSError.
 
-    on_written: is told of bytes as they are written.
+    on_written: called with the bytes written so far.
     """
     path = directory / GGUF_FILE
     tensors = gguf_tensors(architecture, weights.cfg, kind)
@@ -139,22 +147,31 @@ def write_gguf(
             else gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
         )
         writer.add_tensor_info(tensor.name, shape, dtype, tensor.n_bytes, raw_dtype=tensor.kind)
-    # The package would want whole tensors next, stacked experts too; the rest is bytes and padding.
+    # The package could write the tensors, too, but only whole ones, so all experts of a layer at once. What
+    # follows the header is only their bytes, padded.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
     content = header.read_bytes()
     header.unlink()
-    Disk().write(path, counted(_chunks(weights, tensors, content), on_written))
+    Disk().write(path, _chunks(weights, tensors, content, on_written))
     return path
 
 
-def _chunks(weights: Weights, tensors: list[GgufTensor], header: bytes) -> Iterator[Buffer]:
+def _chunks(
+    weights: Weights, tensors: list[GgufTensor], header: bytes, on_written: Callable[[int], None] | None
+) -> Iterator[Buffer]:
+    """Yield the bytes of the file; report them once they are written."""
     yield header + _padding(len(header))
+    n_written = 0
     for tensor in tensors:
         for slot in tensor.slots:
-            yield from _quantised(read_slot(weights, slot), tensor)
+            for chunk in _quantised(read_slot(weights, slot), tensor):
+                yield chunk
+                n_written += len(chunk)
+                if on_written is not None:
+                    on_written(n_written)
         yield _padding(tensor.n_bytes)
 
 
@@ -163,18 +180,18 @@ def _padding(n_bytes: int) -> bytes:
 
 
 def _quantised(values: Tensor, tensor: GgufTensor) -> Iterator[Buffer]:
-    if tensor.n_turned_heads:
-        values = to_neighbours(values, tensor.n_turned_heads)
+    if tensor.n_reordered_heads:
+        values = to_neighbours(values, tensor.n_reordered_heads)
     rows = values.reshape(-1, values.size(-1))
     for part in rows.split(max(1, ROWS_BYTES // (4 * rows.size(1)))):
         yield np.ascontiguousarray(gguf.quantize(part.numpy(), tensor.kind)).view(np.uint8).data
 
 
 def to_stored(kind: Kind, name: str, values: Tensor) -> Tensor:
-    """Return one of our parameters as a file of this kind holds it."""
+    """Return a parameter, of any shape, rounded as a file of this kind stores it."""
     if values.ndim == 1 or name.endswith("router.weight"):
         return values
-    if name.endswith("experts.gate_up"):  # the file's rows are our columns, and its scales are of its rows
+    if name.endswith("experts.gate_up"):  # the file holds it transposed; scales belong to its rows
         return to_stored(kind, "", values.transpose(-1, -2).contiguous()).transpose(-1, -2).contiguous()
     return torch.from_numpy(gguf.dequantize(gguf.quantize(values.numpy(), kind), kind))
 
@@ -213,7 +230,7 @@ def _add_settings(writer: gguf.GGUFWriter, architecture: Architecture, cfg: Mode
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, vocab_size: int) -> None:
-    """Write a sentencepiece model's pieces; what the model's vocabulary has beyond them is never used."""
+    """Write a sentencepiece model's pieces, and unused ones up to the model's vocabulary size."""
     model, types = sentencepiece.SentencePieceProcessor(model_file=str(path)), gguf.TokenType
     tokens, scores, kinds = list[bytes](), list[float](), list[int]()
     for i in range(model.piece_size()):
@@ -235,7 +252,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, vocab_size: int) -> None
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)
-    # Where there is none, documents begin with eos, as data/tokenizer.py has it.
+    # Without a begin-of-text token documents begin with eos, as in data/tokenizer.py.
     writer.add_bos_token_id(model.bos_id() if model.bos_id() >= 0 else model.eos_id())
     writer.add_eos_token_id(model.eos_id())
     writer.add_unk_token_id(model.unk_id())
@@ -246,3 +263,149 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, vocab_size: int) -> None
 
 def _has_dummy_prefix(model: sentencepiece.SentencePieceProcessor) -> bool:
     return model.encode("a", out_type=str)[0].startswith(SPACE)
+
+
+def read_back_gguf(path: Path, weights: Weights, architecture: Architecture, kind: Kind) -> str:
+    """Compare every tensor and setting of a file with the model's; return a sentence about the result.
+
+    Raises ExportError where anything differs from the weights, rounded as the file stores them.
+    """
+    reader, cfg, tokenizer = gguf.GGUFReader(path), weights.cfg, load_tokenizer(weights.tokenizer_path)
+    _check_settings(reader, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[architecture]], cfg, tokenizer)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    wanted = {tensor.name: tensor for tensor in gguf_tensors(architecture, cfg, kind)}
+    if found.keys() != wanted.keys():
+        differing = sorted(found.keys() ^ wanted.keys())[:3]
+        raise ExportError(f"{path.name}: missing or unexpected tensors: {differing}; nothing was kept")
+    for name, tensor in wanted.items():
+        read = torch.from_numpy(gguf.dequantize(found[name].data, found[name].tensor_type).copy())
+        difference = float(
+            (read.view(tensor.shape) - _expected_tensor(weights, tensor, cfg, kind)).abs().max()
+        )
+        if not difference == 0:
+            raise ExportError(
+                f"{path.name}: {name} is not the tensor that was exported: largest difference "
+                f"{difference:.3g}; nothing was kept"
+            )
+    return (
+        f"read back with gguf {version('gguf')}: all {len(wanted)} tensors are the model's, bit for bit "
+        "after rounding"
+    )
+
+
+def _expected_tensor(weights: Weights, tensor: GgufTensor, cfg: ModelConfig, kind: Kind) -> Tensor:
+    """Return what a tensor of the file has to hold, looked up by our own names."""
+    slot = tensor.slots[0]
+    if slot.kind == "zeros":
+        return torch.zeros(tensor.shape)
+    if slot.kind == "bias":
+        assert slot.index is not None
+        return weights.read_bias()[slot.index]
+    whole = to_stored(kind, slot.ours, weights.read(slot.ours))
+    if slot.half is not None:
+        columns = slice(cfg.d_expert) if slot.half == "gate" else slice(cfg.d_expert, None)
+        return whole[:, :, columns].transpose(1, 2)
+    if not tensor.n_reordered_heads:
+        return whole
+    # ggml's RoPE rotates rows 2i and 2i + 1 of a head, ours rows i and i + A/2.
+    order = [
+        head * cfg.d_head + i // 2 + (i % 2) * (cfg.d_head // 2)
+        for head in range(whole.size(0) // cfg.d_head)
+        for i in range(cfg.d_head)
+    ]
+    return whole[order]
+
+
+def _check_settings(reader: gguf.GGUFReader, arch: str, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
+    wanted: dict[str, object] = {
+        "general.architecture": arch,
+        f"{arch}.block_count": cfg.n_layers,
+        f"{arch}.embedding_length": cfg.d_model,
+        f"{arch}.attention.head_count": cfg.n_heads,
+        f"{arch}.attention.head_count_kv": cfg.n_kv_heads,
+        f"{arch}.attention.key_length": cfg.d_head,
+        f"{arch}.rope.freq_base": cfg.rope_theta,
+        f"{arch}.attention.layer_norm_rms_epsilon": cfg.norm_eps,
+        f"{arch}.expert_count": cfg.n_experts,
+        f"{arch}.expert_used_count": cfg.top_k,
+        f"{arch}.context_length": cfg.seq_len,
+        f"{arch}.vocab_size": cfg.vocab_size,
+        f"{arch}.attention.value_length": cfg.d_head,
+        f"{arch}.rope.dimension_count": cfg.d_head,
+        f"{arch}.feed_forward_length": cfg.d_expert if cfg.d_ff is None else cfg.d_ff,
+    }
+    if arch != "llama":
+        wanted[f"{arch}.expert_feed_forward_length"] = cfg.d_expert
+    if arch == "glm4moe":
+        wanted |= {
+            f"{arch}.expert_shared_count": max(1, cfg.n_shared_experts),
+            f"{arch}.leading_dense_block_count": cfg.n_dense_layers,
+            f"{arch}.expert_gating_func": 2,  # sigmoid
+            f"{arch}.expert_weights_scale": cfg.router.scale,
+            f"{arch}.expert_weights_norm": cfg.router.normalize,
+        }
+    # gguf uses sentencepiece's numbers for the types of pieces.
+    pieces = [(piece.piece, piece.type) for piece in read_bpe(tokenizer.path).pieces]
+    pieces += [(f"[UNUSED{i}]", UNUSED) for i in range(len(pieces), cfg.vocab_size)]
+    wanted |= {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece for piece, _ in pieces],
+        "tokenizer.ggml.token_type": [kind for _, kind in pieces],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    for key, value in wanted.items():
+        field = reader.get_field(key)
+        found = None if field is None else field.contents()
+        is_same = np.float32(found) == np.float32(value) if isinstance(value, float) else found == value
+        if not is_same:
+            here, there = (str(x)[:60] for x in (found, value))
+            raise ExportError(f"{key} was written as {here} where the model has {there}; nothing was kept")
+
+
+def has_llama_cpp() -> bool:
+    """Return whether llama-cpp-python is installed."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def load_llama_cpp(path: Path, n_tokens: int = 8) -> Any:
+    """Load a file with llama.cpp for rows of up to n_tokens. Raises ExportError where that fails.
+
+    The key-value cache is fp32: the default, fp16, alone changes logits by 1e-2.
+    """
+    import llama_cpp  # optional, and a large native library
+
+    try:
+        return llama_cpp.Llama(
+            model_path=str(path),
+            n_ctx=n_tokens,
+            n_batch=n_tokens,
+            n_ubatch=n_tokens,
+            logits_all=True,
+            verbose=False,
+            flash_attn=False,
+            type_k=Kind.F32.value,
+            type_v=Kind.F32.value,
+        )
+    except Exception as err:  # whatever llama.cpp raises, the file must not be kept
+        raise ExportError(f"{llama_cpp_name()} cannot load it: {err}; nothing was kept") from err
+
+
+def llama_cpp_logits(path: Path, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return llama.cpp's logits [length, V] of each row of tokens [length]."""
+    model = load_llama_cpp(path, max(map(len, rows)))
+    logits = []
+    for row in rows:
+        model.reset()
+        model.eval(row.tolist())
+        logits.append(torch.from_numpy(np.array(model.scores[: len(row)])))
+    return logits
+
+
+def llama_cpp_name() -> str:
+    """Return llama.cpp's name and version."""
+    import llama_cpp
+
+    return f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"

@@ -1,7 +1,11 @@
-"""The weights in a Hugging Face directory under the names of ours, read a tensor or an expert at a time.
+"""The weights in a Hugging Face directory under our names, read one tensor or one expert at a time.
 
-What is read may be a stranger's: config.json is checked field by field, tensors by name and shape, and
+The directory may come from anyone: config.json is checked field by field, tensors by name and shape, and
 nothing in the directory is executed.
+
+read_back_huggingface compares an export with its model, parameter by parameter, because the tokens that the
+gate tries may not reach every one. It shares the table of names with the writer. The gate proves that table:
+transformers would miss a tensor with a wrong name.
 """
 
 import json
@@ -14,27 +18,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from turnout.moe.config import ModelConfig
+from turnout.moe.config import BalanceConfig, ModelConfig
 from turnout.moe.init_weights import initial_values
 from turnout.moe.parallel.sharding import is_expert
-from turnout.training.checkpoint.weights import MAPPED_BYTES, parameter_shapes
-from turnout.training.errors import CheckpointError, ConfigError, printable
-from turnout.training.export.architectures import from_hf_config
-from turnout.training.export.hf_files import CONFIG, INDEX, SINGLE
-from turnout.training.export.naming import DENSE, Slot, half_of, slots
+from turnout.training.checkpoint.weights import MAPPED_BYTES, Weights, parameter_shapes
+from turnout.training.errors import CheckpointError, ConfigError, ExportError, printable
+from turnout.training.export.hf_config import CONFIG, DENSE, INDEX, SINGLE, from_hf_config
+from turnout.training.export.huggingface import Slot, half_of, slots
 
 MAX_JSON_BYTES = 256 << 20
 FLOATS = ("F32", "BF16", "F16")
 
 
 class HfWeights:
-    """The weights in a directory that `turnout export` or transformers has written."""
+    """The weights in a directory that `turnout export` or transformers wrote."""
 
     def __init__(self, directory: Path, *, experts: Mapping[str, Any] | None = None, seed: int = 0) -> None:
         """Raise ConfigError for a model Turnout does not compute, CheckpointError where tensors are missing.
 
-        experts: of a dense model, the settings of the experts that are to be made of its layers: each is a
-        copy, and the routers are drawn small at random by the seed (Komatsuzaki et al. 2022, 2212.05055).
+        experts: settings of the experts to make of a dense model's layers. Each expert is a copy of its
+        layer; the routers' weights are small and random, by the seed (Komatsuzaki et al. 2022, 2212.05055).
         """
         self.place, self._seed = directory, seed
         tree = read_json(directory / CONFIG)
@@ -45,7 +48,10 @@ class HfWeights:
         self.tokenizer_path = self._find_tokenizer()
 
     def read(self, name: str, expert: int | None = None) -> Tensor:
-        """Return a parameter, or one expert's part of it, fp32 on the CPU. Raises CheckpointError."""
+        """Return a parameter, or one expert's part of it, fp32 on the CPU, of the parameter's shape.
+
+        Raises CheckpointError where a file is damaged.
+        """
         if is_expert(name) and expert is None:
             whole = torch.empty(self._shapes[name])
             for i, part in enumerate(whole):
@@ -72,12 +78,12 @@ class HfWeights:
         return bias_ME
 
     def _find_slots(self) -> dict[tuple[str, int | None], list[Slot]]:
-        """Return the slots of each parameter: one, of gate_up two halves.
+        """Return the slots of each parameter: one, or the two halves of gate_up.
 
         Raises CheckpointError for a missing or unexpected tensor.
         """
         found, filled, wanted = self._files.shapes, dict[tuple[str, int | None], list[Slot]](), set[str]()
-        # One at a time: the config of a stranger may speak of more layers than memory has room for.
+        # One at a time: a hostile config may name more layers than fit into memory.
         for slot in slots(self.architecture, self.cfg):
             if slot.name == "lm_head.weight" and self.cfg.tie_embeddings:
                 continue
@@ -92,15 +98,15 @@ class HfWeights:
         for name in sorted(found.keys() - wanted):
             if not _is_computed(name) and name != "lm_head.weight":
                 raise CheckpointError(
-                    f"{self.place}: holds {printable(name)}, for which the {self.architecture} of its config "
-                    "has no place"
+                    f"{self.place}: holds {printable(name)}, which is no tensor of the {self.architecture} "
+                    "in its config; use the weights' own config.json"
                 )
         return filled
 
     def _settle_config(self) -> None:
-        """Take back what export adds: the head of a tied model, and the shared expert of zeros.
+        """Undo what export adds: the head of a tied model, and the shared expert of zeros.
 
-        It is seen in the numbers and not in a note, for who trains an export on may change the numbers.
+        Decided from the values, not from a note in the config: further training of an export may change them.
         """
         changes: dict[str, Any] = {}
         if not self.cfg.tie_embeddings and self._files.are_equal(
@@ -118,16 +124,19 @@ class HfWeights:
         self._slots = {key: found for key, found in self._slots.items() if key[0] in self._shapes}
 
     def _find_tokenizer(self) -> Path:
-        for name in ("tokenizer.model", "tokenizer.json"):  # ids of the first are those of training
+        for name in ("tokenizer.model", "tokenizer.json"):  # training used the first, where it exists
             if (path := self.place / name).is_file():
                 return path
         raise CheckpointError(
-            f"{self.place}: has no tokenizer.model and no tokenizer.json; copy the model's there"
+            f"{self.place}: has no tokenizer.model and no tokenizer.json; copy the model's tokenizer there"
         )
 
 
 class SafetensorsFiles:
-    """The tensors of a directory by name, from one file or from the many of an index."""
+    """The tensors of a directory by name, from one file or from the files that an index lists.
+
+    shapes  of every tensor, by name
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -137,7 +146,7 @@ class SafetensorsFiles:
         self.shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor of its own memory, fp32. Raises CheckpointError."""
+        """Return a copy of a tensor, fp32, in its shape. Raises CheckpointError for a damaged file."""
         out = torch.empty(self.shapes[name])
         start = 0
         for part in self._parts(name):
@@ -146,6 +155,7 @@ class SafetensorsFiles:
         return out
 
     def has_nonzero(self, name: str) -> bool:
+        """Return whether a tensor has an element other than 0."""
         return any(bool(part.any()) for part in self._parts(name))
 
     def are_equal(self, one: str, other: str) -> bool:
@@ -154,7 +164,7 @@ class SafetensorsFiles:
         return all(torch.equal(a, b) for a, b in pairs)
 
     def _parts(self, name: str) -> Iterator[Tensor]:
-        """Yield the tensor's rows in order, some MiB at a time, as they are stored."""
+        """Yield the tensor's rows in order and in their stored dtype, some MiB at a time."""
         shape = self.shapes[name]
         n_rows = max(1, (MAPPED_BYTES // 4) // max(1, 4 * prod(shape[1:])))
         for start in range(0, shape[0], n_rows):
@@ -178,7 +188,7 @@ class SafetensorsFiles:
         if found.get_dtype() not in FLOATS or not found.get_shape():
             raise CheckpointError(
                 f"{self._directory / file}: {printable(name)} is {found.get_dtype()} {found.get_shape()}; "
-                f"{', '.join(FLOATS)} can be read"
+                f"only {', '.join(FLOATS)} can be read"
             )
         return found
 
@@ -191,7 +201,7 @@ class SafetensorsFiles:
             except (SafetensorError, OSError) as err:
                 raise CheckpointError(f"{self._directory / SINGLE}: {printable(str(err))}") from err
         files = read_json(self._directory / INDEX).get("weight_map")
-        # A name with a path in it would lead out of the directory.
+        # A file name that holds a path could lead out of the directory.
         if not isinstance(files, dict) or not all(
             isinstance(file, str) and file and Path(file).name == file and _is_text(file) and _is_text(name)
             for name, file in files.items()
@@ -205,26 +215,80 @@ class SafetensorsFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises CheckpointError; ConfigError for a config that is none."""
+    """Return the object in a JSON file.
+
+    Raises CheckpointError where it cannot be read; where it cannot be used, a ValueError: ConfigError for
+    config.json, CheckpointError for other files.
+    """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError("it is too large")
         tree = json.loads(path.read_bytes())
         if not isinstance(tree, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it holds no JSON object")
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}") from err
     except (ValueError, RecursionError) as err:
         kind = ConfigError if path.name == CONFIG else CheckpointError
-        raise kind(f"{path}: not JSON that can be used ({printable(str(err))})") from err
+        raise kind(f"{path}: is no usable JSON ({printable(str(err))})") from err
     return tree
 
 
 def _is_text(name: str) -> bool:
-    # JSON can spell half of a surrogate pair, which is no character, and NUL, which ends a file's name.
+    # JSON can spell half of a surrogate pair, which is no character, and NUL, which ends a file name.
     return "\0" not in name and not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _is_computed(name: str) -> bool:
-    # Old files hold RoPE's frequencies, which follow from the config.
+    # Old files hold RoPE's frequencies, which the config determines.
     return name.endswith("rotary_emb.inv_freq")
+
+
+def read_back_huggingface(directory: Path, weights: Weights) -> str:
+    """Compare every parameter and the config of a directory with the model's; return the result in words.
+
+    weights: the model's, already rounded as the files store them. One tensor of each side is in memory at a
+    time, one expert's where experts are stacked. Raises ExportError where anything differs.
+    """
+    try:
+        found = HfWeights(directory)
+        _check_config(found, weights)
+        names = list(parameter_shapes(weights.cfg))
+        for name in names:
+            for expert in range(weights.cfg.n_experts) if is_expert(name) else (None,):
+                written, wanted = _read_written(found, name, expert), weights.read(name, expert)
+                if not torch.equal(
+                    written.expand_as(wanted).contiguous().view(torch.int32), wanted.view(torch.int32)
+                ):
+                    part = name if expert is None else f"{name} of expert {expert}"
+                    raise ExportError(f"{part} was written with other values; nothing was kept")
+        # Compared as floats: a bias of -0.0, which has no effect, reads as 0.0 if the architecture has none.
+        if not torch.equal(found.read_bias(), weights.read_bias()):
+            raise ExportError("the routers' bias was written with other values; nothing was kept")
+    except (CheckpointError, ConfigError) as err:
+        raise ExportError(f"the written files cannot be read back: {err}; nothing was kept") from err
+    return f"read back: all {len(names)} parameters are the model's, bit for bit after rounding"
+
+
+def _check_config(found: HfWeights, weights: Weights) -> None:
+    # A head that equals the embedding reads as tied, and a shared expert of zeros as absent. Whether they
+    # really are is compared with the parameters, next.
+    have, want = found.cfg.model_dump(), weights.cfg.model_dump()
+    want["balance"] = BalanceConfig().model_dump()
+    want["tie_embeddings"] |= have["tie_embeddings"]
+    if have["n_shared_experts"] == 0 and want["n_shared_experts"] == 1:
+        want["n_shared_experts"] = 0
+    for name, value in want.items():
+        if have[name] != value:
+            raise ExportError(
+                f"config.json reads as model.{name}={have[name]} where the model has {value}; nothing was "
+                "kept"
+            )
+
+
+def _read_written(found: HfWeights, name: str, expert: int | None) -> Tensor:
+    if name == "head.weight" and found.cfg.tie_embeddings:
+        name = "embed.weight"
+    if ".moe.shared." in name and not found.cfg.n_shared_experts:
+        return torch.zeros(())
+    return found.read(name, expert)

@@ -1,6 +1,6 @@
-"""Any weights as the first checkpoint of a run, from which training goes on at every layout.
+"""Write any weights as the first checkpoint of a run, which training can resume at every layout.
 
-Its optimizer has no state yet, as before a first update, and its router loads are uniform.
+It holds no optimizer state, as before the first update, and uniform router loads.
 """
 
 from collections.abc import Iterator
@@ -44,15 +44,15 @@ MAX_FILE_BYTES = 4 << 30
 def write_first_checkpoint(
     weights: Weights, run_dir: Path, attached: Attached, *, max_file_bytes: int = MAX_FILE_BYTES
 ) -> Path:
-    """Write step 0 of a run that nobody reads yet; return its path. One tensor is in memory at a time,
-    of stacked experts one expert's.
+    """Write step 0 of a run that nobody reads yet; return its path.
 
-    Raises CheckpointError where the weights cannot be read, OSError where the disk fails.
+    One tensor is in memory at a time, one expert's where experts are stacked. Raises CheckpointError where
+    the weights cannot be read, OSError where the disk fails.
     """
     disk, directory = Disk(), checkpoint_path(run_dir, 0)
     disk.make_directory(directory)
     shapes, files, tensors = parameter_shapes(weights.cfg), dict[str, FileEntry](), dict[str, TensorEntry]()
-    # Each file looks as if a rank of its own had written it, which is all that a reader knows of ranks.
+    # Each file looks like the file of one rank; a reader needs to know no more about ranks.
     parts = list(cut_by_bytes(shapes, lambda name: 4 * prod(shapes[name]), max_file_bytes))
     for number, names in enumerate(parts):
         stored = {
@@ -91,7 +91,7 @@ def write_first_checkpoint(
 
 
 def _read_parts(weights: Weights, name: str) -> Iterator[Tensor]:
-    """Yield a parameter, of stacked experts one after the other."""
+    """Yield a parameter whole, or expert by expert where experts are stacked."""
     for expert in range(weights.cfg.n_experts) if is_expert(name) else (None,):
         yield weights.read(name, expert)
 

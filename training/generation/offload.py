@@ -1,8 +1,8 @@
-"""A model larger than one device: accelerate spreads its blocks over GPUs, host memory and disk.
+"""Load a model larger than one device: accelerate spreads its blocks over GPUs, host memory and disk.
 
-A block that is not on a GPU (or, where there is none, not in memory) is brought there for its own pass and
-dropped again. The embedding, the last norm and the head stay on the first device: every token needs them.
-Weights are read a tensor at a time and put where they stay, so the whole model is never in one memory.
+A block that is not on the device that computes (a GPU, or the CPU if there is none) is copied there for its
+own pass and dropped again. The embedding, the last norm and the head stay on the first device, because every
+token needs them. Weights are read and placed one tensor at a time, so no memory ever holds the whole model.
 """
 
 import logging
@@ -20,7 +20,7 @@ from turnout.moe.model import build_decoder
 from turnout.training.checkpoint.weights import Weights, read_into, read_router_state
 from turnout.training.errors import ConfigError
 
-# Of the memory that is free: the rest is for the cache, activations and what else the machine does.
+# Fraction of the free memory: the rest is for the cache, activations and other programs.
 USED_FRAC = 0.9
 DISK = "disk"
 Device = int | str
@@ -30,11 +30,11 @@ MIB = 2**20
 def load_spread(
     weights: Weights, *, max_bytes: int | None, offload_dir: Path, dtype: torch.dtype, expert_backend: str
 ) -> tuple[CachedDecoder, str]:
-    """Return the model with its blocks where they fit, and a sentence that says where that is.
+    """Return the model with its blocks spread over the devices, and a sentence on where they are.
 
-    max_bytes    of weights on each GPU, or in memory where there is no GPU; None: most of what is free
-    offload_dir  an empty directory, in which the blocks on disk stay for as long as the model is used
-    Raises ConfigError where there is too little of either.
+    max_bytes    limit for the weights on each GPU, or in memory if there is none; None: USED_FRAC of the free
+    offload_dir  an empty directory for the blocks on disk; keep it as long as the model is used
+    Raises ConfigError if memory or disk is too small.
     """
     decoder = build_decoder(weights.cfg, device="meta", dtype=dtype, expert_backend=expert_backend)
     model = CachedDecoder(decoder.eval(), read_router_state(weights)).requires_grad_(False)
@@ -54,22 +54,22 @@ def load_spread(
             set_module_tensor_to_device(model, name, place, value=value)
     save_offload_index(index, offload_dir)
     ends = {name: main for name, child in model.named_children() if name != "blocks"}
-    # It warns that parameters are not in memory, which is what was asked for.
+    # accelerate would warn that parameters are not in memory, which is intended here.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     dispatch_model(
         model,
         {**ends, **places},
-        main_device=main,  # not a torch.device: what is on "cpu" would be taken for offloaded
+        main_device=main,  # given a torch.device, accelerate would treat blocks on "cpu" as offloaded
         offload_dir=offload_dir,
         preload_module_classes=[CachedBlock.__name__],
         force_hooks=True,
     )
     model.bias_ME = model.bias_ME.to(main)
-    return model, _told(places, sizes, offload_dir)
+    return model, _describe(places, sizes, offload_dir)
 
 
 def _limits(max_bytes: int | None) -> dict[Device, int]:
-    """Return the bytes that weights may take of each device, the first device first."""
+    """Return how many bytes of weights each device may hold, the first device first."""
     free = {device: int(USED_FRAC * n_bytes) for device, n_bytes in get_max_memory().items()}
     if max_bytes is None:
         return free
@@ -78,7 +78,10 @@ def _limits(max_bytes: int | None) -> dict[Device, int]:
 
 
 def _place_blocks(model: CachedDecoder, limits: dict[Device, int], main: Device) -> dict[str, Device]:
-    """Return the device of each block by name. Room for one block is kept, through which the others pass."""
+    """Return the device of each block by name.
+
+    On the main device room for one block is kept free, through which the offloaded blocks pass.
+    """
     blocks = [_n_bytes(block) for block in model.blocks]
     n_ends = _n_bytes(model) - sum(blocks)
     if limits[main] < n_ends + max(blocks):
@@ -101,12 +104,12 @@ def _n_bytes(module: nn.Module) -> int:
 
 
 def _check_disk(offload_dir: Path, n_needed: int) -> None:
-    # Not left to the writing: it goes through a mapped file, where a full disk kills the process.
+    # Checked in advance, because writing goes through a mapped file: a full disk would kill the process.
     n_free = shutil.disk_usage(offload_dir).free
     if n_needed > n_free:
         raise ConfigError(
             f"{n_needed / MIB:,.0f} MiB of the model would go to {offload_dir}, which has "
-            f"{n_free / MIB:,.0f} MiB free; raise --max-memory, or name another place in TMPDIR"
+            f"{n_free / MIB:,.0f} MiB free; raise --max-memory, or set TMPDIR to a larger disk"
         )
 
 
@@ -114,7 +117,7 @@ def _name(place: Device) -> str:
     return f"cuda:{place}" if isinstance(place, int) else "the CPU" if place == "cpu" else place
 
 
-def _told(places: dict[str, Device], sizes: dict[str, int], offload_dir: Path) -> str:
+def _describe(places: dict[str, Device], sizes: dict[str, int], offload_dir: Path) -> str:
     n_blocks = Counter(places.values())
     n_bytes = {place: sum(sizes[name] for name, at in places.items() if at == place) for place in n_blocks}
     parts = [f"{n} on {_name(place)} ({n_bytes[place] / MIB:,.0f} MiB)" for place, n in n_blocks.items()]

@@ -1,5 +1,6 @@
-"""Drawing the next token from logits. The one place where tokens are drawn: what training samples and what
-`turnout generate` writes come from here.
+"""Sample the next token from logits.
+
+All tokens are sampled here: those of the samples during training, of `turnout generate` and of lm-eval.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn. The cuts apply in this order, each to what the one before left.
+    """How a token is sampled. The filters apply in this order, each to the tokens that the one before kept.
 
-    temperature  0 takes the most likely token, and nothing is drawn
+    temperature  0 takes the most likely token, without randomness
     top_k        keeps the k most likely tokens
     top_p        keeps the smallest set whose probabilities reach it (Holtzman et al. 2020, section 3.1)
-    min_p        keeps those at least min_p times as likely as the likeliest (Nguyen et al. 2024, 2407.01082)
+    min_p        keeps tokens at least min_p times as likely as the most likely one
+                 (Nguyen et al. 2024, 2407.01082)
     """
 
     temperature: float = 0.8
@@ -26,9 +28,10 @@ class Sampling:
 
 
 def sample_tokens(logits: Tensor, how: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw one token id per row of logits [B, V] on the CPU; equal probabilities go by the lower id.
+    """Sample one token id per row of logits [B, V] on the CPU, and return them as [B] int64.
 
-    generators: one for each row, so that what a row draws does not depend on the others, or one for all.
+    Of equal logits the lower id ranks first. generators: one per row, so that a row's token does not depend
+    on the other rows, or one for all.
     """
     if how.temperature == 0:
         return logits.argmax(-1)
@@ -41,8 +44,8 @@ def sample_tokens(logits: Tensor, how: Sampling, generators: Sequence[torch.Gene
     if how.min_p is not None:
         probs = probs.masked_fill(probs < how.min_p * probs[:, :1], 0.0)
     if len(generators) == 1:
-        places = torch.multinomial(probs, 1, generator=generators[0])
+        picked = torch.multinomial(probs, 1, generator=generators[0])
     else:
         rows = zip(probs.split(1), generators, strict=True)
-        places = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
-    return ids.gather(-1, places).squeeze(-1)
+        picked = torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+    return ids.gather(-1, picked).squeeze(-1)

@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups: matrices decay, norms and biases do not."""
+"""AdamW and its parameter groups: weight decay applies to matrices, not to norms and biases."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,9 +11,9 @@ from turnout.training.config.optim import OptimConfig
 
 ParamGroups = list[dict[str, Any]]
 
-# torch's optimizers import torch's compiler, in order to be left out of compiled graphs. That adds a second to the
-# start of each rank, and our optimizers are in no graph. These are private parts of torch, each with a test: if a
-# release moves them, ranks start more slowly and compute the same.
+# torch's optimizers import torch's compiler only to exclude their methods from compiled graphs. That delays
+# the start of each rank by a second, and our optimizers are in no graph. These are private parts of torch,
+# each with a test: if a release moves them, ranks start more slowly but compute the same.
 METHODS_OUT_OF_GRAPHS = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 CACHED = "__dynamo_disable"  # the attribute in which torch caches a function's uncompiled form
 
@@ -33,14 +33,12 @@ def keep_compiler_out() -> None:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether weight decay applies: to matrices (embeddings and experts too), not to norms and
-    biases.
-    """
+    """Return whether a parameter decays: matrices (also embeddings and experts), not norms and biases."""
     return parameter.ndim >= 2 and not name.endswith("norm.weight")
 
 
 def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> ParamGroups:
-    """Split parameters into a decayed and an undecayed group. DeepSpeed wants each group named."""
+    """Split parameters into groups with and without weight decay. DeepSpeed requires named groups."""
     named = list(named_parameters)
     return [
         {"name": "decay", "params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
@@ -48,16 +46,17 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
     ]
 
 
-# What AdamW keeps of each element, and once for all of them.
+# The state AdamW keeps for each element, and once for all elements.
 ADAMW_KINDS, ADAMW_SCALARS = ("exp_avg", "exp_avg_sq"), ("step",)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, whose step does not import torch's compiler."""
+    """torch's AdamW, except that its step does not import torch's compiler."""
 
     step = plain_step(torch.optim.AdamW)
 
 
 def build_adamw(groups: ParamGroups, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimizer of a run."""
     keep_compiler_out()
     return AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)

@@ -8,9 +8,9 @@ from turnout.training.config.optim import ScheduleConfig
 def lr_at(step: int, *, lr: float, schedule: ScheduleConfig, n_steps: int) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
 
-    Rises linearly to `lr` over warmup_steps, then falls to final_frac * lr at the last step: by a half cosine
-    (Loshchilov and Hutter 2017, equation 5), by a line, or (wsd; Hu et al. 2024, section 4) by a line over
-    the last decay_frac of all steps after a stable phase.
+    It rises linearly to `lr` over warmup_steps, then falls to final_frac * lr at the last step. cosine falls
+    along half a cosine (Loshchilov and Hutter 2017, equation 5), linear along a line, and wsd (Hu et al.
+    2024, section 4) stays at `lr` and falls along a line over the last decay_frac of all steps.
     """
     if step < schedule.warmup_steps:
         return lr * (step + 1) / schedule.warmup_steps

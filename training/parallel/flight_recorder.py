@@ -1,8 +1,8 @@
-"""What each rank is doing, in a small file that outlives it: RUN/logs/attempt-00001/rank-00001.ledger.
+"""The flight recorder: each rank's last actions, in a small file that outlives the rank.
 
-The file is mapped into memory, so an entry costs no system call, anybody may read it at any time, and the
-last entry is there even if the rank was killed or stopped in the middle of it. training/parallel/hang_report.py makes
-sense of the ledgers of all ranks.
+The file is RUN/logs/attempt-00001/rank-00001.flight. It is mapped into memory, so that an entry needs no
+system call, other processes can read it at any time, and the last entry survives when the rank is killed or
+stopped. training/parallel/hang_report.py interprets the flight records of all ranks.
 """
 
 import mmap
@@ -15,24 +15,24 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from turnout.training.parallel.layout import Layout
 
 GROUPS = ("ep", "tp", "dp", "edp", "world")
 N_ENTRIES = 16
-MAX_COUNTS = 128  # row counts kept per direction; larger groups are cut, and the entry says so
+MAX_COUNTS = 128  # row counts kept per direction; in larger groups the rest is cut, and n_sent shows it
 
-AT, WAITING, DONE = range(3)
-ENDED = "ended"  # the phase of a rank that has nothing left to do
+IN_PHASE, WAITING, DONE = range(3)
+ENDED = "ended"  # the phase of a rank that has finished its work
 
 _MAGIC = b"turnout1"
 _FILE = struct.Struct("<8sIIIIQ")  # magic, rank, world_size, tp, ep, pid
 _FILE_BYTES = 64
-# CRC32 of the body, then the state. The state is not under the checksum: one byte cannot be torn, so a
-# collective that is done needs no second entry.
+# CRC32 of the body, then the state. The checksum does not cover the state: one byte is written atomically, so
+# a finished collective needs no second entry.
 _HEAD = struct.Struct("<IB3x")
-# n (of this rank's entries), time, step, collectives entered so far in each of GROUPS, layer, sizes of sent
-# and received, group, phase, operation
+# n, time_s, step, entered, layer, n_sent, n_received, group, phase, operation: see Entry
 _BODY = struct.Struct("<Qdq5IiHHb24s48s")
 _ENTRY_BYTES = 1280
 _COUNTS = [struct.Struct(f"<{n}i") for n in range(MAX_COUNTS + 1)]
@@ -41,20 +41,21 @@ assert _HEAD.size + _BODY.size + 2 * _COUNTS[-1].size <= _ENTRY_BYTES
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a ledger.
+    """One entry of a flight record: the start of a phase, or a collective.
 
-    n         counts the rank's entries; ranks that run the same program make the same ones in the same order
-    entered   how many collectives the rank has entered in each of GROUPS, this one included
-    layer, group, operation   None for a mere change of phase
-    sent, received    row counts by the group's ranks, at most MAX_COUNTS of them
-    n_sent, n_received   how many there were before that cut
+    n         number of this entry, from 1; all ranks make the same entries in the same order
+    time_s    Unix time
+    entered   collectives that the rank has entered in each of GROUPS, this one included
+    layer, group, operation   of the collective; None for the start of a phase
+    sent, received            row counts by rank of the group, at most MAX_COUNTS
+    n_sent, n_received        how many row counts there were before the cut
     """
 
     n: int
     time_s: float
     step: int
     phase: str
-    state: int = AT
+    state: int = IN_PHASE
     entered: tuple[int, ...] = (0,) * len(GROUPS)
     layer: int | None = None
     group: str | None = None
@@ -66,11 +67,12 @@ class Entry:
 
     @property
     def index(self) -> int:
-        """Which collective of its group this is, counted from 1: the same number on all its ranks."""
+        """Number of this collective within its group, from 1: the same on all ranks of the group."""
         assert self.group is not None
         return self.n_entered(self.group)
 
     def n_entered(self, group: str) -> int:
+        """Return how many collectives of a group the rank has entered."""
         return self.entered[GROUPS.index(group)]
 
     @property
@@ -80,7 +82,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FlightRecord:
-    """A ledger as it was read. entries: the last ones, oldest first; none if it was killed at its start."""
+    """One rank's flight record. entries: the last ones, oldest first; empty if the rank died at its start."""
 
     rank: int
     pid: int
@@ -95,15 +97,15 @@ class FlightRecord:
         return self.current is not None and self.current.phase == ENDED
 
     def collective(self, group: str, index: int) -> Entry | None:
-        """Return the entry of one collective, where it is among the last ones."""
+        """Return the entry of one collective, or None if it is not among the last ones."""
         return next((e for e in self.entries if e.group == group and e.index == index), None)
 
 
-class NullRecorder:
-    """Takes the same calls and keeps nothing: for tests, and for what runs apart from a run."""
+class Recorder(Protocol):
+    """Records what a rank does."""
 
     def enter_phase(self, step: int, phase: str) -> None:
-        """Note that this rank begins a phase of a step."""
+        """Record that this rank begins a phase of a step."""
 
     def collective(
         self,
@@ -114,20 +116,39 @@ class NullRecorder:
         sent: Sequence[int] = (),
         received: Sequence[int] = (),
     ) -> AbstractContextManager[None]:
-        """Note a collective over one of this rank's groups; the body of the context takes part in it.
+        """Record a collective over one of this rank's groups, which runs in the body of the context.
 
-        sent, received: rows to and from each rank of the group. After an exception the entry stays as it is,
-        waiting, which is what the others want to know.
+        sent, received: rows to and from each rank of the group. If the body raises an exception, the entry
+        remains WAITING, as the hang report needs it.
         """
+        ...
+
+
+class NullRecorder:
+    """Records nothing: for tests, and for groups outside a run."""
+
+    def enter_phase(self, step: int, phase: str) -> None:
+        pass
+
+    def collective(
+        self,
+        operation: str,
+        group: str,
+        *,
+        layer: int | None = None,
+        sent: Sequence[int] = (),
+        received: Sequence[int] = (),
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
 
-class FlightRecorder(NullRecorder):
-    """One rank's ledger. One thread at a time may use it."""
+class FlightRecorder:
+    """Writes one rank's flight record. Not thread-safe."""
 
     def __init__(self, path: Path, layout: Layout, rank: int) -> None:
         with path.open("w+b") as file:
-            # Written out, not truncated to size: storing to a hole of a full disk would be a bus error.
+            # Zeros are written, because storing to a hole of a sparse file is a bus error if the disk is
+            # full.
             file.write(bytes(_FILE_BYTES + N_ENTRIES * _ENTRY_BYTES))
             file.flush()
             self._map = mmap.mmap(file.fileno(), 0)
@@ -138,7 +159,7 @@ class FlightRecorder(NullRecorder):
 
     def enter_phase(self, step: int, phase: str) -> None:
         self._step, self._phase = step, phase.encode()
-        self._write(AT, -1, -1, b"", (), ())
+        self._write(IN_PHASE, -1, -1, b"", (), ())
 
     def collective(
         self,
@@ -160,7 +181,7 @@ class FlightRecorder(NullRecorder):
         sent: Sequence[int],
         received: Sequence[int],
     ) -> int:
-        """Write one entry over the oldest; return its number."""
+        """Overwrite the oldest entry with a new one; return its number."""
         n = self._n = self._n + 1
         body = _BODY.pack(
             n,
@@ -193,7 +214,7 @@ class FlightRecorder(NullRecorder):
         return self._write(WAITING, layer, i, operation.encode(), sent, received)
 
     def _leave(self, n: int) -> None:
-        if self._n - n < N_ENTRIES:  # else it has been written over
+        if self._n - n < N_ENTRIES:  # otherwise it has been overwritten
             self._map[_FILE_BYTES + n % N_ENTRIES * _ENTRY_BYTES + 4] = DONE
 
 
@@ -217,9 +238,9 @@ class _Waiting(AbstractContextManager[None]):
 
 
 def read_flight_record(path: Path) -> FlightRecord:
-    """Read a ledger, also one that is being written. Entries caught half-written are left out.
+    """Read a flight record, even while it is being written. Half-written entries are left out.
 
-    Raises ValueError where the file is no ledger; a rank killed while it made one leaves such a file.
+    Raises ValueError if the file is no flight record, such as one left by a rank killed while creating it.
     """
     data = path.read_bytes()
     if len(data) != _FILE_BYTES + N_ENTRIES * _ENTRY_BYTES or not data.startswith(_MAGIC):

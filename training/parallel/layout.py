@@ -1,4 +1,4 @@
-"""Which rank does what, in integers: nothing here needs torch.
+"""Which rank belongs to which groups, in integers only: nothing here needs torch.
 
 One block of ranks is factored twice, innermost contiguous:
     dense parameters   rank = dp_rank * tp + tp_rank
@@ -15,12 +15,13 @@ from turnout.training.errors import ConfigError
 
 
 def divisors(n: int) -> list[int]:
+    """Return the divisors of n, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The two factorisations of world_size ranks."""
+    """The two factorisations of world_size ranks. Raises ConfigError if a size does not divide it."""
 
     world_size: int
     tp: int = 1
@@ -55,19 +56,19 @@ class Layout:
         return rank % self.ep
 
     def tp_groups(self) -> list[list[int]]:
-        """Return the ranks that share one copy of the dense parameters, group by group."""
+        """Return the groups of ranks that split one copy of the dense parameters."""
         return _contiguous(self.world_size, self.tp)
 
     def dp_groups(self) -> list[list[int]]:
-        """Return the ranks that hold the same shard of the dense parameters."""
+        """Return the groups of ranks that hold the same part of the dense parameters."""
         return _strided(self.world_size, self.tp)
 
     def ep_groups(self) -> list[list[int]]:
-        """Return the ranks that share one copy of the experts and exchange rows."""
+        """Return the groups of ranks that split one copy of the experts and exchange rows."""
         return _contiguous(self.world_size, self.ep)
 
     def edp_groups(self) -> list[list[int]]:
-        """Return the ranks that hold the same experts."""
+        """Return the groups of ranks that hold the same experts."""
         return _strided(self.world_size, self.ep)
 
     def ep_group(self, rank: int) -> list[int]:
@@ -84,8 +85,9 @@ class Layout:
 
 
 def has_own_expert_groups(layout: Layout) -> bool:
-    """Return whether experts are reduced over other ranks than the rest. Under tensor parallelism they are,
-    even with ep=1: each rank's experts see only its own tokens.
+    """Return whether experts are reduced over other ranks than the dense parameters.
+
+    Under tensor parallelism this is so even with ep=1, because each rank's experts see only its own tokens.
     """
     return layout.ep > 1 or layout.tp > 1
 
@@ -99,7 +101,7 @@ def _strided(world_size: int, stride: int) -> list[list[int]]:
 
 
 def plan_layout(cfg: RunConfig, world_size: int) -> Layout:
-    """Return the layout of a run on world_size ranks, or raise ConfigError with a remedy."""
+    """Return the layout of a run on world_size ranks. Raises ConfigError, with a remedy, if none fits."""
     layout = Layout(world_size, tp=cfg.parallel.tp, ep=cfg.parallel.ep)
     for name, reason in misfits(cfg.model, layout):
         fits = [
@@ -114,15 +116,15 @@ def plan_layout(cfg: RunConfig, world_size: int) -> Layout:
         )
     if cfg.parallel.ep_chunks > 1 and layout.ep == 1:
         raise ConfigError(
-            f"parallel.ep_chunks={cfg.parallel.ep_chunks} has no effect with parallel.ep=1, where no rows "
-            "travel; raise parallel.ep, or drop it"
+            f"parallel.ep_chunks={cfg.parallel.ep_chunks} has no effect with parallel.ep=1, where ranks "
+            "exchange no rows; raise parallel.ep, or drop it"
         )
     n_microbatches(cfg, layout)
     return layout
 
 
 def misfits(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, str]]:
-    """Yield ("tp" or "ep", reason) for each way in which a layout does not fit a model."""
+    """Yield ("tp" or "ep", reason) for each reason why a layout does not fit a model."""
     for size_name in ("n_kv_heads", "vocab_size", "seq_len", "d_ff"):
         size = getattr(model, size_name)
         if size is not None and size % layout.tp:
@@ -133,7 +135,7 @@ def misfits(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, str]]:
         yield "ep", f"must divide model.n_experts={model.n_experts}"
     n_groups = model.router.n_groups
     if layout.ep % n_groups and n_groups % layout.ep:
-        # A token's experts are chosen in few groups so that its rows visit few ranks.
+        # A token's experts are chosen from few groups so that its rows go to few ranks.
         yield (
             "ep",
             f"and model.router.n_groups={n_groups} must divide one another, or a group straddles ranks",
@@ -141,9 +143,12 @@ def misfits(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, str]]:
 
 
 def n_microbatches(cfg: RunConfig, layout: Layout) -> int:
-    """Return how many micro-batches each rank accumulates per optimizer step."""
-    per_round = layout.dp * cfg.train.microbatch_seqs
-    if cfg.batch_seqs % per_round:
+    """Return how many micro-batches each rank accumulates per optimizer step.
+
+    Raises ConfigError if the batch cannot be split like this.
+    """
+    seqs_at_once = layout.dp * cfg.train.microbatch_seqs  # on all ranks
+    if cfg.batch_seqs % seqs_at_once:
         fits = [d for d in divisors(cfg.batch_seqs) if cfg.batch_seqs % (d * layout.dp) == 0]
         n_ranks = [
             d for d in divisors(cfg.batch_seqs) if cfg.batch_seqs % (d * cfg.train.microbatch_seqs) == 0
@@ -157,8 +162,9 @@ def n_microbatches(cfg: RunConfig, layout: Layout) -> int:
             f"train.batch_tokens={cfg.train.batch_tokens} is {cfg.batch_seqs} sequences, which {layout.dp} "
             f"data-parallel ranks x train.microbatch_seqs={cfg.train.microbatch_seqs} do not divide; {remedy}"
         )
-    return cfg.batch_seqs // per_round
+    return cfg.batch_seqs // seqs_at_once
 
 
 def name_ranks(ranks: list[int]) -> str:
+    """Return "rank 3" or "ranks 3, 4"."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

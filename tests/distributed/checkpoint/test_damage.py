@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint's bytes on a disk is noticed, and the file is named.
+"""Any damage to the files of a checkpoint is found, and the file is named.
 
 Random damage, from fixed seeds, to a checkpoint that three ranks saved.
 """
@@ -26,19 +26,19 @@ N_RANKS = 3
 N_DAMAGES = 400  # of each kind
 TEXTS = {
     "config.toml": to_toml(run_config()).encode(),
-    "provenance.json": b'{"starts": []}\n',
+    "provenance.json": b'{"attempts": []}\n',
     "tokenizer.model": random.Random(0).randbytes(300),
 }
 FILES = {*TEXTS, *map(rank_file, range(N_RANKS)), "router.safetensors", MANIFEST, MANIFEST_SUM}
 
-Damage = Callable[[Path, random.Random], set[str]]  # does it, and returns which files may be named
+Damage = Callable[[Path, random.Random], set[str]]  # damages files, and returns which ones an error may name
 
 
 def flip_bits(directory: Path, rng: random.Random) -> set[str]:
     path = directory / rng.choice(sorted(FILES))
     content = bytearray(path.read_bytes())
-    for at in rng.sample(range(len(content)), rng.choice([1, 1, 2, 5])):
-        content[at] ^= 1 << rng.randrange(8)
+    for idx in rng.sample(range(len(content)), rng.choice([1, 1, 2, 5])):
+        content[idx] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
     return {path.name}
 
@@ -57,7 +57,7 @@ def append(directory: Path, rng: random.Random) -> set[str]:
 
 
 def overwrite(directory: Path, rng: random.Random) -> set[str]:
-    """Put zeros, or another place's bytes, over a range: what lost and misplaced sectors leave."""
+    """Overwrite a range with zeros or with other bytes of the file, as lost and misplaced sectors do."""
     path = directory / rng.choice(sorted(FILES))
     content = path.read_bytes()
     begin = rng.randrange(len(content))
@@ -84,7 +84,7 @@ def swap(directory: Path, rng: random.Random) -> set[str]:
 
 
 def swap_rank_files(directory: Path, rng: random.Random) -> set[str]:
-    """Swap two that have the same size, so that only their bytes differ."""
+    """Swap two files of the same size, so that only their bytes differ."""
     one, other = (directory / rank_file(rank) for rank in rng.sample(range(N_RANKS), 2))
     contents = one.read_bytes(), other.read_bytes()
     assert len(contents[0]) == len(contents[1]) and contents[0] != contents[1]
@@ -93,7 +93,7 @@ def swap_rank_files(directory: Path, rng: random.Random) -> set[str]:
     return {one.name, other.name}
 
 
-# A deletion or a swap has few outcomes, which are all met in fewer trials.
+# Deletions and swaps of rank files have few outcomes, so fewer trials cover them all.
 DAMAGES: dict[Damage, int] = {
     flip_bits: N_DAMAGES,
     cut: N_DAMAGES,
@@ -127,19 +127,19 @@ def test_damage_is_refused_by_file(damage: Damage, saved: Path, tmp_path: Path) 
         names = damage(damaged, random.Random(f"{damage.__name__} {seed}"))
         with pytest.raises(CheckpointError) as caught:
             verify_checkpoint(damaged)
-        # The manifest and its checksum vouch for each other: either may be the damaged one.
+        # The manifest and its checksum are compared, so the error cannot say which of them is damaged.
         if names & {MANIFEST, MANIFEST_SUM}:
             names |= {MANIFEST}
         where = str(caught.value).partition(": ")[0]
         assert where in {str(damaged / name) for name in names}, (seed, str(caught.value))
         hit |= names
-        for name in names:  # mended for the next
+        for name in names:  # restored for the next trial
             shutil.copyfile(saved / name, damaged / name)
     verify_checkpoint(damaged)
     assert hit == (set(map(rank_file, range(N_RANKS))) if damage is swap_rank_files else FILES)
 
 
-def test_a_disk_that_fails_is_told_by_file(saved: Path) -> None:
+def test_a_read_error_names_the_file(saved: Path) -> None:
     failing = str(saved / rank_file(1))
     n_left = sum((saved / name).stat().st_size for name in FILES if name < rank_file(1) and name[0] != "m")
 

@@ -1,5 +1,6 @@
-"""What goes wrong around a save or a start, short of a death: nothing that is intact loses its name, and what
-cannot be saved is told on every rank.
+"""Failures during a save or at the beginning of an attempt, other than deaths.
+
+No intact checkpoint is renamed, and a failed save is reported on every rank.
 """
 
 import errno
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import turnout.training.checkpoint.manifest
-from tests.checkpoints import ALL_KEPT, save_alone, saver_of, small_numbers, small_rank_state, state_at
+from tests.checkpoints import ALL_KEPT, save_alone, saver_of, small_rank_state, small_values, state_at
 from tests.ranks import RankFailed, RankPool
 from tests.runs import run_config
 from turnout.data.files import sha256_of
@@ -45,7 +46,7 @@ class ScriptedDisk(Disk):
     """Calls at every boundary, with its name and the path."""
 
     def __init__(self, call: Callable[[str, Path], None]) -> None:
-        self.at = call  # type: ignore[method-assign]
+        self.boundary = call  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -73,23 +74,23 @@ def test_a_checkpoint_that_cannot_be_read_keeps_its_name(
         return sha256_of(path, on_read)
 
     monkeypatch.setattr(turnout.training.checkpoint.manifest, "sha256_of", fail)
-    saver, told = alone(run_dir), list[str]()
-    found = saver.find_intact(told.append)
+    saver, events = alone(run_dir), list[str]()
+    found = saver.find_intact(events.append)
     assert found is not None and found[0] == checkpoint_path(run_dir, 1)
-    (line,) = told
-    assert line.startswith(f"not used: {checkpoint_path(run_dir, 2) / rank_file(0)}: cannot be read: ")
+    (event,) = events
+    assert event.startswith(f"not used: {checkpoint_path(run_dir, 2) / rank_file(0)}: cannot be read: ")
     assert names(run_dir) == {"step-00000001", "step-00000002"}
     saver.close()
 
 
-def test_a_run_of_which_only_what_was_set_aside_is_left_is_not_begun_anew(run_dir: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_does_not_start_again(run_dir: Path) -> None:
     for path in list_checkpoints(run_dir):
         set_aside(path, Disk())
     with pytest.raises(CheckpointError, match=r"2\.damaged: set aside as damaged; .*1\.damaged"):
         newest_readable(run_dir)
 
 
-def test_a_start_that_was_overtaken_sweeps_nothing(run_dir: Path) -> None:
+def test_an_attempt_that_lost_the_run_removes_nothing(run_dir: Path) -> None:
     old, new = take_over(run_dir), take_over(run_dir)
     unfinished_path(run_dir, 3, new).mkdir()
     with pytest.raises(TakenOverError):
@@ -97,8 +98,8 @@ def test_a_start_that_was_overtaken_sweeps_nothing(run_dir: Path) -> None:
     assert unfinished_path(run_dir, 3, new).is_dir()
 
 
-def test_a_start_whose_unfinished_save_was_swept_is_told_that_it_was_overtaken(run_dir: Path) -> None:
-    """It must not be told to make room and start again, which would take the run from the later start."""
+def test_an_attempt_whose_unfinished_save_was_removed_reports_that_it_lost_the_run(run_dir: Path) -> None:
+    """A message about the disk would suggest --resume, which would take the run from the later attempt."""
 
     def sweep(boundary: str, path: Path) -> None:
         if boundary == "create" and path.name == rank_file(0):
@@ -110,7 +111,7 @@ def test_a_start_whose_unfinished_save_was_swept_is_told_that_it_was_overtaken(r
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
 
-def test_a_checkpoint_of_which_a_file_was_lost_gets_no_name(run_dir: Path) -> None:
+def test_a_checkpoint_that_has_lost_a_file_gets_no_name(run_dir: Path) -> None:
     def lose(boundary: str, path: Path) -> None:
         if boundary == "fsync" and path.name == MANIFEST_SUM:
             path.with_name(rank_file(0)).unlink()
@@ -120,28 +121,28 @@ def test_a_checkpoint_of_which_a_file_was_lost_gets_no_name(run_dir: Path) -> No
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
 
-def test_a_pointer_that_cannot_be_written_fails_no_checkpoint(run_dir: Path) -> None:
+def test_a_failing_pointer_file_fails_no_checkpoint(run_dir: Path) -> None:
     (run_dir / CHECKPOINTS / POINTER_FILE).unlink()
     (run_dir / CHECKPOINTS / POINTER_FILE).mkdir()
     alone(run_dir).save(small_rank_state(3, 0, 1), state_at(3))
     assert verify_checkpoint(checkpoint_path(run_dir, 3)).state.step == 3
 
 
-def test_a_step_that_is_saved_again_is_removed_once_its_successor_has_the_name(run_dir: Path) -> None:
+def test_the_old_checkpoint_of_a_step_is_removed_after_the_new_one_has_its_name(run_dir: Path) -> None:
     passed: list[tuple[str, str]] = []
-    again = small_rank_state(9, 0, 1)  # other numbers, for step 2
+    again = small_rank_state(9, 0, 1)  # other values, for step 2
     alone(run_dir, lambda boundary, path: passed.append((boundary, path.name))).save(again, state_at(2))
     boundaries = [boundary for boundary, _ in passed]
     assert ("rename", "step-00000002") in passed
     assert boundaries.index("remove") > passed.index(("rename", "step-00000002"))
     path, got = checkpoint_path(run_dir, 2), torch.empty(24)
     TensorReader(path, verify_checkpoint(path)).read_shard("w", "master", Shard(0, 24, 0, 24), got)
-    assert torch.equal(got, small_numbers(9, "master"))
+    assert torch.equal(got, small_values(9, "master"))
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
 
 def poll_while_one_rank_fails(rank: int, run_dir: Path, token: str) -> None:
-    """Save, as a rank whose thread comes upon what no save should raise, and train on."""
+    """Save, with an unexpected error in the thread of rank 1, and keep polling, as training does."""
 
     def fail(boundary: str, path: Path) -> None:
         if boundary == "write" and rank == 1:
@@ -155,12 +156,12 @@ def poll_while_one_rank_fails(rank: int, run_dir: Path, token: str) -> None:
             saver.poll()
             time.sleep(0.02)
     except MemoryError as err:
-        (run_dir / "told").write_text(str(err))
+        (run_dir / "reported").write_text(str(err))
         os._exit(1)  # as launch/ranks/rank.py does
 
 
-def test_a_rank_whose_save_fails_as_none_should_ends_and_not_only_at_the_next_save(run_dir: Path) -> None:
+def test_an_unexpected_error_of_a_save_ends_the_rank_before_the_next_save(run_dir: Path) -> None:
     pool = RankPool(2)
     with pytest.raises(RankFailed, match="rank 1: no answer"):
         pool.run(poll_while_one_rank_fails, (run_dir, take_over(run_dir)))
-    assert (run_dir / "told").read_text() == "no memory for the copy"
+    assert (run_dir / "reported").read_text() == "no memory for the copy"

@@ -1,8 +1,8 @@
-"""Ranks that are killed at every boundary of a save, one and all: the next start finds what is intact.
+"""Ranks that are killed at every boundary of a save: the next attempt finds the newest intact checkpoint.
 
 Two ranks save step 3 of a run that has steps 1 and 2 and keeps two, so the save also removes one. Before
-every mkdir, create, write, fsync, rename, removal and meeting of the ranks, a rank kills itself, alone or
-with the other.
+every mkdir, create, write, fsync, rename, removal and exchange between the ranks, a rank kills itself, alone
+or with the other.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import SMALL_KINDS, SMALL_SHAPE, saver_of, small_numbers, small_rank_state, state_at
+from tests.checkpoints import SMALL_KINDS, SMALL_SHAPE, saver_of, small_rank_state, small_values, state_at
 from tests.ranks import RankFailed, RankPool, join_alone
 from tests.runs import run_config
 from turnout.training.checkpoint.directory import (
@@ -40,7 +40,7 @@ Boundary = tuple[str, str]
 
 @dataclass(frozen=True)
 class Killer:
-    """A rank, the number of the boundary at which it kills, and which processes; its own comes last."""
+    """A rank, the number of the boundary at which it kills, and the processes that it kills, itself last."""
 
     rank: int
     fatal: int
@@ -48,7 +48,7 @@ class Killer:
 
 
 class DeadlyDisk(Disk):
-    """Notes each boundary; the killer's kills when it comes to the fatal one."""
+    """Records each boundary. The killer's disk kills at the fatal one."""
 
     def __init__(self, killer: Killer | None) -> None:
         self.passed: list[Boundary] = []
@@ -62,7 +62,7 @@ class DeadlyDisk(Disk):
 
 
 def save(rank: int, run_dir: Path, token: str, steps: list[int], killer: "Killer | None") -> list[Boundary]:
-    """Save these steps, unless killed; return what was passed."""
+    """Save these steps, unless killed; return the boundaries that were passed."""
     groups = Groups(Layout(N_RANKS), rank, torch.device("cpu"), timeout_s=30)
     disk = DeadlyDisk(killer if killer is not None and killer.rank == rank else None)
     saver = saver_of(run_dir, groups, CFG, token=token, disk=disk)
@@ -89,7 +89,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def boundaries(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[Boundary]]:
-    """What each rank passes while it saves step 3 and nobody dies."""
+    """The boundaries that each rank passes while it saves step 3 and no rank dies."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(saved, run_dir)
     pool = RankPool(N_RANKS)
@@ -99,7 +99,7 @@ def boundaries(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> list[li
     return passed
 
 
-def test_there_are_all_kinds_of_boundaries(boundaries: list[list[Boundary]]) -> None:
+def test_a_save_passes_all_kinds_of_boundaries(boundaries: list[list[Boundary]]) -> None:
     first, second = ([kind for kind, _ in passed] for passed in boundaries)
     everywhere = {"mkdir", "create", "write", "fsync", "report", "reported", "verdict"}
     assert set(second) == everywhere
@@ -111,7 +111,7 @@ def test_there_are_all_kinds_of_boundaries(boundaries: list[list[Boundary]]) -> 
 @pytest.mark.parametrize(
     "rank", [pytest.param(0, id="first", marks=pytest.mark.long), pytest.param(1, id="second")]
 )
-def test_the_next_start_finds_what_is_intact(
+def test_the_next_attempt_finds_the_newest_intact_checkpoint(
     rank: int, kills_all: bool, saved: Path, boundaries: list[list[Boundary]], tmp_path: Path
 ) -> None:
     for fatal, boundary in enumerate(boundaries[rank]):
@@ -125,22 +125,22 @@ def test_the_next_start_finds_what_is_intact(
             pool.run(save, (run_dir, take_over(run_dir), [3], killer))
         where = f"killed at {boundary}: {failed.value}"
         assert f"rank {rank}: no answer" in where
-        # Whoever is left is told, unless the first has heard from all and goes on alone.
+        # The other rank loses its connection, unless the first has all reports and continues alone.
         if not kills_all and (rank == 0 or boundary[0] in ("mkdir", "create", "write", "fsync", "report")):
             assert re.search(r"Connection (closed|reset) by peer", where), where
         assert resumed_step(run_dir) in steps_to_find(rank, fatal, boundaries), where
 
 
 def steps_to_find(rank: int, fatal: int, boundaries: list[list[Boundary]]) -> set[int]:
-    """Return which steps may be the newest intact one after a death at this boundary."""
+    """Return which steps may be the newest intact ones after a death at this boundary."""
     if rank == 0:
         return {2} if fatal <= boundaries[0].index(("rename", "step-00000003")) else {3}
-    # Once the second rank's report is out, the first may have given the name before it is killed, or not.
+    # Once the second rank has reported, the first may or may not rename the checkpoint before it is killed.
     return {2} if boundaries[rank][fatal][0] not in ("reported", "verdict") else {2, 3}
 
 
 def resumed_step(run_dir: Path) -> int:
-    """Start again, on one rank; see that the newest is whole and the run can go on. Return its step."""
+    """Resume on one rank; check that the newest checkpoint is intact and can be resumed. Return its step."""
     join_alone()
     groups = Groups(Layout(1), 0, torch.device("cpu"), timeout_s=30)
     saver = saver_of(run_dir, groups, CFG, token=take_over(run_dir))
@@ -163,4 +163,4 @@ def check_whole(path: Path) -> None:
     got = torch.empty(n)
     for kind in SMALL_KINDS:
         reader.read_shard("w", kind, Shard(0, n, 0, n), got)
-        assert torch.equal(got, small_numbers(manifest.state.step, kind))
+        assert torch.equal(got, small_values(manifest.state.step, kind))

@@ -1,8 +1,8 @@
-"""A checkpoint saved at any layout is the same to any other: bit for bit, and in the steps that follow.
+"""A checkpoint saved at any layout is restored bit for bit at any other, and training continues equally.
 
-Every layout of 1, 2, 4 and 8 ranks, with ZeRO 1 and 2, saves a state in which every expert's weights and
-moments are its own, number by number, and every layout reads the checkpoints of all others. `make test` does
-so with a few layouts, `make test-all` with all.
+Every layout of 1, 2, 4 and 8 ranks, with ZeRO 1 and 2, saves a state in which no two elements of a kind are
+equal, and every layout reads the checkpoints of all others. `make test` tries a few layouts, `make test-all`
+all of them.
 """
 
 from functools import lru_cache
@@ -22,7 +22,7 @@ from tests.checkpoints import (
 )
 from tests.layouts import groups_of, with_parallel, with_split
 from tests.ranks import run_ranks
-from tests.runs import rank_state, run_config, uneven_batch
+from tests.runs import rank_batch, run_config, uneven_batch
 from turnout.moe.config import ModelConfig
 from turnout.training.batches import split_microbatches
 from turnout.training.checkpoint.directory import list_checkpoints, read_checkpoint, verify_checkpoint
@@ -68,13 +68,13 @@ def name_of(layout: Layout, zero_stage: int) -> str:
     return f"world{layout.world_size}-tp{layout.tp}-ep{layout.ep}-zero{zero_stage}"
 
 
-manifest_of = lru_cache(None)(read_checkpoint)  # in each process; reading it takes as long as all the rest
+manifest_of = lru_cache(None)(read_checkpoint)  # once per process: reading is half of the time
 
 
 def save_and_read(
     rank: int, layout: Layout, place: Path, tokens: dict[str, str], saves: bool
 ) -> dict[str, list[str]]:
-    """Save at this layout, or read every checkpoint in place; return what differs, by where it was saved."""
+    """Save at this layout, or read every checkpoint in place; return what differs, by saved layout."""
     groups, wrong = groups_of(layout, rank), {}
     for zero_stage in (1, 2):
         cfg = at(layout, zero_stage)
@@ -101,7 +101,7 @@ def save_and_read(
 def train_on(
     rank: int, layout: Layout, zero_stage: int, run_dir: Path | None = None, token: str = ""
 ) -> list[float]:
-    """Go on at this layout from a run's checkpoint, or from the state itself; return the losses."""
+    """Continue at this layout from a run's checkpoint, or from the state itself; return the losses."""
     groups = groups_of(layout, rank)
     # One micro-batch a step, or two: collectives of many ranks are slow on few cores.
     n_seqs = CFG.train.batch_tokens // CFG.model.seq_len // layout.dp
@@ -116,8 +116,8 @@ def train_on(
         saver.close()
         state = restore(TensorReader(*found), engine, state, groups)
     for step in range(STEP, STEP + N_STEPS_AFTER):
-        share = rank_state(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
-        microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+        batch = rank_batch(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
+        microbatches = split_microbatches(batch, cfg.train.microbatch_seqs)
         result = train_step(engine, microbatches, state, step=step + 1, lr=1e-3, groups=groups)
         state = advance_router_state(state, result, cfg.model.balance)
         losses.append(float(result.loss))
@@ -130,7 +130,7 @@ Saved = tuple[list[Layout], Path, dict[str, str]]
 
 @pytest.fixture(scope="module", params=SETS_TRIED)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """The same state, saved at every layout of a set; each in the run directory of its name."""
+    """The same state, saved at every layout of a set, each in a run directory of its own."""
     layouts, place = SETS[request.param], tmp_path_factory.mktemp("saved")
     tokens = {}
     for layout in layouts:
@@ -150,7 +150,7 @@ def test_every_layout_reads_what_every_other_saved(saved: Saved) -> None:
             assert not any(wrong.values()), (name_of(layout, 0), wrong)
 
 
-def test_each_byte_is_written_once_and_verifies(saved: Saved) -> None:
+def test_each_element_is_written_once_and_each_byte_verifies(saved: Saved) -> None:
     _, place, _ = saved
     n_parameters = sum(x.numel() for (kind, _), x in unique_state(CFG).items() if kind == "master")
     for run_dir in place.iterdir():
@@ -160,8 +160,8 @@ def test_each_byte_is_written_once_and_verifies(saved: Saved) -> None:
         assert sum(held) == n_parameters
 
 
-def test_the_next_steps_are_the_same_wherever_the_run_goes_on(saved: Saved) -> None:
-    """Each layout resumes from another's checkpoint, of one some places further in the list."""
+def test_the_next_steps_are_the_same_at_any_layout(saved: Saved) -> None:
+    """Each layout resumes from the checkpoint of another one, further down the list."""
     layouts, place, tokens = saved
     shift = min(7, len(layouts) // 2)
     plans = [(layout, 1 + i % 2) for i, layout in enumerate(layouts)]
@@ -178,15 +178,15 @@ def test_a_checkpoint_of_another_model_is_refused_by_parameter(saved: Saved) -> 
     _, place, _ = saved
     (path,) = list_checkpoints(place / name_of(LAYOUTS[0], 1))
     model: ModelConfig = CFG.model.model_copy(update={"d_expert": 16})
-    (said,) = run_ranks(refusal, 1, CFG.model_copy(update={"model": model}), path)
-    assert "parameter blocks.1.moe.experts.down is (8, 16, 8) where this model's is (8, 16, 16)" in said
+    (message,) = run_ranks(refusal, 1, CFG.model_copy(update={"model": model}), path)
+    assert "parameter blocks.1.moe.experts.down is (8, 16, 8), but this model's is (8, 16, 16)" in message
 
 
 def test_a_state_that_is_not_adamws_is_refused(saved: Saved) -> None:
     _, place, _ = saved
     (path,) = list_checkpoints(place / name_of(LAYOUTS[0], 1))
-    (said,) = run_ranks(refusal, 1, CFG, path, kinds=("master", "exp_avg"))
-    assert "holds ['exp_avg', 'step'] where AdamW keeps ['exp_avg', 'exp_avg_sq', 'step']" in said
+    (message,) = run_ranks(refusal, 1, CFG, path, kinds=("master", "exp_avg"))
+    assert "holds ['exp_avg', 'step'], but AdamW keeps ['exp_avg', 'exp_avg_sq', 'step']" in message
 
 
 def refusal(rank: int, cfg: RunConfig, path: Path, **lies: object) -> str:

@@ -1,4 +1,4 @@
-"""Rows in trips: whatever the routing a rank keeps no more than its limit, and no trip waits for another."""
+"""Rows in chunks: a rank stays within its limit whatever the routing, and computes while it sends."""
 
 import gc
 import itertools
@@ -21,7 +21,7 @@ CFG = tiny_config(d_model=16, d_expert=64, n_experts=8, top_k=2, seq_len=64, n_s
 
 
 class Kept:
-    """Counts the bytes that autograd keeps, each memory once."""
+    """Counts the bytes that autograd keeps, each storage once."""
 
     def __init__(self) -> None:
         self.storages: dict[int, int] = {}
@@ -33,7 +33,7 @@ class Kept:
 
 
 def collapsed_routing(n_tokens: int) -> Routing:
-    """Send every token to the first two experts, both of which are on the first rank."""
+    """Send every token to the first two experts. The first rank holds both."""
     ids = torch.tensor([0, 1]).expand(n_tokens, 2).contiguous()
     return Routing(ids, torch.rand(n_tokens, 2).requires_grad_(), None)
 
@@ -43,8 +43,13 @@ def even_routing(n_tokens: int) -> Routing:
     return Routing(ids, torch.rand(n_tokens, 2).requires_grad_(), None)
 
 
+def routed(layer: MoELayer, x: torch.Tensor, routing: Routing, memo: RoutingMemo) -> torch.Tensor:
+    """Return the output of the routed experts, [T, D] as x."""
+    return layer._receive(layer._send(x, routing, memo))
+
+
 def bytes_kept(rank: int, layout: Layout, max_load: float | None, is_collapsed: bool) -> tuple[int, int]:
-    """Return the bytes a layer keeps for its backward pass, which is then done, and its extra trips."""
+    """Return the bytes that a layer keeps for its backward pass, and its extra chunks."""
     torch.manual_seed(0)
     dispatcher = groups_of(layout, rank).dispatcher(max_load=max_load)
     layer = MoELayer(CFG, dispatcher, Unsplit(), "sorted_loop", "none")
@@ -53,7 +58,7 @@ def bytes_kept(rank: int, layout: Layout, max_load: float | None, is_collapsed: 
     x, kept = torch.randn(256, CFG.d_model, requires_grad=True), Kept()
     memo = RoutingMemo()
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-        out = layer._mix(x, (collapsed_routing if is_collapsed else even_routing)(256), memo)
+        out = routed(layer, x, (collapsed_routing if is_collapsed else even_routing)(256), memo)
     out.sum().backward()
     assert memo.route is not None
     return sum(kept.storages.values()), memo.route.n_extra
@@ -71,13 +76,13 @@ def test_a_collapsed_routing_keeps_no_more_than_an_even_one() -> None:
 
 
 def rows_alive(rank: int, layout: Layout) -> int:
-    """Return the tensors as large as all routed rows that Python holds after a recomputed forward pass."""
+    """Return how many tensors of the size of all routed rows Python holds after a recomputed forward pass."""
     torch.manual_seed(0)
     layer = MoELayer(CFG, groups_of(layout, rank).dispatcher(max_load=1.0), Unsplit(), "sorted_loop", "none")
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x, memo = torch.randn(256, CFG.d_model, requires_grad=True), RoutingMemo()
-    out = recompute_if(True, layer._mix, x, collapsed_routing(256), memo)
+    out = recompute_if(True, routed, layer, x, collapsed_routing(256), memo)
     gc.collect()
     n_bytes = 2 * x.nbytes
     alive = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and not o.is_meta]
@@ -91,8 +96,8 @@ def test_a_recomputed_layer_over_its_limit_keeps_no_rows() -> None:
     assert run_ranks(rows_alive, 4, Layout(4, ep=4)) == [0] * 4
 
 
-def meet_while_rows_travel(rank: int, layout: Layout, place: Path) -> None:
-    """Run a layer on two ranks, of which the first holds its shared experts up until the second has its rows,
+def meet_while_rows_are_sent(rank: int, layout: Layout, directory: Path) -> None:
+    """Run a layer on two ranks. The first one's shared experts wait until the second has received its rows,
     and in the backward pass its gradients.
     """
     torch.manual_seed(0)
@@ -101,31 +106,31 @@ def meet_while_rows_travel(rank: int, layout: Layout, place: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     assert layer.shared is not None
     if rank == 0:
-        layer.shared.register_forward_hook(lambda *_: wait_for(place / "rows"))
-        layer.shared.up.weight.register_hook(lambda _: wait_for(place / "gradients"))
+        layer.shared.register_forward_hook(lambda *_: wait_for(directory / "rows"))
+        layer.shared.up.weight.register_hook(lambda _: wait_for(directory / "gradients"))
     else:
-        layer.experts.register_forward_pre_hook(lambda *_: (place / "rows").touch())
+        layer.experts.register_forward_pre_hook(lambda *_: (directory / "rows").touch())
     state = torch.zeros(CFG.n_experts), torch.full((CFG.n_experts,), 1 / CFG.n_experts)
     x = torch.randn(CFG.seq_len, CFG.d_model, requires_grad=True)
     out, _ = layer(x, *state, torch.ones(CFG.seq_len, dtype=torch.bool), RoutingMemo())
     out.sum().backward()
     if rank == 1:
-        (place / "gradients").touch()
+        (directory / "gradients").touch()
 
 
 def wait_for(path: Path) -> None:
     end = time.monotonic() + 20
     while not path.exists():
-        assert time.monotonic() < end, f"no {path.name} while shared experts are computed"
+        assert time.monotonic() < end, f"no {path.name} were received in the meantime"
         time.sleep(0.01)
 
 
-def test_shared_experts_are_computed_while_rows_travel(tmp_path: Path) -> None:
-    run_ranks(meet_while_rows_travel, 2, Layout(2, ep=2), tmp_path)
+def test_shared_experts_are_computed_while_rows_are_sent(tmp_path: Path) -> None:
+    run_ranks(meet_while_rows_are_sent, 2, Layout(2, ep=2), tmp_path)
 
 
-def meet_in_the_next_chunk(rank: int, layout: Layout, place: Path) -> None:
-    """Run two trips; the first rank computes the first when the second rank has the rows of the second."""
+def meet_in_the_next_chunk(rank: int, layout: Layout, directory: Path) -> None:
+    """Run two chunks. The first rank computes chunk 1 only when the second rank has received chunk 2."""
     torch.manual_seed(0)
     dispatcher = groups_of(layout, rank).dispatcher(min_chunks=2)
     layer = MoELayer(CFG, dispatcher, Unsplit(), "reference", "none")
@@ -136,15 +141,15 @@ def meet_in_the_next_chunk(rank: int, layout: Layout, place: Path) -> None:
     def meet(*_: Any) -> None:
         call = next(calls)
         if rank == 0 and call == 0:
-            wait_for(place / "rows")
+            wait_for(directory / "rows")
         if rank == 1 and call == 1:
-            (place / "rows").touch()
+            (directory / "rows").touch()
 
     layer.experts.register_forward_pre_hook(meet)
     x = torch.randn(CFG.seq_len, CFG.d_model, requires_grad=True)
-    layer._mix(x, even_routing(CFG.seq_len), RoutingMemo()).sum().backward()
+    routed(layer, x, even_routing(CFG.seq_len), RoutingMemo()).sum().backward()
     assert next(calls) == 2
 
 
-def test_rows_of_the_next_trip_travel_while_those_of_one_are_computed(tmp_path: Path) -> None:
+def test_the_next_chunk_is_sent_while_one_is_computed(tmp_path: Path) -> None:
     run_ranks(meet_in_the_next_chunk, 2, Layout(2, ep=2), tmp_path)

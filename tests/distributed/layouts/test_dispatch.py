@@ -1,5 +1,5 @@
-"""Dispatch and combine over real ranks: identity experts return rows as they went, and gradients too, in any
-number of trips.
+"""Dispatch and combine over real ranks: identity experts return rows unchanged, and gradients too, in any
+number of chunks.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from turnout.training.parallel.layout import Layout
 
 N_EXPERTS, D = 8, 3
 WAYS: dict[str, dict[str, Any]] = {
-    "one trip": {},
-    "three trips": {"min_trips": 3},
+    "one chunk": {},
+    "three chunks": {"min_chunks": 3},
     "as many as a small limit asks": {"max_load": 0.6},
-    "two trips, and more for a limit": {"max_load": 0.9, "min_trips": 2},
+    "two chunks, and more for a limit": {"max_load": 0.9, "min_chunks": 2},
     "a limit of less than a row": {"max_load": 0.01},
 }
 LAYOUTS = [Layout(1), Layout(2, ep=2), Layout(4, ep=4), Layout(4, tp=2, ep=2)]
@@ -41,7 +41,7 @@ def send_and_return(rank: int, layout: Layout, case: str, way: str, n_dropped: i
     dispatcher = groups.dispatcher(**WAYS[way])
     counts = counts_of(rank, case)
     n_kept = int(counts.sum())
-    # Each row says whose it is and for which expert.
+    # Each row holds its rank and its expert.
     experts = torch.repeat_interleave(torch.arange(N_EXPERTS), counts).tolist() + [-1] * n_dropped
     rows = torch.tensor([[float(rank), e, i] for i, e in enumerate(experts)], dtype=torch.float64)
     rows = rows.reshape(n_kept + n_dropped, D).requires_grad_()
@@ -49,16 +49,16 @@ def send_and_return(rank: int, layout: Layout, case: str, way: str, n_dropped: i
     order = torch.arange(len(rows)) if route.order_N is None else route.order_N
     cuts = [chunk.n_sent for chunk in route.chunks]
     *parts, dropped = permute_rows(rows, order, invert(order)).split([*cuts, len(rows) - sum(cuts)])
-    travelling = [dispatcher.dispatch(part, chunk) for part, chunk in zip(parts, route.chunks, strict=True)]
-    arrived = [arrival.wait() for arrival in travelling]
-    returning = [dispatcher.combine(part, chunk) for part, chunk in zip(arrived, route.chunks, strict=True)]
-    back = torch.cat([*(arrival.wait() for arrival in returning), dropped])
+    sent = [dispatcher.dispatch(part, chunk) for part, chunk in zip(parts, route.chunks, strict=True)]
+    received = [wait() for wait in sent]
+    returning = [dispatcher.combine(part, chunk) for part, chunk in zip(received, route.chunks, strict=True)]
+    back = torch.cat([*(wait() for wait in returning), dropped])
     back = permute_rows(back, invert(order), order)
     slope = torch.arange(back.numel(), dtype=torch.float64).view_as(back)
     (back * slope).sum().backward()
     return {
         "rows": rows.detach(),
-        "arrived": [part.detach() for part in arrived],
+        "received": [part.detach() for part in received],
         "counts": [chunk.counts_L for chunk in route.chunks],
         "is_over_limit": route.is_over_limit,
         "n_extra": route.n_extra,
@@ -78,39 +78,39 @@ def test_rows_reach_their_expert_and_come_back(layout: Layout, case: str, way: s
         assert torch.equal(got["back"], got["rows"])
         assert torch.equal(got["gradient"], got["slope"])
         mine = layout.local_experts(rank, N_EXPERTS)
-        for arrived, counts in zip(got["arrived"], got["counts"], strict=True):
+        for received, counts in zip(got["received"], got["counts"], strict=True):
             want = [float(e) for e, n in zip(mine, counts.tolist(), strict=True) for _ in range(n)]
-            assert arrived[:, 1].tolist() == want
+            assert received[:, 1].tolist() == want
         peers = layout.ep_group(rank)
         sent = sum(int(counts_of(peer, case)[list(mine)].sum()) for peer in peers)
-        assert sum(map(len, got["arrived"])) == sent
-        assert len(got["arrived"]) == len(results[peers[0]]["arrived"])
+        assert sum(map(len, got["received"])) == sent
+        assert len(got["received"]) == len(results[peers[0]]["received"])
         if layout.ep > 1:
             check_chunks(layout, [results[peer] for peer in peers], WAYS[way])
 
 
 def check_chunks(layout: Layout, results: list[dict[str, Any]], way: dict[str, Any]) -> None:
-    """See that a group makes the trips it was told to, and more only where a rank would hold too much."""
-    loads = [sum(map(len, got["arrived"])) for got in results]
+    """Check that a group sends min_chunks chunks, and more only if a rank would receive too many rows."""
+    loads = [sum(map(len, got["received"])) for got in results]
     limit = way.get("max_load", float("inf")) * sum(loads) / len(loads) if any(loads) else float("inf")
-    n_chunks = len(results[0]["arrived"])
+    n_chunks = len(results[0]["received"])
     for got in results:
-        # A sender's rows need not be a multiple of the trips: one more of each sender.
-        assert all(len(part) <= limit + layout.ep for part in got["arrived"])
+        # Rounding can add one row of each sender.
+        assert all(len(part) <= limit + layout.ep for part in got["received"])
         assert got["is_over_limit"] == (max(loads) > limit)
-        assert got["n_extra"] == n_chunks - way.get("min_trips", 1)
+        assert got["n_extra"] == n_chunks - way.get("min_chunks", 1)
     if "max_load" not in way:
-        assert n_chunks == way.get("min_trips", 1)
-    assert n_chunks >= way.get("min_trips", 1)
-    assert n_chunks == 1 or max(loads) > limit * (n_chunks - 1) or n_chunks == way.get("min_trips")
-    assert n_chunks <= max(*loads, way.get("min_trips", 1)), "a trip without a row on any rank"
+        assert n_chunks == way.get("min_chunks", 1)
+    assert n_chunks >= way.get("min_chunks", 1)
+    assert n_chunks == 1 or max(loads) > limit * (n_chunks - 1) or n_chunks == way.get("min_chunks")
+    assert n_chunks <= max(*loads, way.get("min_chunks", 1)), "a chunk without a row on any rank"
 
 
 def share_a_gradient(rank: int, layout: Layout) -> tuple[list[float], list[float]]:
-    """Enter a split layer beside a use of another tensor, whose gradient is the very same tensor."""
+    """Enter a split layer, and use another tensor whose gradient is the very same tensor."""
     tp = groups_of(layout, rank).tensor_parallel()
     x, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    beside = 1.0 * other  # made before, so that its gradient is used after that of x has been summed
+    beside = 1.0 * other  # computed first, so that its gradient is used after that of x has been summed
     ((tp.enter(x) + beside) * (rank + 1)).sum().backward()
     assert x.grad is not None and other.grad is not None
     return x.grad.tolist(), other.grad.tolist()

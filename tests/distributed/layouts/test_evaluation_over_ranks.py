@@ -25,11 +25,11 @@ def evaluate_on_rank(rank: int, corpus_path: Path, world_size: int, microbatch_s
     )
 
 
-def test_ranks_share_the_work_exactly(tmp_path: Path) -> None:
+def test_any_number_of_ranks_gives_the_same_sums(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, {"text": make_texts(40)}, valid_frac=0.3)
     (alone,) = run_ranks(evaluate_on_rank, 1, corpus.path, 1, 5)
     assert alone.n_bytes == corpus.manifest.total("valid").n_text_bytes
-    for world_size, microbatch_seqs in [(2, 4), (4, 3), (4, 50)]:  # the last: more room than windows
+    for world_size, microbatch_seqs in [(2, 4), (4, 3), (4, 50)]:  # the last has more room than windows
         for got in run_ranks(evaluate_on_rank, world_size, corpus.path, world_size, microbatch_seqs):
             assert got.nll == pytest.approx(alone.nll, rel=1e-6)
             assert (got.n_tokens, got.n_documents) == (alone.n_tokens, alone.n_documents)

@@ -1,4 +1,4 @@
-"""Every way of laying 1, 2, 4 and 8 ranks out takes the step of one process: gradients in fp64 without the
+"""Every layout of 1, 2, 4 and 8 ranks takes the same step as one process: gradients in fp64 without the
 engine, three steps in fp32 through it.
 """
 
@@ -23,7 +23,7 @@ from tests.layouts import (
     with_split,
 )
 from tests.ranks import run_ranks
-from tests.runs import rank_share, run_config, uneven_batch
+from tests.runs import rank_batch, run_config, uneven_batch
 from turnout.data.loader import IGNORE_INDEX
 from turnout.moe.parallel.sharding import is_expert
 from turnout.training.batches import split_microbatches
@@ -64,7 +64,7 @@ LAYOUTS = [
     Layout(world, tp=tp, ep=ep) for world in (1, 2, 4, 8) for tp in divisors(world) for ep in divisors(world)
 ]
 IDS = [f"world{x.world_size}-tp{x.tp}-ep{x.ep}" for x in LAYOUTS]
-# Of eight ranks, on which most time is spent, `make test` tries these; `make test-all` tries the others too.
+# Eight ranks take most of the time, so `make test` runs only these (tp, ep); `make test-all` runs all.
 OF_EIGHT = {(1, 8), (2, 4), (4, 8), (8, 2)}
 
 
@@ -77,8 +77,8 @@ EVERY_LAYOUT = [
     pytest.param(layout, id=name, marks=marks_of(layout)) for layout, name in zip(LAYOUTS, IDS, strict=True)
 ]
 
-# How expert rows travel: each layout and each model meets all of them.
-TRIPS: list[dict[str, Any]] = [
+# How expert rows are sent. Each layout and each model meets all of these.
+CHUNKS: list[dict[str, Any]] = [
     {},
     {"ep_chunks": 2},
     {"ep_max_load": 0.4},
@@ -87,20 +87,20 @@ TRIPS: list[dict[str, Any]] = [
 
 
 def lay_out(cfg: RunConfig, layout: Layout, *, chunks: int, **changes: Any) -> RunConfig:
-    travel = TRIPS[(chunks + LAYOUTS.index(layout)) % len(TRIPS)] if layout.ep > 1 else {}
-    return with_parallel(cfg, tp=layout.tp, ep=layout.ep, **travel, **changes)
+    settings = CHUNKS[(chunks + LAYOUTS.index(layout)) % len(CHUNKS)] if layout.ep > 1 else {}
+    return with_parallel(cfg, tp=layout.tp, ep=layout.ep, **settings, **changes)
 
 
 def sum_gradients(rank: int, cfg: RunConfig, world_size: int, is_collapsed: bool) -> dict[str, Tensor] | None:
-    """Return the whole fp64 gradients of one step on the first rank, reduced here and not by the engine."""
+    """Return on the first rank the whole fp64 gradients of one step, reduced here, not by the engine."""
     layout = plan_layout(cfg, world_size)
     groups = groups_of(layout, rank)
     objective = build_objective(cfg, groups, torch.float64)
     batch = uneven_batch(cfg, 0)
     n_tokens = (batch.targets != IGNORE_INDEX).sum()
     state = starting_state(cfg, is_collapsed=is_collapsed)
-    share = rank_share(batch, layout.dp_rank(rank), layout.dp)
-    for microbatch in split_microbatches(share, cfg.train.microbatch_seqs):
+    own_batch = rank_batch(batch, layout.dp_rank(rank), layout.dp)
+    for microbatch in split_microbatches(own_batch, cfg.train.microbatch_seqs):
         (objective(microbatch, state).total / n_tokens).backward()
     own = {}
     for name, parameter in objective.named_parameters():
@@ -129,7 +129,7 @@ def gradients_of_one_process(model: str, is_collapsed: bool) -> dict[str, Tensor
 
 
 class GradientRun(NamedTuple):
-    """One comparison in fp64, and the axes that are crossed."""
+    """One comparison in fp64, and its value on each axis."""
 
     layout: Layout
     model: str
@@ -139,11 +139,11 @@ class GradientRun(NamedTuple):
 
 
 def gradient_runs() -> list[GradientRun]:
-    """Return a run for each layout and model, which share out the values of the other axes.
+    """Return one run for each layout and model; the values of the other axes are spread over the runs.
 
-    All combinations would be 1,200 runs. What can be wrong hangs on few of the axes at once: a reduction of
-    one layout under sequence parallelism, a router's exchange in a collapse. So each run takes the values
-    that its layout, then its model, has met least often. test_runs_cover says what has met what then.
+    All combinations would be 1,200 runs. An error usually depends on few axes at once: a reduction of one
+    layout under sequence parallelism, an all-to-all after a collapse. So each run takes the values that its
+    layout, then its model, has met least often. test_runs_cover checks which combinations occur.
     """
     n_met: Counter[Any] = Counter()
     runs = []
@@ -174,7 +174,7 @@ def test_runs_cover() -> None:
         assert {run.is_collapsed for run in own} == {False, True}
         assert {run.sequence_parallel for run in own} == {False, layout.tp > 1}
         assert {run.recompute for run in own} == kinds
-    # Apart from the layout, all combinations are there, with and without tensor parallelism.
+    # All combinations of the axes other than the layout occur, with and without tensor parallelism.
     unsplit = set(product(CONFIGS, (False, True), (False,), kinds))
     assert {run[1:] for run in runs if run.layout.tp == 1} == unsplit
     split = set(product(CONFIGS, (False, True), (False, True), kinds))
@@ -193,7 +193,7 @@ def test_every_gradient_is_that_of_one_process_in_fp64(layout: Layout) -> None:
 
 
 def microbatch_seqs(cfg: RunConfig, layout: Layout, n_microbatches: int) -> int:
-    """Return the micro-batch that gives n_microbatches a step, or as many as there are sequences."""
+    """Return the micro-batch size that gives n_microbatches per step, or as many as there are sequences."""
     return max(1, cfg.batch_seqs // layout.dp // n_microbatches)
 
 
@@ -214,7 +214,7 @@ def engine_runs() -> list[Any]:
             variant = (i + j + i // 3) % len(VARIANTS)
             name = f"{IDS[i]}, {model}, variant {variant}"
             values = (layout, model, VARIANTS[variant], j == 1)
-            # The first tier tries one of the two.
+            # `make test` runs one of the two.
             marks = [pytest.mark.long] if j != i % 2 else marks_of(layout)
             runs.append(pytest.param(*values, id=name, marks=marks))
     return runs

@@ -1,4 +1,4 @@
-"""Exports know nothing of the layout that saved a checkpoint, nor training of having been imported."""
+"""Exports do not depend on the layout that saved a checkpoint; an import trains as the original does."""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.checkpoints import build_engine, fill, saver_of, state_at, unique_rou
 from tests.exports import run_config_of, save_weights, variant_config, variant_weights
 from tests.layouts import groups_of, with_parallel
 from tests.ranks import run_ranks
-from tests.runs import rank_share, uneven_batch
+from tests.runs import rank_batch, uneven_batch
 from turnout.launch.settings import to_toml
 from turnout.training.batches import split_microbatches
 from turnout.training.checkpoint.directory import checkpoint_path, verify_checkpoint
@@ -71,8 +71,8 @@ def step_from(rank: int, layout: Layout, path: Path, cfg: RunConfig) -> dict[str
     engine = build_engine(cfg, groups)
     reader = TensorReader(path, verify_checkpoint(path))
     state = restore(reader, engine, unique_router_state(cfg), groups)
-    share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
-    microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+    own_batch = rank_batch(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
+    microbatches = split_microbatches(own_batch, cfg.train.microbatch_seqs)
     train_step(engine, microbatches, state, step=1, lr=1e-2, groups=groups)
     found = {fragment.name: fragment.values["master"].clone() for fragment in engine.fragments()}
     engine.close()

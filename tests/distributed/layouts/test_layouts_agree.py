@@ -1,6 +1,4 @@
-"""The same steps whatever the number of ranks and micro-batches: loss, norm, parameters, and against plain
-torch.
-"""
+"""Any number of ranks and micro-batches takes the same steps as plain torch: loss, norm and parameters."""
 
 import math
 from functools import partial
@@ -19,7 +17,7 @@ from tests.layouts import (
     with_split,
 )
 from tests.ranks import run_ranks
-from tests.runs import rank_share, run_config, uneven_batch
+from tests.runs import rank_batch, run_config, uneven_batch
 from turnout.moe.load_balancing import RouterState
 from turnout.training.batches import split_microbatches
 from turnout.training.config.run import RunConfig
@@ -46,8 +44,7 @@ CONFIGS = {
         }
     ),
 }
-# (ranks, sequences per micro-batch): 8 sequences as 1x8, 2x4, 4x2 and 8x1 micro-batches on one rank, and on
-# two.
+# (ranks, sequences per micro-batch): 8 sequences in 1, 2, 4 or 8 micro-batches on one rank, and so on.
 SPLITS = [(1, 8), (1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (4, 1)]
 
 
@@ -56,7 +53,7 @@ SPLITS = [(1, 8), (1, 4), (1, 2), (1, 1), (2, 4), (2, 2), (2, 1), (4, 1)]
 def test_every_split_equals_plain_sgd(cfg: RunConfig, zero_stage: int) -> None:
     cfg = with_parallel(cfg, zero_stage=zero_stage)
     want = train_plainly(cfg)
-    assert max(want["norms"]) > cfg.train.clip_norm, "clipping must be at work"
+    assert max(want["norms"]) > cfg.train.clip_norm, "nothing was clipped, so this proves nothing"
     for world_size, microbatch_seqs in SPLITS:
         results = run_ranks(train_on_ranks, world_size, with_split(cfg, microbatch_seqs), world_size, "sgd")
         for got in results:
@@ -98,16 +95,16 @@ def test_adamw_with_decay_equals_plain_torch_and_replicas_agree(zero_stage: int)
         )
         for got in results:
             assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
-            # Adam divides by the root of a square, so a gradient near 0 turns rounding into a step.
+            # Adam divides by a root mean square, so rounding of a gradient near 0 changes a whole step.
             assert_same_tensors(got["parameters"], want["parameters"], rtol=2e-4)
             for name, value in results[0]["parameters"].items():
                 assert torch.equal(got["parameters"][name], value), name
 
 
 def step_in_vain(rank: int, cfg: RunConfig, world_size: int, is_poisoned: bool) -> tuple[bool, str]:
-    """Take a step that is not to be applied: a weight that the last rank reads is NaN, or it is not wanted.
-    Return whether weights and moments stayed, what the watch said, and take a good step in the end, so that
-    nothing lingers.
+    """Take a step that must not be applied: a weight that the last rank reads is NaN, or it is not wanted.
+    Return whether the weights stayed, and the error's message. After an unwanted step, take a wanted one: the
+    optimizer must count it as its first.
     """
     layout = plan_layout(cfg, world_size)
     groups = groups_of(layout, rank)
@@ -120,18 +117,18 @@ def step_in_vain(rank: int, cfg: RunConfig, world_size: int, is_poisoned: bool) 
             objective.decoder.embed.weight[min(last.difference(*others))] = float("nan")
     engine = put_under_engine(objective, cfg, groups, partial(build_adamw, cfg=cfg.optim))
     before = engine.master_weights()
-    share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
-    microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+    own_batch = rank_batch(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
+    microbatches = split_microbatches(own_batch, cfg.train.microbatch_seqs)
     state = RouterState.initial(cfg.model)
-    watch = GuardPolicy(cfg, groups, Progress(state))
-    is_wanted = watch.is_wanted if is_poisoned else lambda totals: False
+    policy = GuardPolicy(cfg, groups, Progress(state))
+    is_wanted = policy.is_wanted if is_poisoned else lambda totals: False
     result = train_step(engine, microbatches, state, step=1, lr=LR, groups=groups, is_wanted=is_wanted)
     assert not result.outcome.was_applied
-    said = ""
+    message = ""
     try:
-        watch.intervention(result)
+        policy.intervention(result)
     except DivergedError as err:
-        said = str(err)
+        message = str(err)
     after = engine.master_weights()
     stayed = all(torch.equal(after[n].nan_to_num(), v.nan_to_num()) for n, v in before.items())
     if not is_poisoned:
@@ -140,12 +137,12 @@ def step_in_vain(rank: int, cfg: RunConfig, world_size: int, is_poisoned: bool) 
         moved = engine.master_weights()
         assert not any(torch.equal(moved[name], value) for name, value in before.items())
     engine.close()
-    return stayed, said
+    return stayed, message
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_a_nan_never_reaches_the_weights_and_every_rank_says_so(zero_stage: int, precision: str) -> None:
+def test_a_nan_never_reaches_the_weights_and_every_rank_reports_it(zero_stage: int, precision: str) -> None:
     cfg = with_split(with_parallel(CONFIGS["sequence scope"], zero_stage=zero_stage), 2, precision=precision)
     results = run_ranks(step_in_vain, 2, cfg, 2, is_poisoned=True)
     assert all(stayed for stayed, _ in results)
@@ -163,11 +160,11 @@ def test_ranks_agree_only_where_all_of_them_do() -> None:
         assert run_ranks(vote, 2, Layout(2, tp=2), in_favour) == [agreed, agreed]
 
 
-def watch_a_hair(rank: int, cfg: RunConfig, kind: str, finder: int) -> tuple[bool, str, str]:
-    """Judge a loss or a load that is at its limit, and above it by the last bit, or a row, on one rank."""
+def judge_at_the_limit(rank: int, cfg: RunConfig, kind: str, finder: int) -> tuple[bool, str, str]:
+    """Judge a loss or a load at its limit; on one rank it is above by the last bit, or by a row."""
     # The mean is 3, and the variance 8 / (3 - 3 / 3) = 4.
     history = GuardState(n_losses=9, weight_sum=3.0, weight_sq_sum=3.0, mean=3.0, sq_dev_sum=8.0)
-    watch = GuardPolicy(
+    policy = GuardPolicy(
         cfg, groups_of(Layout(2), rank), Progress(RouterState.initial(cfg.model), guard=history)
     )
     loss, counts_E = 15.0, [4, 2, 2, 1, 1, 0]
@@ -177,22 +174,22 @@ def watch_a_hair(rank: int, cfg: RunConfig, kind: str, finder: int) -> tuple[boo
         counts_E[0] = 5
     sums = torch.tensor([loss, 0, 0, 0, 0, 0, *counts_E], dtype=torch.float64)
     totals, zero = StepTotals(torch.tensor(1), sums, sums[0]), torch.zeros(())
-    is_wanted = watch.is_wanted(totals)
+    is_wanted = policy.is_wanted(totals)
     outcome = StepOutcome(1.0, is_wanted)
-    intervention = watch.intervention(
+    intervention = policy.intervention(
         StepResult(totals.loss, zero, zero, zero, totals.counts, zero, zero, zero, outcome)
     )
     assert intervention is not None, f"rank {rank}"
-    return is_wanted, intervention.finding.kind, intervention.action
+    return is_wanted, intervention.anomaly.kind, intervention.action
 
 
 @pytest.mark.parametrize("finder", [0, 1])
 @pytest.mark.parametrize(("kind", "action"), [("spike", "skip"), ("collapse", "rollback")])
-def test_what_one_rank_finds_by_a_hair_all_ranks_find(kind: str, action: str, finder: int) -> None:
+def test_a_finding_of_one_rank_is_acted_on_by_all_ranks(kind: str, action: str, finder: int) -> None:
     guard = {"on_spike": "skip", "spike_window_steps": 5, "on_collapse": "rollback", "max_load_frac": 0.4}
     guard |= {"collapse_patience_steps": 1}
     cfg = run_config(model={"n_layers": 1}, guard=guard, checkpoint={"every_steps": 1})
-    assert run_ranks(watch_a_hair, 2, cfg, kind, finder) == [(False, kind, action)] * 2
+    assert run_ranks(judge_at_the_limit, 2, cfg, kind, finder) == [(False, kind, action)] * 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -220,7 +217,7 @@ def test_a_step_that_was_not_applied_leaves_the_router_state() -> None:
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_half_precision_follows_fp32_at_every_split(precision: str, zero_stage: int) -> None:
     if precision == "fp16" and not cpu_has_fp16():
-        pytest.skip("this CPU has no fp16 arithmetic and DeepSpeed refuses it; tests/gpu has it on a GPU")
+        pytest.skip("this CPU has no fp16 arithmetic, so DeepSpeed refuses fp16; tests/gpu covers it")
     cfg = with_parallel(CONFIGS["sequence scope"], zero_stage=zero_stage)
     (full,) = run_ranks(train_on_ranks, 1, with_split(cfg, 8), 1, "adamw", GENTLE_LR)
     for world_size, microbatch_seqs in [(1, 8), (1, 2), (2, 4), (2, 2)]:

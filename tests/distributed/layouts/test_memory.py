@@ -1,4 +1,4 @@
-"""What `--dry-run` says that a rank holds, against what ranks of the real engine hold, to the byte."""
+"""The memory that `--dry-run` predicts for a rank, against what the real engine holds, to the byte."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.checkpoints import APPLIED_STEPS, KINDS, saver_of, state_at, unique_r
 from tests.layouts import groups_of, starting_state
 from tests.memory import all_tensors, held_by, peak_allocated_bytes, storages
 from tests.ranks import run_ranks
-from tests.runs import rank_share, run_config, uneven_batch
+from tests.runs import rank_batch, run_config, uneven_batch
 from turnout.launch.estimate.activations import activation_bytes
 from turnout.launch.estimate.memory import StateBytes, state_bytes
 from turnout.training.batches import split_microbatches
@@ -34,21 +34,21 @@ LAYOUTS = [
     pytest.param(2, {"tp": 2}, id="tp2"),
     pytest.param(4, {"tp": 2, "ep": 2}, id="tp2-ep2", marks=pytest.mark.long),
 ]
-# Odd sizes, so that shares begin within a parameter and the last one ends in padding.
+# Odd sizes, so that a rank's partition begins within a parameter and the last one ends in padding.
 ODD = {"d_model": 9, "n_heads": 2, "d_head": 8, "d_expert": 11, "vocab_size": 46, "n_experts": 6}
 ODD |= {"n_dense_layers": 1, "d_ff": 14, "n_layers": 2, "qk_norm": True, "n_kv_heads": 2}
 
 
 def held_in_second_step(rank: int, cfg: RunConfig, world_size: int) -> tuple[StateBytes, int]:
-    """Take a step, and return the most that is held while the next one accumulates; and the micro-batches."""
+    """Take a step. Return the most that is held while the next one accumulates, and its micro-batches."""
     layout = plan_layout(cfg, world_size)
     groups = groups_of(layout, rank)
     before = all_tensors()
     engine, _ = build_engine(cfg, groups)
     state, held = starting_state(cfg), list[StateBytes]()
     for step in range(2):
-        share = rank_share(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
-        microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+        own_batch = rank_batch(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
+        microbatches = split_microbatches(own_batch, cfg.train.microbatch_seqs)
         loaded = [t for mb in microbatches for t in (mb.tokens, mb.targets, mb.doc_ids, mb.sample_ids)]
         known = before | storages([state.bias_ME, state.load_frac_ME, *loaded])
         for i, microbatch in enumerate(microbatches):
@@ -81,28 +81,30 @@ def test_ranks_hold_what_was_planned_to_the_byte(
             assert held == state_bytes(cfg, layout, rank), f"ZeRO-{zero_stage}, rank {rank}"
 
 
-# Large enough that activations are more than the room operators take for themselves.
+# Large enough that activations need more memory than the scratch space of operators.
 WIDE = {"n_layers": 3, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_head": 16, "d_expert": 48}
 WIDE |= {"vocab_size": 512, "seq_len": 128, "n_shared_experts": 1, "n_dense_layers": 1, "d_ff": 96}
 
 
 def passes_of_a_microbatch(rank: int, cfg: RunConfig, world_size: int) -> int:
-    """Return the most that forward and backward allocate, where the gradients are there already."""
+    """Return the most bytes that forward and backward allocate when gradients exist already."""
     layout = plan_layout(cfg, world_size)
     decoder = build_local_decoder(cfg, groups_of(layout, rank), DTYPES[cfg.train.precision])
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     objective, state = Objective(decoder), starting_state(cfg)
-    share = rank_share(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
+    own_batch = rank_batch(uneven_batch(cfg, 0), layout.dp_rank(rank), layout.dp)
     all_reduce = dist.all_reduce
 
     def all_reduce_to_the_end(*args: Any, **kwargs: Any) -> None:
         all_reduce(*args, **kwargs)
-        time.sleep(0.005)  # gloo's thread, which lets go of the tensor only when it runs again
+        time.sleep(0.005)  # gloo's thread releases the tensor only when it runs again
 
     with patch.object(dist, "all_reduce", all_reduce_to_the_end):
-        # The least of some, as other collectives' threads may hold on to a tensor, too.
-        return min(peak_allocated_bytes(lambda: objective(share, state).total.backward()) for _ in range(5))
+        # The minimum of several, because threads of other collectives may keep a tensor, too.
+        return min(
+            peak_allocated_bytes(lambda: objective(own_batch, state).total.backward()) for _ in range(5)
+        )
 
 
 PASSES = {
@@ -134,22 +136,22 @@ def test_passes_take_the_activations_that_were_planned(
     train = {"precision": precision, "expert_backend": backend, "recompute": recompute, "microbatch_seqs": 4}
     layout = Layout(world_size, tp=parallel.get("tp", 1), ep=parallel.get("ep", 1))
     train["batch_tokens"] = 4 * layout.dp * WIDE["seq_len"]
-    n_experts = {"n_experts": 4, "top_k": 4}  # every token goes to all, which is uniform
+    n_experts = {"n_experts": 4, "top_k": 4}  # every token goes to every expert, which is uniform
     cfg = run_config(model={**WIDE, **n_experts}, train=train, parallel=parallel)
     measured = run_ranks(passes_of_a_microbatch, world_size, cfg, world_size)
-    said = activation_bytes(cfg, layout)
+    predicted = activation_bytes(cfg, layout)
     if cfg.parallel.sequence_parallel and recompute == "full":
-        # gloo gathers and scatters in copies of its own, which are there at the peak where a block's are
-        # computed again.
-        assert said == pytest.approx(min(measured), rel=0.15)
+        # gloo gathers and scatters into copies of its own, which exist at the peak, when a block is
+        # recomputed.
+        assert predicted == pytest.approx(min(measured), rel=0.15)
         return
-    assert measured == pytest.approx([said] * world_size, rel=0.02)
+    assert measured == pytest.approx([predicted] * world_size, rel=0.02)
 
 
 @pytest.mark.long
 def test_a_step_takes_the_memory_that_was_planned() -> None:
-    for name, measured, said in measure(SMALL):
-        assert said == pytest.approx(measured, rel=0.1), name
+    for name, measured, predicted in measure(SMALL):
+        assert predicted == pytest.approx(measured, rel=0.1), name
 
 
 def save_whole(rank: int, cfg: RunConfig, run_dir: Path, token: str) -> None:
@@ -165,7 +167,7 @@ def save_whole(rank: int, cfg: RunConfig, run_dir: Path, token: str) -> None:
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 2), (2, 1)])
 def test_a_checkpoint_has_the_bytes_that_were_planned(tp: int, ep: int, tmp_path: Path) -> None:
-    # Large enough that names and hashes are no part of it.
+    # Large enough that names and hashes do not matter.
     sizes = {"d_model": 64, "d_expert": 96, "vocab_size": 512, "n_shared_experts": 1, "n_dense_layers": 1}
     cfg = run_config(model={**sizes, "d_ff": 48, "n_kv_heads": 2}, parallel={"tp": tp, "ep": ep})
     assert checkpoint_bytes(cfg.model) > 2**21

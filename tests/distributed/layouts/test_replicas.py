@@ -1,4 +1,4 @@
-"""What several ranks hold alike stays alike, bit for bit; half precision stays near fp32 at every layout."""
+"""Replicas stay equal bit for bit; half precision stays near fp32 at every layout."""
 
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from tests.layouts import (
     with_split,
 )
 from tests.ranks import run_ranks
-from tests.runs import rank_share, run_config, uneven_batch
+from tests.runs import rank_batch, run_config, uneven_batch
 from turnout.moe.parallel.sharding import split_of
 from turnout.training.batches import split_microbatches
 from turnout.training.config.run import RunConfig
@@ -55,8 +55,8 @@ def train_and_show(rank: int, cfg: RunConfig, world_size: int) -> dict[str, torc
     engine = put_under_engine(objective, cfg, groups, partial(build_adamw, cfg=cfg.optim))
     state = starting_state(cfg)
     for step in range(cfg.train.n_steps):
-        share = rank_share(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
-        microbatches = split_microbatches(share, cfg.train.microbatch_seqs)
+        own_batch = rank_batch(uneven_batch(cfg, step), layout.dp_rank(rank), layout.dp)
+        microbatches = split_microbatches(own_batch, cfg.train.microbatch_seqs)
         result = train_step(engine, microbatches, state, step=step + 1, lr=3e-3, groups=groups)
         state = advance_router_state(state, result, cfg.model.balance)
     held = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
@@ -65,7 +65,7 @@ def train_and_show(rank: int, cfg: RunConfig, world_size: int) -> dict[str, torc
 
 
 def first_of(n: int, values: list[Any]) -> list[Any]:
-    """Return parameters of which `make test` tries the first n, and `make test-all` the others too."""
+    """Return test parameters: `make test` runs the first n, `make test-all` all of them."""
     marks = [[]] * n + [[pytest.mark.long]] * (len(values) - n)
     return [pytest.param(value, id=str(value), marks=mark) for value, mark in zip(values, marks, strict=True)]
 

@@ -1,4 +1,4 @@
-"""What the tests of recovery share: a corpus and a recipe, runs to kill, and what they leave behind."""
+"""What the recovery tests share: a corpus and a recipe, runs to kill, and checks of what they leave."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from turnout.training.checkpoint.directory import checkpoint_path
 
 ROOT = Path(__file__).parents[3]
 N_STEPS, SAVED_EVERY, BATCH_SEQS = 20, 5, 8
-# Accumulation, recomputation, experts shared by two ranks, bias and batch scope: all that carries state.
+# Accumulation, recomputation, experts split over two ranks, bias, batch scope: everything that carries state.
 CHANGES = {
     "n_steps = 12": f"n_steps = {N_STEPS}",
     "microbatch_seqs = 2": 'microbatch_seqs = 1\nrecompute = "full"',
@@ -43,7 +43,7 @@ TIMEOUT_S = 240
 
 
 def make_place(directory: Path) -> Path:
-    """Make a corpus and a recipe in a directory, in which runs are then started."""
+    """Make a corpus and a recipe in a directory where runs are then started."""
     make_corpus(directory, {"text": make_texts(300)}, valid_frac=0.05, shard_tokens=5000)
     text = RECIPE
     for old, new in CHANGES.items():
@@ -54,8 +54,9 @@ def make_place(directory: Path) -> Path:
 
 
 class Started:
-    """`turnout train run.toml` in a place, under way. With faults, or a directory for the samples that were
-    seen, its ranks are those of sabotaged_rank.py.
+    """A running `turnout train run.toml`.
+
+    With faults, or with a directory that records the samples seen, its ranks are those of sabotaged_rank.py.
     """
 
     def __init__(
@@ -102,26 +103,26 @@ class Started:
         while not all(path.exists() for path in paths):
             if time.monotonic() > deadline_s or self._process.poll() is not None:
                 self._process.terminate()
-                raise AssertionError(f"{paths} did not come: {self._process.communicate()}")
+                raise AssertionError(f"{paths} did not appear: {self._process.communicate()}")
             time.sleep(0.02)
 
     def terminate(self) -> None:
         self._process.terminate()
 
-    def stand_still(self) -> None:
-        """Stop the command, but not its ranks."""
+    def suspend(self) -> None:
+        """Suspend the command, but not its ranks."""
         self._process.send_signal(signal.SIGSTOP)
 
-    def go_on_when_ranks_are_gone(self) -> None:
+    def continue_when_ranks_are_gone(self) -> None:
         (launcher,) = psutil.Process(self._process.pid).children()
         deadline_s = time.monotonic() + TIMEOUT_S
-        while launcher.status() != psutil.STATUS_ZOMBIE:  # its parent stands still
+        while launcher.status() != psutil.STATUS_ZOMBIE:  # its parent is suspended and does not reap it
             assert time.monotonic() < deadline_s
             time.sleep(0.1)
         self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """Kill the command and all its processes, as the end of a machine would, and see them gone."""
+        """Kill the command and all its processes, as a lost machine would; wait until they are gone."""
         processes = [psutil.Process(self._process.pid)]
         processes += processes[0].children(recursive=True)
         assert len(processes) >= 4, "the command, the launcher and two ranks"
@@ -133,21 +134,21 @@ class Started:
 
 
 def _begin(preexec: Callable[[], None] | None) -> None:
-    # A run that stands still, for a test that failed before it, would do so for ever.
+    # A suspended run whose test failed would never end by itself.
     die_with_parent()
     if preexec is not None:
         preexec()
 
 
 class Ended:
-    """What a command that has ended said, and what it left."""
+    """The output of a command that has ended, and the files that it left."""
 
     def __init__(self, run_dir: Path, code: int, stdout: str, stderr: str) -> None:
         self.run_dir, self.stdout, self.stderr, self._code = run_dir, stdout, stderr, code
 
     @property
     def reason(self) -> str:
-        """Return the one reason on stderr, which the line follows that says that the run ended early."""
+        """Return the only reason on stderr; the line after it says that the run ended early."""
         reason, end = self.stderr.splitlines()
         assert end.startswith(f"turnout: the run ended early, exit code {self._code}"), self.stderr
         return reason.removeprefix("turnout: ")
@@ -157,7 +158,7 @@ class Ended:
 
 
 def kill_at(started: Started, fault: Fault, *, saved_step: int) -> Path:
-    """Kill a run that holds at a fault, once this step is saved; return its directory."""
+    """Kill a run that a fault holds, once this step is saved; return its directory."""
     started.wait_for(Path(fault.mark), checkpoint_path(started.run_dir, saved_step))
     started.kill()
     return started.run_dir
@@ -187,7 +188,7 @@ def samples_of(place: Path, data_step: int) -> list[int]:
 
 
 def fault_at(place: Path, kind: str, data_step: int, name: str) -> Fault:
-    """Return a fault at a data step. Its sample is the last but one: that of the last rank."""
+    """Return a fault at a data step. It hits the batch's last sample but one, which is the last rank's."""
     return Fault(kind, samples_of(place, data_step)[-2], str(place / f"{name}-{kind}-{data_step}.mark"))  # type: ignore[arg-type]
 
 
@@ -197,19 +198,19 @@ def samples_seen(seen: Path, n_steps: int) -> list[list[int]]:
     for path in seen.iterdir():
         ids = [sample_id for line in path.read_text().splitlines() for sample_id in json.loads(line)]
         ranks.append(np.array(ids).reshape(n_steps, -1))
-    # Ranks that share a sequence see it each.
+    # Ranks of one tensor-parallel group see the same sequences.
     return [np.unique(step).tolist() for step in np.concatenate(ranks, axis=1)]
 
 
 def rows_of(run_dir: Path) -> list[dict[str, float]]:
-    """Return the rows of a whole run, one a step, without what is measured anew each time."""
+    """Return the rows of a complete run, one per step, without measured times and memory."""
     rows = read_rows(run_dir)
     assert [row["step"] for row in rows] == list(range(1, N_STEPS + 1))
     return [{k: v for k, v in row.items() if not k.startswith(("perf/", "mem/"))} for row in rows]
 
 
 def check_tensorboard(run_dir: Path) -> None:
-    """See that TensorBoard has each row of metrics.jsonl, and nothing besides."""
+    """Check that TensorBoard has each row of metrics.jsonl, and nothing else."""
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     rows = read_rows(run_dir)
@@ -229,7 +230,7 @@ def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def check_same_tensors(got: Path, want: Path) -> None:
-    """See that two checkpoints of one layout hold the same numbers, bit for bit, and that none is dead."""
+    """Check that two checkpoints of one layout are bitwise equal, and that no kind of tensor is all zero."""
     got_tensors, want_tensors = stored_tensors(got), stored_tensors(want)
     check_equal(got_tensors, want_tensors)
     for kind in ("/master/", "/exp_avg/", "/exp_avg_sq/", "router"):

@@ -1,7 +1,7 @@
-"""One rank of `turnout train` whose loss goes wrong, or which stands still, when certain samples come.
+"""One rank of `turnout train` whose loss goes wrong, or which waits, when certain samples come.
 
-SABOTAGE, in the environment, is JSON: the faults, a directory in which each rank notes the samples of each
-micro-batch that it trains on, and how much longer each rank's part of a save takes.
+The environment variable SABOTAGE holds JSON: the faults, a directory in which each rank records the samples
+of its micro-batches, and the seconds by which each rank's part of a save is delayed.
 """
 
 import json
@@ -27,7 +27,7 @@ FACTORS = {"nan": float("nan"), "spike": 100.0, "hold": 1.0}
 class Fault:
     """What happens in the batch that holds a sample, and the file that gets a line each time.
 
-    nan, spike: the loss is multiplied. hold: nothing goes on until there is a file `MARK.release`.
+    nan, spike: the loss is multiplied. hold: the rank waits until the file `MARK.release` exists.
     """
 
     kind: Literal["nan", "spike", "hold"]
@@ -35,7 +35,7 @@ class Fault:
     mark: str
 
     def fire(self) -> float:
-        """Leave a mark, stand still where that is the fault, and return what to multiply the loss by."""
+        """Leave a mark, wait if the fault is a hold, and return the factor for the loss."""
         with Path(self.mark).open("a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
         while self.kind == "hold" and not Path(f"{self.mark}.release").exists():

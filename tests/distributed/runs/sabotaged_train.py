@@ -1,4 +1,4 @@
-"""The `turnout` command with ranks of sabotaged_rank.py; everything else is as a user starts it."""
+"""The `turnout` command with ranks of sabotaged_rank.py; everything else is as for a user."""
 
 from functools import partial
 

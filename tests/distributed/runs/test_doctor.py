@@ -1,4 +1,4 @@
-"""`turnout doctor` as a user runs it: where all layouts agree, and where one is made not to."""
+"""`turnout doctor` as a user runs it: with layouts that agree, and with one made to differ."""
 
 import os
 import subprocess
@@ -41,22 +41,22 @@ def test_every_layout_of_a_rich_config_agrees(tmp_path: Path) -> None:
         "tp=2 ep=2 zero=2",
         "micro-batches=4",
         "recompute=full",
-        "trips=2",
+        "chunks=2",
         "max-load=",
     ):
         assert any(words in row for row in rows), words
 
 
-def test_a_wrong_factor_is_found_and_named(
+def test_a_wrong_factor_is_found_and_reported(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     cfg = load_config("tiny", [])
     code = examine(cfg, nproc=2, layouts=["tp=1,ep=2"], worker="tests.distributed.runs.sabotaged_doctor")
-    said = capfd.readouterr()
+    output = capfd.readouterr()
     assert code == 1
-    errors = said.err.splitlines()
+    errors = output.err.splitlines()
     assert errors[-1] == "turnout: 10 of 10 variants differ from one process"
     first = next(line for line in errors if line.startswith("turnout: dp=2 tp=1 ep=2 zero=1: "))
     assert "balancing gradient: " in first and " is 0.5 times that of one process" in first

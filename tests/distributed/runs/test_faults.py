@@ -1,6 +1,6 @@
-"""A rank that dies or hangs: all ranks end, and the command says who was missing and where.
+"""A rank that dies or hangs: all ranks end, and the command reports which rank failed and where.
 
-Real processes, hit at a moment that the victim's own ledger shows.
+Real processes, hit at a moment that the victim's own flight recorder shows.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.distributed.runs.test_train_command import RECIPE
 from tests.unit.data_fixtures import make_corpus, make_texts
 from turnout.training.parallel.flight_recorder import Entry, read_flight_record
 
-# From the fault to the last process, after a hang from the end of the time-out.
+# Limit for the last process to be gone, from the fault on; after a hang, from the end of the timeout on.
 ALL_GONE_S = 60
 
 
@@ -47,7 +47,7 @@ class Run:
         while not all(self._has_stepped(rank) for rank in range(nproc)):
             if time.monotonic() > deadline_s or self._command.poll() is not None:
                 self._command.terminate()
-                raise AssertionError(f"the run did not get to its second step: {self._command.communicate()}")
+                raise AssertionError(f"the run did not reach its second step: {self._command.communicate()}")
             time.sleep(0.1)
         self.processes = psutil.Process(self._command.pid).children(recursive=True)
 
@@ -61,7 +61,7 @@ class Run:
         return entry
 
     def freeze(self, rank: int, phase: str | None = None) -> tuple[psutil.Process, Entry]:
-        """Stop a rank in this phase; return it with its last entry."""
+        """Suspend a rank in this phase; return it with its last entry."""
         (victim,) = [p for p in self.processes if p.environ().get("RANK") == str(rank)]
         deadline_s = time.monotonic() + 60
         while time.monotonic() < deadline_s:
@@ -76,7 +76,7 @@ class Run:
         raise AssertionError(f"rank {rank} was never seen in {phase}")
 
     def end(self, timeout_s: float) -> list[str]:
-        """Wait until the command and all its processes are gone; return what it said on stderr."""
+        """Wait until the command and all its processes are gone; return the reasons it printed on stderr."""
         deadline_s = time.monotonic() + timeout_s
         try:
             _, stderr = self._command.communicate(timeout=timeout_s)
@@ -93,21 +93,21 @@ class Run:
         return [line.removeprefix("turnout: ") for line in lines[:-1]]
 
 
-def check_told(lines: list[str], fate: str, victim: int, entry: Entry, nproc: int) -> None:
-    """The first line tells the victim and where it was, the next where its peers were, each of them once."""
+def check_report(lines: list[str], fate: str, victim: int, entry: Entry, nproc: int) -> None:
+    """Check that the first line names the victim and where it was, and the others each peer once."""
     print("\n".join(lines))
     assert lines[0].startswith(f"rank {victim} {fate}; last seen in step {entry.step}, {entry.phase}"), lines
     if entry.operation is not None:
         assert f"{'waiting in' if entry.is_waiting else 'after'} " in lines[0]
         assert f"{entry.operation} (" in lines[0]
-    told = []
+    peers: list[int] = []
     for line in lines[1:]:
         match = re.match(
             r"ranks? ([\d, ]+) (waited for it in|waited in|lost contact in|got to) step \d+, ", line
         )
         assert match, line
-        told += [int(rank) for rank in match[1].split(", ")]
-    assert sorted(told) == [rank for rank in range(nproc) if rank != victim]
+        peers += [int(rank) for rank in match[1].split(", ")]
+    assert sorted(peers) == [rank for rank in range(nproc) if rank != victim]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_killed_rank_is_named_with_step_and_phase(phase: str, victim: int, npr
     process, entry = run.freeze(victim, phase)
     process.kill()
     lines = run.end(ALL_GONE_S)
-    check_told(lines, "ended without a word (killed, or out of memory)", victim, entry, nproc)
+    check_report(lines, "died without an error message (killed, or out of memory)", victim, entry, nproc)
 
 
 def test_a_stopped_rank_is_named_once_the_others_have_waited_long_enough(place: Path) -> None:
@@ -133,6 +133,6 @@ def test_a_stopped_rank_is_named_once_the_others_have_waited_long_enough(place: 
     lines = run.end(10 + ALL_GONE_S)
     assert time.monotonic() - start_s > 9, "the others had not yet waited for timeout_s"
     assert "parallel.timeout_s had passed" in lines.pop()
-    check_told(lines, "hung (stopped, or stuck in the system) and had to be killed", 2, entry, 4)
+    check_report(lines, "hung (stopped, or stuck in the system) and had to be killed", 2, entry, 4)
     assert any(" waited for it in " in line for line in lines)
     assert (run.logs / "rank-00002.stack").read_text() == ""

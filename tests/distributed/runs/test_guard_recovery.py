@@ -1,7 +1,6 @@
-"""What a run does about a loss that is not finite or jumps, and about routers that collapse: each policy of
-`guard`, as a user meets it.
+"""What a run does when its loss is not finite or jumps, or its routers collapse: each policy of `guard`.
 
-Real commands, in whose second rank the loss of chosen samples goes wrong.
+Real commands; in their second rank the loss of chosen samples goes wrong.
 """
 
 import re
@@ -27,7 +26,7 @@ from turnout.training.checkpoint.directory import list_checkpoints, verify_check
 from turnout.training.loop import SKIPPED_FILE
 
 SPIKES = ("guard.spike_window_steps=5",)
-# Four experts, of which each token takes two: even the best balance has a quarter.
+# Each token uses two of four experts: even perfect balance gives each expert a quarter of the rows.
 COLLAPSE = ("guard.max_load_frac=0.255", "guard.collapse_patience_steps=7")
 NOT_FINITE = r"loss is nan, gradient norm is \S+"
 SPIKED = r"loss \S+ is \S+ standard deviations above its mean \S+ \(limit guard\.spike_sigma=6\)"
@@ -41,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("guard"))
 
 
-# Step 6 is still being saved, and slowly, when step 7 ends the run.
+# The slow save of step 6 is still running when step 7 ends the run.
 SLOWER_S = {"nan": 3.0, "spike": 0.0, "collapse": 0.0}
 STOPS = {
     "nan": (
@@ -63,7 +62,7 @@ STOPS = {
 
 @pytest.fixture(scope="module")
 def stopping(place: Path) -> dict[str, Started]:
-    """Three runs side by side, each with another fault at step 7."""
+    """Three runs side by side, each with a different fault at step 7."""
     faults = {kind: (fault_at(place, kind, 6, "stop"),) for kind in ("nan", "spike")}
     return {
         kind: Started(place / f"stop-{kind}", *settings, faults=faults.get(kind, ()), slower_s=SLOWER_S[kind])
@@ -75,8 +74,8 @@ def stopping(place: Path) -> dict[str, Started]:
 def test_stop_ends_the_run_before_the_update_and_says_what_to_do(
     kind: str, stopping: dict[str, Started]
 ) -> None:
-    stopped, (_, said) = stopping[kind].wait(code=1), STOPS[kind]
-    assert re.fullmatch(said, stopped.reason), stopped.reason
+    stopped, (_, message) = stopping[kind].wait(code=1), STOPS[kind]
+    assert re.fullmatch(message, stopped.reason), stopped.reason
     assert read_rows(stopped.run_dir)[-1]["step"] == 6
     (newest,) = list_checkpoints(stopped.run_dir)
     assert verify_checkpoint(newest).state.step == (6 if SLOWER_S[kind] else 5)
@@ -85,7 +84,7 @@ def test_stop_ends_the_run_before_the_update_and_says_what_to_do(
 
 @pytest.fixture(scope="module")
 def faults(place: Path) -> dict[str, Fault]:
-    """The faults of the runs that go on after them."""
+    """The faults of the runs that continue after them."""
     return {
         "skipped nan": fault_at(place, "nan", 7, "skip"),
         "skipped spike": fault_at(place, "spike", 12, "skip"),
@@ -101,7 +100,7 @@ ROLLBACKS = ("guard.on_non_finite=rollback", "guard.on_spike=rollback", *SPIKES)
 
 @pytest.fixture(scope="module")
 def begun(place: Path, faults: dict[str, Fault]) -> dict[str, Started]:
-    """Three runs side by side that go on after their faults."""
+    """Three runs side by side that continue after their faults."""
     skip = ("guard.on_non_finite=skip", "guard.on_spike=skip", *SPIKES)
     skip += ("checkpoint.every_steps=1", "checkpoint.keep_last=20")
     collapse = ("guard.on_collapse=rollback", *COLLAPSE)
@@ -119,8 +118,8 @@ def test_skip_leaves_every_weight_as_it_was_and_counts(
     begun: dict[str, Started], faults: dict[str, Fault]
 ) -> None:
     ended = begun["skip"].wait()
-    for step, said in ((8, NOT_FINITE), (13, SPIKED)):
-        assert re.search(rf"^step {step}: {said}; its update was skipped$", ended.stdout, re.MULTILINE)
+    for step, message in ((8, NOT_FINITE), (13, SPIKED)):
+        assert re.search(rf"^step {step}: {message}; its update was skipped$", ended.stdout, re.MULTILINE)
         before, after, next_one = (stored_tensors(ended.checkpoint(step + i)) for i in (-1, 0, 1))
         check_equal(after, before)
         assert any(not tensor.equal(after[name]) for name, tensor in next_one.items())
@@ -133,17 +132,15 @@ def test_skip_leaves_every_weight_as_it_was_and_counts(
 
 
 @pytest.mark.long
-def test_rollback_leaves_the_data_out_for_ever_and_not_more_often_than_allowed(
+def test_rollback_skips_the_data_permanently_and_only_as_often_as_allowed(
     begun: dict[str, Started], faults: dict[str, Fault]
 ) -> None:
-    """A loss that is not finite, a spike, a kill; then a third fault, which is one too many; then a higher
-    limit.
-    """
+    """A loss that is not finite, a spike, a kill; a third fault, one too many; then a higher limit."""
     run_dir = kill_at(begun["rollback"], faults["hold"], saved_step=10)
     left = tuple(faults[name] for name in ("nan", "spike", "last nan"))
-    # The second came after step 10 was saved: only the run directory knows of it.
+    # The second fault came after step 10 was saved, so only the run directory records it.
     assert [window.first for window in verify_checkpoint(list_checkpoints(run_dir)[0]).state.skipped] == [6]
-    check_recorder(run_dir, (6, rf"step 7: {NOT_FINITE}.*"), (12, f"step 12: {SPIKED}"))
+    check_skips(run_dir, (6, rf"step 7: {NOT_FINITE}.*"), (12, f"step 12: {SPIKED}"))
 
     limit = "guard.max_interventions=2"
     stopped = Started(run_dir, *ROLLBACKS, limit, is_resumed=True, faults=left).wait(code=1)
@@ -156,22 +153,22 @@ def test_rollback_leaves_the_data_out_for_ever_and_not_more_often_than_allowed(
 
     higher = "guard.max_interventions=3"
     ended = Started(run_dir, *ROLLBACKS, higher, is_resumed=True, faults=left).wait()
-    assert f"going on from {Path('rollback') / 'checkpoints' / 'step-00000015'}" in ended.stdout
+    assert f"resuming from {Path('rollback') / 'checkpoints' / 'step-00000015'}" in ended.stdout
     assert re.search(
-        rf"^step 17: {NOT_FINITE}.*; going back, without data steps 18 to 18$", ended.stdout, re.MULTILINE
+        rf"^step 17: {NOT_FINITE}.*; rolling back, without data steps 18 to 18$", ended.stdout, re.MULTILINE
     )
     state = verify_checkpoint(ended.checkpoint(20)).state
     assert state.skipped == read_skips(run_dir / SKIPPED_FILE) and state.n_interventions == 3
     assert [window.first for window in state.skipped] == [6, 12, 18]
-    # The last one came once to the start that it stopped, and once to the one that left it out.
+    # The last fault fired in the attempt that it stopped, and in the one that then skipped its data.
     fired = {name: n_fired(fault) for name, fault in faults.items() if not name.startswith("skipped")}
     assert fired == {"nan": 1, "spike": 1, "hold": 1, "last nan": 2}
     assert not any(row["train/loss"] is None or row["train/loss"] > 10 for row in rows_of(run_dir))
     check_tensorboard(run_dir)
 
 
-def check_recorder(run_dir: Path, *wanted: tuple[int, str]) -> None:
-    """See that these data steps are left out, each for its reason."""
+def check_skips(run_dir: Path, *wanted: tuple[int, str]) -> None:
+    """Check that these data steps are skipped, each for its reason."""
     windows: tuple[SkippedWindow, ...] = read_skips(run_dir / SKIPPED_FILE)
     assert [(window.first, window.last) for window in windows] == [(step, step) for step, _ in wanted]
     for window, (_, reason) in zip(windows, wanted, strict=True):
@@ -179,16 +176,18 @@ def check_recorder(run_dir: Path, *wanted: tuple[int, str]) -> None:
 
 
 @pytest.mark.long
-def test_a_collapse_that_lasts_is_rolled_back_so_often_and_then_stops_the_run(
+def test_a_lasting_collapse_is_rolled_back_up_to_the_limit_and_then_stops_the_run(
     begun: dict[str, Started],
 ) -> None:
     stopped = begun["collapse"].wait(code=1)
-    # A checkpoint knows for how many steps the load has been too high: 5, so each time it takes 2 more.
-    told = re.findall(rf"^step 7: {COLLAPSED}; going back, without (.*)$", stopped.stdout, re.MULTILINE)
-    assert told == ["data steps 6 to 6", "data steps 7 to 7"]
+    # A checkpoint records for how many steps the load has been too high (5), so each rollback lasts 2 steps.
+    rolled_back = re.findall(
+        rf"^step 7: {COLLAPSED}; rolling back, without (.*)$", stopped.stdout, re.MULTILINE
+    )
+    assert rolled_back == ["data steps 6 to 6", "data steps 7 to 7"]
     assert re.fullmatch(
         rf"ranks 0, 1: step 7: {COLLAPSED}; .*guard\.max_interventions=2 is used up\. Raise .*",
         stopped.reason,
     ), stopped.reason
-    check_recorder(stopped.run_dir, *((step, f"step 7: {COLLAPSED}") for step in (6, 7)))
+    check_skips(stopped.run_dir, *((step, f"step 7: {COLLAPSED}") for step in (6, 7)))
     assert verify_checkpoint(stopped.checkpoint(5)).state.n_interventions == 0

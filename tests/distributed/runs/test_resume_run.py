@@ -1,6 +1,6 @@
-"""Runs that were killed, damaged or overtaken go on by --resume as if nothing had happened.
+"""Runs that were killed, damaged or overtaken continue with --resume as if nothing had happened.
 
-Real commands: each run is killed whole in the middle of step 13, after step 10 was saved.
+Real commands: all processes of a run are killed in the middle of step 13, after step 10 was saved.
 """
 
 import re
@@ -56,10 +56,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def begun(place: Path) -> dict[str, Started]:
-    """Starts side by side: of a run that nothing befalls, and of some that stand still until it does."""
+    """Runs side by side: one undisturbed, the others held at a step until a test disturbs them."""
     kept = ("checkpoint.keep_last=1", "checkpoint.keep_every_steps=10")
     begun = {"straight": Started(place / "straight", *kept)}
-    for name in ("killed", "overtaken", "told"):
+    for name in ("killed", "overtaken", "asked"):
         begun[name] = Started(place / name, faults=(hold_in(place, name),))
     return begun
 
@@ -85,23 +85,25 @@ def check_as_if_nothing_happened(resumed: Ended, straight: Ended) -> None:
     got, want = (read_checkpoint(run.checkpoint(N_STEPS)).state for run in (resumed, straight))
     assert got == want
     check_tensorboard(resumed.run_dir)
-    said, wanted = (run.stdout.partition("--- sample ---")[2].splitlines()[1] for run in (resumed, straight))
-    assert said == wanted
+    got_text, want_text = (
+        run.stdout.partition("--- sample ---")[2].splitlines()[1] for run in (resumed, straight)
+    )
+    assert got_text == want_text
 
 
 def kept(run_dir: Path) -> list[int]:
     return [read_checkpoint(path).state.step for path in list_checkpoints(run_dir)]
 
 
-def test_a_run_killed_whole_goes_on_bit_for_bit(straight: Ended, killed: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(straight: Ended, killed: Path) -> None:
     assert kept(straight.run_dir) == [20, 10]
-    assert [row["step"] for row in read_rows(killed)][-1] == HELD_STEP, "rows to be dropped, or no seam"
+    assert [row["step"] for row in read_rows(killed)][-1] == HELD_STEP, "no rows to drop"
     resumed = Started(copy_run(killed, "resumed"), is_resumed=True).wait()
     check_as_if_nothing_happened(resumed, straight)
-    told = [line for line in resumed.stdout.splitlines() if line.startswith("going on")]
-    assert told == [f"going on from {Path('resumed') / 'checkpoints' / 'step-00000010'}"]
+    sources = [line for line in resumed.stdout.splitlines() if line.startswith("resuming")]
+    assert sources == [f"resuming from {Path('resumed') / 'checkpoints' / 'step-00000010'}"]
     assert kept(resumed.run_dir) == [20, 15, 10]
-    assert (resumed.run_dir / "logs" / "attempt-00001").is_dir(), "the first start's logs are still there"
+    assert (resumed.run_dir / "logs" / "attempt-00001").is_dir(), "the first attempt's logs are still there"
     again = Started(resumed.run_dir, is_resumed=True).wait()
     assert again.stdout == f"nothing left to do: resumed has all {N_STEPS} steps of train.n_steps\n"
     flip_a_byte(resumed.checkpoint(N_STEPS) / "rank-00000.safetensors")
@@ -110,15 +112,15 @@ def test_a_run_killed_whole_goes_on_bit_for_bit(straight: Ended, killed: Path) -
     check_as_if_nothing_happened(redone, straight)
 
 
-def test_a_run_told_to_end_saves_where_it_is_and_goes_on_bit_for_bit(
+def test_a_run_asked_to_end_saves_its_step_and_resumes_bit_for_bit(
     straight: Ended, begun: dict[str, Started], place: Path
 ) -> None:
-    told, hold = begun["told"], hold_in(place, "told")
-    told.wait_for(Path(hold.mark), checkpoint_path(told.run_dir, NEWEST))
-    told.terminate()
-    told.terminate()  # a cluster may send it more than once
+    asked, hold = begun["asked"], hold_in(place, "asked")
+    asked.wait_for(Path(hold.mark), checkpoint_path(asked.run_dir, NEWEST))
+    asked.terminate()
+    asked.terminate()  # a cluster may send SIGTERM more than once
     Path(f"{hold.mark}.release").touch()
-    ended = told.wait(code=75)
+    ended = asked.wait(code=75)
     saved = kept(ended.run_dir)[0]
     assert saved % SAVED_EVERY and saved in (HELD_STEP, HELD_STEP + 1), saved
     assert f"stopped after step {saved}, as asked" in ended.stdout
@@ -127,23 +129,23 @@ def test_a_run_told_to_end_saves_where_it_is_and_goes_on_bit_for_bit(
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class OtherLayout:
     nproc: int
     settings: tuple[str, ...]
     now: str
 
 
-ELSEWHERE = (
-    Elsewhere(1, ("parallel.ep=1", "train.microbatch_seqs=4"), "world_size=1 tp=1 ep=1 zero_stage=1"),
-    Elsewhere(4, ("parallel.tp=2", "parallel.zero_stage=2"), "world_size=4 tp=2 ep=2 zero_stage=2"),
+OTHER_LAYOUTS = (
+    OtherLayout(1, ("parallel.ep=1", "train.microbatch_seqs=4"), "world_size=1 tp=1 ep=1 zero_stage=1"),
+    OtherLayout(4, ("parallel.tp=2", "parallel.zero_stage=2"), "world_size=4 tp=2 ep=2 zero_stage=2"),
 )
 
 
-def test_a_run_goes_on_at_another_layout_with_the_same_samples(
+def test_a_run_resumes_under_another_layout_with_the_same_samples(
     straight: Ended, killed: Path, tmp_path: Path
 ) -> None:
     begun = {}
-    for to in ELSEWHERE:
+    for to in OTHER_LAYOUTS:
         run_dir = copy_run(killed, f"at-{to.nproc}")
         (seen := tmp_path / run_dir.name).mkdir()
         begun[to] = Started(run_dir, *to.settings, nproc=to.nproc, is_resumed=True, seen=seen)
@@ -156,14 +158,14 @@ def test_a_run_goes_on_at_another_layout_with_the_same_samples(
             assert got.keys() == want.keys()
             for name in want.keys() & {"train/loss", "train/lr", "train/tokens_seen", "eval/loss"}:
                 assert got[name] == pytest.approx(want[name], rel=1e-5), (to, want["step"], name)
-        changed = f"step-00000010, saved at world_size=2 tp=1 ep=2 zero_stage=1, now {to.now}"
+        changed = f"step-00000010, saved with world_size=2 tp=1 ep=2 zero_stage=1, now {to.now}"
         assert changed in moved.stdout
         assert changed in (moved.run_dir / "logs" / "rank-00000.log").read_text()
 
 
 @pytest.fixture(scope="module")
 def damaged(killed: Path) -> dict[str, Started]:
-    """Two runs that go on, one with its newest checkpoint damaged, one with all of them."""
+    """Two resumed runs: one with its newest checkpoint damaged, one with all of them."""
     newest, both = copy_run(killed, "newest-damaged"), copy_run(killed, "both-damaged")
     flip_a_byte(checkpoint_path(newest, 10) / "rank-00001.safetensors")
     flip_a_byte(checkpoint_path(both, 10) / "rank-00000.safetensors")
@@ -171,49 +173,47 @@ def damaged(killed: Path) -> dict[str, Started]:
     return {run_dir.name: Started(run_dir, is_resumed=True) for run_dir in (newest, both)}
 
 
-def test_a_damaged_newest_checkpoint_is_told_set_aside_and_passed_over(
+def test_a_damaged_newest_checkpoint_is_reported_set_aside_and_passed_over(
     straight: Ended, damaged: dict[str, Started]
 ) -> None:
     resumed = damaged["newest-damaged"].wait()
     name = Path("newest-damaged") / "checkpoints" / "step-00000010"
-    told, went_on = (line for line in resumed.stdout.splitlines() if str(name.parent) in line)
+    reported, resumed_from = (line for line in resumed.stdout.splitlines() if str(name.parent) in line)
     assert re.fullmatch(
-        rf"not used: {name}/rank-00001.safetensors: SHA-256 [0-9a-f]{{16}}\.\. where the manifest says "
+        rf"not used: {name}/rank-00001.safetensors: SHA-256 [0-9a-f]{{16}}\.\., but the manifest says "
         rf"[0-9a-f]{{16}}\.\.; renamed to {name}.damaged",
-        told,
+        reported,
     )
-    assert went_on == f"going on from {name.with_name('step-00000005')}"
+    assert resumed_from == f"resuming from {name.with_name('step-00000005')}"
     assert [path.name for path in list_set_aside(resumed.run_dir)] == ["step-00000010.damaged"]
-    assert kept(resumed.run_dir) == [20, 15, 10], "the step was saved anew"
+    assert kept(resumed.run_dir) == [20, 15, 10], "the step was saved again"
     check_as_if_nothing_happened(resumed, straight)
 
 
-def test_where_all_checkpoints_are_damaged_the_run_says_why_of_each(damaged: dict[str, Started]) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_reports_each(damaged: dict[str, Started]) -> None:
     ended = damaged["both-damaged"].wait(code=4)
-    check_told_of_both(ended.reason)
-    assert kept(ended.run_dir) == [10, 5], "they keep their names, or the next start would begin anew"
+    check_both_reported(ended.reason)
+    assert kept(ended.run_dir) == [10, 5], "renamed, they would let the next attempt begin at step 1"
     rows = read_rows(ended.run_dir)
-    check_told_of_both(Started(ended.run_dir, is_resumed=True).wait(code=4).reason)
+    check_both_reported(Started(ended.run_dir, is_resumed=True).wait(code=4).reason)
     assert read_rows(ended.run_dir) == rows
 
 
-def check_told_of_both(reason: str) -> None:
+def check_both_reported(reason: str) -> None:
     assert "no intact checkpoint" in reason and reason.endswith("to start from the first step")
     for file in ("step-00000010/rank-00000.safetensors", "step-00000005/router.safetensors"):
-        assert re.search(rf"{file}: SHA-256 \S+ where the manifest says", reason), reason
+        assert re.search(rf"{file}: SHA-256 \S+, but the manifest says", reason), reason
 
 
-def test_a_start_that_was_overtaken_never_commits(
-    straight: Ended, begun: dict[str, Started], place: Path
-) -> None:
-    """The first start stands still in a rank, as on a node that was cut off, and comes back too late.
+def test_an_overtaken_attempt_never_commits(straight: Ended, begun: dict[str, Started], place: Path) -> None:
+    """A rank of the first attempt is held, as on a node that was cut off, and comes back too late.
 
-    So does its command, which would have ended the ranks.
+    Its command is suspended too, since it would have ended the ranks.
     """
     stale, hold = begun["overtaken"], hold_in(place, "overtaken")
     run_dir = stale.run_dir
     stale.wait_for(Path(hold.mark), checkpoint_path(run_dir, NEWEST))
-    stale.stand_still()
+    stale.suspend()
     old_token = (run_dir / "owner").read_text().strip()
     later = Started(run_dir, "checkpoint.async_save=false", is_resumed=True).wait()
     new_token = (run_dir / "owner").read_text().strip()
@@ -221,12 +221,13 @@ def test_a_start_that_was_overtaken_never_commits(
     Path(f"{hold.mark}.release").touch()
     failures = [run_dir / "logs" / "attempt-00001" / f"rank-0000{rank}.failure.json" for rank in range(2)]
     stale.wait_for(*failures)
-    stale.go_on_when_ranks_are_gone()
+    stale.continue_when_ranks_are_gone()
     reason = stale.wait(code=1).reason
-    # Step 15 was to be committed, in the background; it is heard of soon after.
+    # Step 15 was being committed in the background, so the error comes a few steps later.
     assert re.fullmatch(
-        rf"ranks 0, 1: (step \d+: )?{Path('overtaken') / 'fencing_token'}: another start of this run has taken over "
-        rf"\(token {new_token}, this one has {old_token}\); nothing was committed\. Let that one go on",
+        rf"ranks 0, 1: (step \d+: )?{Path('overtaken') / 'owner'}: another attempt of this run has "
+        rf"taken over \(token {new_token}, this one has {old_token}\); nothing was committed\. "
+        "Let the other one continue",
         reason,
     ), reason
     assert {path: path.read_bytes() for path in lasting} == lasting
@@ -236,21 +237,21 @@ def test_a_start_that_was_overtaken_never_commits(
 
 
 def is_lasting(path: Path) -> bool:
-    """Return whether nothing may change in a file when an earlier start comes back.
+    """Return whether a file must stay the same when an earlier attempt comes back.
 
-    Not the first start's own files, nor the ranks' logs, to which every start appends.
+    The first attempt's own files may change, and the ranks' logs, to which every attempt appends.
     """
     return not {"attempt-00001", "tensorboard"} & set(path.parts) and path.suffix != ".log"
 
 
-def test_a_start_that_was_overtaken_renames_nothing(killed: Path) -> None:
-    """It looks for a checkpoint when it rolls back, and must leave what it then finds to the later start."""
+def test_an_overtaken_attempt_renames_nothing(killed: Path) -> None:
+    """It searches for a checkpoint when it rolls back, but a damaged one belongs to the later attempt."""
     run_dir = copy_run(killed, "renames-nothing")
     flip_a_byte(checkpoint_path(run_dir, NEWEST) / "router.safetensors")
     old_token, _ = take_over(run_dir), take_over(run_dir)
     join_alone()
     groups = Groups(Layout(1), 0, torch.device("cpu"), timeout_s=30)
-    with pytest.raises(TakenOverError, match="another start of this run has taken over"):
+    with pytest.raises(TakenOverError, match="another attempt of this run has taken over"):
         saver_of(run_dir, groups, read_config(run_dir), token=old_token).find_intact()
     groups.close()
     assert kept(run_dir) == [10, 5]
@@ -265,16 +266,16 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed_is_passed_over(killed: Path
     run_dir = copy_run(killed, "not-renamed")
     flip_a_byte(checkpoint_path(run_dir, NEWEST) / "router.safetensors")
     join_alone()
-    groups, told = Groups(Layout(1), 0, torch.device("cpu"), timeout_s=30), list[str]()
+    groups, reported = Groups(Layout(1), 0, torch.device("cpu"), timeout_s=30), list[str]()
     cfg, token = read_config(run_dir), take_over(run_dir)
-    found = saver_of(run_dir, groups, cfg, token=token, disk=RefusingDisk()).find_intact(told.append)
+    found = saver_of(run_dir, groups, cfg, token=token, disk=RefusingDisk()).find_intact(reported.append)
     groups.close()
     assert found is not None and found[0] == checkpoint_path(run_dir, 5)
-    assert len(told) == 1 and "it could not be renamed: [Errno 13] Permission denied" in told[0]
+    assert len(reported) == 1 and "it could not be renamed: [Errno 13] Permission denied" in reported[0]
 
 
 def no_large_files() -> None:
-    """Let no process of a run write a file as large as a rank's part of a checkpoint."""
+    """Forbid a run's processes to write a file as large as a rank's part of a checkpoint."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
@@ -282,7 +283,7 @@ def no_large_files() -> None:
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_the_way_out(
     straight: Ended, killed: Path
 ) -> None:
-    """The file system refuses large files; a file is in the place of the checkpoints' directory."""
+    """In one run large files are refused; in the other a file has the name of the checkpoints' directory."""
     full, misplaced = copy_run(killed, "full"), copy_run(killed, "misplaced")
     shutil.rmtree(misplaced / "checkpoints")
     (misplaced / "checkpoints").touch()
@@ -291,7 +292,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_the_way_out(
 
     file = r"full/checkpoints/step-00000015\.[0-9a-f]{16}\.tmp/rank-0000%d\.safetensors"
     refused = r"rank %d: \[Errno 27\] File too large: '" + file + "'"
-    way_out = "make room or mend the disk, then go on with --resume"
+    way_out = "free space or repair the disk, then resume with --resume"
     assert re.fullmatch(
         rf"ranks 0, 1: (step \d+: )?step 15 could not be saved: {refused % (0, 0)}; {refused % (1, 1)}; "
         rf"the newest checkpoint is full/checkpoints/step-00000010; {way_out}",
@@ -310,8 +311,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_the_way_out(
     ), ended[1].reason
 
     (misplaced / "checkpoints").unlink()
-    mended = [Started(run_dir, is_resumed=True) for run_dir in (full, misplaced)]
-    went_on, began_again = (started.wait() for started in mended)
-    check_as_if_nothing_happened(went_on, straight)
-    check_as_if_nothing_happened(began_again, straight)
-    assert "misplaced has no checkpoint yet: starting again from the first step\n" in began_again.stdout
+    repaired = [Started(run_dir, is_resumed=True) for run_dir in (full, misplaced)]
+    resumed, restarted = (started.wait() for started in repaired)
+    check_as_if_nothing_happened(resumed, straight)
+    check_as_if_nothing_happened(restarted, straight)
+    assert "misplaced has no checkpoint yet: starting again from the first step\n" in restarted.stdout

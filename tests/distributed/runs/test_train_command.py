@@ -1,5 +1,5 @@
-"""`turnout train` as a user runs it: real processes, DeepSpeed's launcher, a run directory that others
-read.
+"""`turnout train` as a user runs it: real processes, DeepSpeed's launcher, and a run directory that
+other programs read.
 """
 
 import json
@@ -109,7 +109,7 @@ def test_two_ranks_train_evaluate_and_sample(
     assert all(re.search(r"loss \d.*tokens/s.*left \d+m\d\ds", line) for line in steps)
     assert sum("bits/byte" in line for line in lines) == 2
     assert "--- sample ---" in lines and lines[lines.index("--- sample ---") + 1].startswith("the train")
-    assert not two_ranks.stderr.strip(), "nothing but the run's own lines"
+    assert not two_ranks.stderr.strip(), "stderr stays empty"
 
 
 def test_run_directory_holds_config_provenance_logs_and_metrics(
@@ -133,7 +133,7 @@ def test_run_directory_holds_config_provenance_logs_and_metrics(
     assert [row["step"] for row in rows if "eval/bits_per_byte" in row] == [6, 12]
 
 
-def test_tensorboard_holds_the_same_numbers(place: Path, two_ranks: subprocess.CompletedProcess[str]) -> None:
+def test_tensorboard_holds_the_same_values(place: Path, two_ranks: subprocess.CompletedProcess[str]) -> None:
     events = EventAccumulator(str(place / "two" / "tensorboard"))
     events.Reload()
     logged = {event.step: event.value for event in events.Scalars("train/loss")}
@@ -157,7 +157,7 @@ def test_one_rank_and_other_microbatches_log_the_same_run(
     check_same_rows(place / "one", place / "two")
 
 
-def test_a_model_split_in_every_way_logs_the_same_run_and_says_the_same(
+def test_a_model_split_in_every_way_logs_the_same_run_and_sample(
     place: Path, two_ranks: subprocess.CompletedProcess[str]
 ) -> None:
     settings = ["tp=2", "ep=4", "sequence_parallel=true", "zero_stage=2", "ep_max_load=0.5"]
@@ -166,11 +166,11 @@ def test_a_model_split_in_every_way_logs_the_same_run_and_says_the_same(
     split = turnout(place, "train", "run.toml", "--run-dir", "split", "--nproc", "4", *sets)
     assert split.returncode == 0 and not split.stderr.strip(), split.stderr
     check_same_rows(place / "split", place / "two")
-    # Below the mean, so each layer makes more than one trip.
+    # The cap is below the mean, so each layer needs extra chunks.
     assert all(row["perf/extra_chunks"] > 0 for row in read_rows(place / "split"))
     assert all(row["perf/extra_chunks"] == 0 for row in read_rows(place / "two"))
-    said, wanted = (run.stdout.partition("--- sample ---")[2] for run in (split, two_ranks))
-    assert said.splitlines()[1] == wanted.splitlines()[1]
+    got, want = (run.stdout.partition("--- sample ---")[2] for run in (split, two_ranks))
+    assert got.splitlines()[1] == want.splitlines()[1]
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(place: Path) -> None:
@@ -190,8 +190,8 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(place: Path) -> None:
     assert rows["steps"] == "12" and "epochs" in rows["data"]
 
 
-def take_signals(*, ignored: signal.Signals | None = None) -> None:
-    """Undo what this process inherited: a shell ignores SIGINT in background jobs, and nohup SIGHUP."""
+def reset_signals(*, ignored: signal.Signals | None = None) -> None:
+    """Undo inherited settings: a shell ignores SIGINT in background jobs, and nohup ignores SIGHUP."""
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN if signum == ignored else signal.SIG_DFL)
 
@@ -199,9 +199,7 @@ def take_signals(*, ignored: signal.Signals | None = None) -> None:
 def start_long_run(
     place: Path, run_dir: str, *, ignored: signal.Signals | None = None
 ) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """Start a run that would take hours, wait for its first row, and return it with all processes below
-    it.
-    """
+    """Start a run that would take hours, wait for its first row, and return it with all its descendants."""
     command = [sys.executable, "-m", "turnout", "train", "run.toml", "--run-dir", run_dir, "--nproc", "2"]
     command += ["--set", "train.n_steps=1000000"]
     run = subprocess.Popen(
@@ -210,13 +208,13 @@ def start_long_run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=partial(take_signals, ignored=ignored),
+        preexec_fn=partial(reset_signals, ignored=ignored),
     )
     deadline_s = time.monotonic() + 90
     while not (place / run_dir / "metrics.jsonl").exists() or not read_rows(place / run_dir):
         if time.monotonic() > deadline_s or run.poll() is not None:
             run.kill()
-            raise AssertionError("the run did not get to its first row")
+            raise AssertionError("the run did not reach its first row")
         time.sleep(0.2)
     return run, psutil.Process(run.pid).children(recursive=True)
 
@@ -249,12 +247,12 @@ def test_no_rank_outlives_the_command(signum: signal.Signals, place: Path) -> No
     assert run.returncode == (-signum if signum == signal.SIGKILL else 1)
     _, alive = psutil.wait_procs(below, timeout=45)
     assert not alive
-    (start,) = read_attempts(place / f"signal-{signum.name}")
-    said = None if start.ending is None else start.ending.reasons
-    assert said == (None if signum == signal.SIGKILL else ("interrupted",))
+    (attempt,) = read_attempts(place / f"signal-{signum.name}")
+    reasons = None if attempt.ending is None else attempt.ending.reasons
+    assert reasons == (None if signum == signal.SIGKILL else ("interrupted",))
 
 
-def test_under_nohup_a_run_goes_on(place: Path) -> None:
+def test_a_run_under_nohup_continues(place: Path) -> None:
     run, below = start_long_run(place, "nohup", ignored=signal.SIGHUP)
     run.send_signal(signal.SIGHUP)
     n_rows, deadline_s = len(read_rows(place / "nohup")), time.monotonic() + 60

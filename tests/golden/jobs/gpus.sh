@@ -13,16 +13,16 @@
 run_dir=/runs/small
 submission=/runs/small/slurm/submit-00001
 python=/venv/bin/python
-# Above is what `turnout submit` was told; from here on every job is the same.
+# The lines above depend on the options of `turnout submit`; those below are the same in every job.
 source "$submission/fabric.env"
-# Only now: a site's own file may name variables that are not set.
+# Only now: a site's own file may use unset variables.
 set -euo pipefail
 
-# The code as it was when the job was submitted: an edit since then changes nothing in a job that is requeued.
+# The code as it was when the job was submitted: later edits do not affect a requeued job.
 export PYTHONPATH="$submission/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
-# Since SLURM 22.05 srun does not take this over from sbatch.
+# Since SLURM 22.05 srun does not inherit this from sbatch.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 
-# The shell becomes the supervisor, so that SLURM's warning (--signal=B:) reaches it and not the ranks.
+# exec: SLURM's warning (--signal=B:) goes to the batch shell, and so to this process, not to the ranks.
 exec "$python" -m turnout.launch.slurm.job "$run_dir" "$submission"

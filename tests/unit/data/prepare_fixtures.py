@@ -1,4 +1,4 @@
-"""One way to call `prepare_corpus` in tests, and to compare what it left."""
+"""Call `prepare_corpus` in tests, and compare the files it leaves."""
 
 from pathlib import Path
 from typing import Any

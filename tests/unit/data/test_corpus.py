@@ -1,3 +1,5 @@
+"""A prepared corpus: its token streams across shards, and damage that must be found when it is opened."""
+
 import json
 import shutil
 from collections.abc import Callable
@@ -108,7 +110,7 @@ def rename_tokenizer(path: Path) -> None:
         ),
     ],
 )
-def test_a_changed_corpus_is_refused_by_file_name(
+def test_a_changed_corpus_is_refused_with_the_file_name(
     prepared: Path,
     tmp_path: Path,
     file: str,
@@ -125,7 +127,7 @@ def test_a_changed_corpus_is_refused_by_file_name(
 
 
 def test_shards_of_another_corpus_are_refused(prepared: Path, tmp_path: Path) -> None:
-    """The same tokenizer and shard names, and files that fit together: only the manifest's counts differ."""
+    """Same tokenizer, same shard names, consistent files: only the manifest's totals differ."""
     copy, other = tmp_path / "copy", make_corpus(tmp_path / "other", {"a": make_texts(20, seed=5)}).path
     shutil.copytree(prepared, copy)
     for path in (other / "train").glob("a-00000.*"):

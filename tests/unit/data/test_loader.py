@@ -1,3 +1,5 @@
+"""Batches against a slow twin, whatever the ranks and steps, and the prefetcher."""
+
 import threading
 import time
 from pathlib import Path
@@ -23,17 +25,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def plain_row(corpus: Corpus, sample_id: int) -> tuple[list[int], list[int], list[int]]:
-    """The slow twin: one token at a time, with documents told by the bos that begins each."""
+    """The slow twin: one token at a time, with documents recognised by the bos that begins each."""
     stream = corpus.split("train")[sample_id >> SOURCE_BIT]
     whole = np.concatenate([stream.document(i) for i in range(stream.n_documents)])
     begin = (sample_id & ((1 << SOURCE_BIT) - 1)) * SEQ_LEN
     bos_id = corpus.manifest.bos_id
     tokens, targets, doc_ids, doc_id = [], [], [], 0
-    for place in range(begin, begin + SEQ_LEN):
-        doc_id += bool(place > begin and whole[place] == bos_id)
-        tokens.append(int(whole[place]))
+    for i in range(begin, begin + SEQ_LEN):
+        doc_id += bool(i > begin and whole[i] == bos_id)
+        tokens.append(int(whole[i]))
         doc_ids.append(doc_id)
-        targets.append(IGNORE_INDEX if whole[place + 1] == bos_id else int(whole[place + 1]))
+        targets.append(IGNORE_INDEX if whole[i + 1] == bos_id else int(whole[i + 1]))
     return tokens, targets, doc_ids
 
 
@@ -57,12 +59,12 @@ def test_batches_equal_the_plain_twin(corpus: Corpus) -> None:
         is_ignored = batch.targets == IGNORE_INDEX
         n_ignored += int(is_ignored.sum())
         n_ignored_at_the_end += int(is_ignored[:, -1].sum())
-    assert n_ignored > 10, "no document boundary was met, so this proves nothing"
+    assert n_ignored > 10, "no document boundary was seen, so this proves nothing"
     assert n_ignored_at_the_end, "no window's last target begins a document"
 
 
 def test_sources_are_sampled_by_their_weights(corpus: Corpus) -> None:
-    """220 samples at 0.7 to 0.3, although source a holds less than 0.7 of the tokens."""
+    """220 samples at 0.7 to 0.3, although source a does not hold 0.7 of the tokens."""
     sizes = [stream.n_tokens for stream in corpus.split("train")]
     assert abs(sizes[0] / sum(sizes) - 0.7) > 0.1
     loader = Loader(corpus, seq_len=SEQ_LEN, batch_seqs=BATCH_SEQS, seed=5)
@@ -136,8 +138,8 @@ def test_prefetcher_keeps_the_order_and_stays_within_its_depth() -> None:
     seen = []
     with Prefetcher(load, 4, 20, depth=2) as prefetcher:
         for step, value in prefetcher:
-            # The consumer is the slow one, so a thread without a limit would run ahead. Two values are
-            # ready, one waits to be put, one may be under way.
+            # The consumer is slower, so a thread without a limit would run ahead. Two values are ready, one
+            # waits to be put, and one may be loading.
             time.sleep(0.01)
             assert len(started) <= step - 4 + 1 + 2 + 1 + 1
             seen.append((step, value))

@@ -1,3 +1,5 @@
+"""Token shards: the bytes of the Megatron layout, and damage that must be found."""
+
 import json
 import struct
 from pathlib import Path
@@ -36,7 +38,7 @@ def write_shard(stem: Path, documents: list[np.ndarray], *, vocab_size: int = 30
 def test_bytes_on_disk_are_the_megatron_layout(tmp_path: Path) -> None:
     info = write_shard(tmp_path / "s.v1-00000", DOCUMENTS)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"s.v1-00000.{x}" for x in ("bin", "idx", "json")]
-    # Written out by hand, so that a change of the format is seen.
+    # Written out by hand, so that a change of the format fails here.
     expected = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 4)
     expected += struct.pack("<3i", 3, 2, 5) + struct.pack("<3q", 0, 6, 10) + struct.pack("<4q", 0, 1, 2, 3)
     assert (tmp_path / "s.v1-00000.idx").read_bytes() == expected
@@ -69,7 +71,7 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 @pytest.mark.parametrize("n_bytes", [-2, 2])
-def test_a_wrong_size_is_named_with_both_sizes(tmp_path: Path, suffix: str, n_bytes: int) -> None:
+def test_a_wrong_size_is_reported_with_both_sizes(tmp_path: Path, suffix: str, n_bytes: int) -> None:
     info = write_shard(tmp_path / "s", DOCUMENTS)
     path = tmp_path / f"s{suffix}"
     content = path.read_bytes()
@@ -82,7 +84,7 @@ def test_a_wrong_size_is_named_with_both_sizes(tmp_path: Path, suffix: str, n_by
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_one_flipped_bit_is_seen_by_the_checksum(tmp_path: Path, suffix: str) -> None:
+def test_the_checksum_finds_one_flipped_bit(tmp_path: Path, suffix: str) -> None:
     info = write_shard(tmp_path / "s", DOCUMENTS)
     check_shard(tmp_path / "s", info, verify="checksum")
     path = tmp_path / f"s{suffix}"

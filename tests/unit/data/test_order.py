@@ -1,3 +1,5 @@
+"""The order of samples: bijections, exact blends, and independence of other batches."""
+
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -23,7 +25,7 @@ def test_permute_is_a_bijection_that_depends_on_the_key(n: int) -> None:
         assert all((order != np.arange(n)).mean() > 0.5 for order in orders)
 
 
-def test_the_bijection_check_sees_a_broken_one() -> None:
+def test_the_bijection_check_finds_a_broken_one() -> None:
     def collides(index: np.ndarray, n: int, key: int) -> np.ndarray:
         order = permute(index, n, key)
         order[5] = order[6]
@@ -40,25 +42,23 @@ def test_the_bijection_check_sees_a_broken_one() -> None:
 def test_permute_of_a_huge_range_needs_no_table() -> None:
     n = 2**40 - 87
     index = np.random.default_rng(0).integers(0, n, 10_000)
-    places = permute(index, n, 4)
-    assert len(np.unique(places)) == len(np.unique(index))
-    assert places.min() >= 0 and places.max() < n
-    # One at a time or all at once; and spread over the whole range.
-    assert permute(index[7:8], n, 4)[0] == places[7]
-    assert abs(places.mean() / n - 0.5) < 0.02
+    found = permute(index, n, 4)
+    assert len(np.unique(found)) == len(np.unique(index))
+    assert found.min() >= 0 and found.max() < n
+    # The same one at a time or all at once, and spread over the whole range.
+    assert permute(index[7:8], n, 4)[0] == found[7]
+    assert abs(found.mean() / n - 0.5) < 0.02
     assert permute(np.array([], dtype=np.int64), n, 4).shape == (0,)
 
 
 @pytest.mark.parametrize(("index", "n"), [([5], 5), ([0], 0), ([0], 2**40 + 1)])
-def test_permute_refuses_what_is_outside(index: list[int], n: int) -> None:
+def test_permute_refuses_values_out_of_range(index: list[int], n: int) -> None:
     with pytest.raises(ValueError, match="must be in|is outside"):
         permute(np.array(index), n, 0)
 
 
-def test_first_places_are_even_over_keys() -> None:
-    """Each of 12 places is hit by index 0 about equally often: chi-square with 11 degrees, p = 0.001 at
-    31.3.
-    """
+def test_index_0_goes_everywhere_equally_often_over_keys() -> None:
+    """Chi-square over 12 values, with 11 degrees of freedom: p = 0.001 at 31.3."""
     firsts = [int(permute(np.array([0]), 12, (5, key))[0]) for key in range(3000)]
     counts = np.bincount(firsts, minlength=12)
     assert ((counts - 250) ** 2 / 250).sum() < 31.3
@@ -92,7 +92,7 @@ def test_tiny_sources_are_not_lost(n_tiny: int) -> None:
 
 
 def largest_deviation(blend: Blend, n_samples: int) -> float:
-    """Return the largest |count - share| over every window, by the extremes of the prefix deviations."""
+    """Return the largest |count - share| over all windows, from the extremes of the prefix deviations."""
     source_ids, _ = blend.locate(np.arange(n_samples))
     worst = 0.0
     for source_id, part in enumerate(blend.parts):
@@ -122,9 +122,9 @@ def test_many_sources_are_within_two_samples_over_any_window(seed: int) -> None:
 
 def test_locate_counts_each_source_without_gaps() -> None:
     blend = Blend([0.7, 0.25, 0.05])
-    source_ids, places = blend.locate(np.arange(1003))
+    source_ids, indices = blend.locate(np.arange(1003))
     for source_id in range(3):
-        mine = places[source_ids == source_id]
+        mine = indices[source_ids == source_id]
         assert mine.tolist() == list(range(len(mine)))
     late = np.array([10**12 + 3])
     assert blend.locate(late)[1][0] > 10**10
@@ -152,14 +152,14 @@ def test_each_epoch_of_each_source_visits_each_sample_once_in_its_own_order() ->
         assert np.bincount(mine_epochs)[:n_full].tolist() == [n_samples] * n_full
 
 
-def test_sources_of_one_size_have_orders_of_their_own() -> None:
+def test_sources_of_the_same_size_have_different_orders() -> None:
     """Two sources of 50 samples, drawn in turn: a batch of 100 is one epoch of each."""
     source_ids, samples, _ = sample_ids(
         0, n_samples_per_source=[50, 50], blend=Blend([1, 1]), batch_seqs=100, seed=3
     )
     first, second = (samples[source_ids == source_id] for source_id in (0, 1))
     assert sorted(first) == sorted(second) == list(range(50))
-    assert (first == second).mean() < 0.2, "independent orders agree in one place of 50, on average"
+    assert (first == second).mean() < 0.2, "independent orders agree in one position of 50, on average"
 
 
 def test_a_batch_needs_no_earlier_batch_and_the_seed_matters() -> None:

@@ -1,3 +1,5 @@
+"""Preparing a corpus: what it holds, that it continues to the same bytes, and what it refuses."""
+
 import hashlib
 import itertools
 import os
@@ -21,7 +23,7 @@ def source(tmp_path: Path) -> Source:
     return Source("web", write_jsonl(tmp_path / "web.jsonl", make_texts(120)))
 
 
-def test_manifest_counts_what_was_read(tmp_path: Path, source: Source) -> None:
+def test_the_manifest_counts_the_text_that_was_read(tmp_path: Path, source: Source) -> None:
     reports: list[PrepareProgress] = []
     manifest = prepare(tmp_path / "out", source, report=reports.append)
     texts = make_texts(120)
@@ -59,7 +61,7 @@ def test_splits_follow_the_text_so_duplicates_stay_together(tmp_path: Path) -> N
     assert len(expected) > 5 and len(found["valid"]) == len(expected)
 
 
-def test_corpus_hash_is_of_the_text_and_not_of_the_shards(tmp_path: Path, source: Source) -> None:
+def test_the_corpus_hash_depends_on_the_text_and_not_on_the_shards(tmp_path: Path, source: Source) -> None:
     first = prepare(tmp_path / "a", source)
     assert (
         prepare(tmp_path / "b", source, shard_tokens=10_000, vocab_size=310).corpus_hash == first.corpus_hash
@@ -94,7 +96,7 @@ def test_a_given_tokenizer_is_copied_and_used(tmp_path: Path, source: Source, ki
     text = load_tokenizer(copy).decode(stream.document(0)[1:-1].tolist())
     assert text in make_texts(120)
     assert manifest.tokenizer_file == copy.name
-    with pytest.raises(DataError, match="vocab_size=7 was asked"):
+    with pytest.raises(DataError, match=r"the vocabulary has \d+ tokens, but vocab_size=7"):
         prepare(tmp_path / "other", source, tokenizer=given, vocab_size=7)
 
 
@@ -102,7 +104,7 @@ def test_a_given_tokenizer_is_copied_and_used(tmp_path: Path, source: Source, ki
 def test_the_tokenizer_learns_nothing_of_held_out_text(
     tmp_path: Path, valid_frac: float, is_learned: bool
 ) -> None:
-    """Only one document has the word, and at valid_frac 0.5 it is held out."""
+    """Only one document contains the word, and at valid_frac 0.5 it is held out."""
     path = write_jsonl(tmp_path / "rare.jsonl", [f"{i} " + "quokka " * 500 for i in range(20)])
     rare = next(d.text for d in iterate_documents(Source("rare", path)) if is_valid(d, 0.5))
     source = Source("web", write_jsonl(tmp_path / "web.jsonl", [*make_texts(60), rare]))
@@ -112,8 +114,8 @@ def test_the_tokenizer_learns_nothing_of_held_out_text(
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["as given", "backwards"])
-def test_the_sample_for_the_tokenizer_is_an_even_choice_of_the_text(order: int) -> None:
-    """15 MB in pieces, each offered twice: about 10 MB are kept, those with the smallest hashes."""
+def test_the_sample_for_the_tokenizer_is_uniform(order: int) -> None:
+    """15 MB in pieces, each offered twice: the 10 MB with the smallest hashes are kept."""
     pieces = [f"{i} " + "x" * 30_000 for i in range(500)]
     sample = _Sample()
     for piece in [*pieces, *pieces][::order]:
@@ -126,17 +128,17 @@ def test_the_sample_for_the_tokenizer_is_an_even_choice_of_the_text(order: int) 
 
 
 class Interrupted(Exception):
-    """What a test raises in the middle of the work."""
+    """Raised by a test in the middle of a prepare."""
 
 
 def interrupt_after_the_first_source(progress: PrepareProgress) -> None:
-    if progress.stage == "tokenize":  # of texts this short it is reported at the end of each source
+    if progress.stage == "tokenize":  # texts this short are reported only at the end of each source
         raise Interrupted
 
 
 @pytest.fixture
 def interrupted(tmp_path: Path) -> tuple[Path, list[Source]]:
-    """A corpus of two sources of which the first is committed."""
+    """A corpus of two sources, with only the first committed."""
     texts = {"a": make_texts(60), "b": make_texts(30, seed=1)}
     sources = [Source(name, write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in texts.items()]
     with pytest.raises(Interrupted):
@@ -157,7 +159,7 @@ def test_an_interrupted_prepare_continues_to_the_same_bytes(interrupted: tuple[P
 def test_a_prepare_that_continues_refuses_other_text(interrupted: tuple[Path, list[Source]]) -> None:
     out, (source, other) = interrupted
     assert source.path is not None
-    # Size and time stay as they were, so only the hash of the text can tell.
+    # Size and time stay as they were, so only the hash of the text differs.
     stat, text = source.path.stat(), source.path.read_text()
     source.path.write_text(text.replace("lever", "fever", 1))
     os.utime(source.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -197,7 +199,7 @@ def test_changed_inputs_are_refused(tmp_path: Path, source: Source) -> None:
         prepare(tmp_path / "out", source)
 
 
-def test_after_a_refusal_the_mended_command_works_in_the_same_directory(
+def test_after_a_refusal_the_corrected_command_works_in_the_same_directory(
     tmp_path: Path, source: Source
 ) -> None:
     with pytest.raises(DataError, match="use at most"):
@@ -235,7 +237,7 @@ def test_two_at_once_are_refused(tmp_path: Path, source: Source) -> None:
         ("a", [None], {"n_workers": 0}, "n_workers=0 must be"),
         ("a", [None], {"vocab_size": None}, "vocab_size: needed to train"),
         ("a", [None], {"vocab_size": 100_000}, "vocab_size=100000 is more than this text can fill"),
-        ("a", [None], {"valid_frac": 0.999999}, "smaller one|no text to train on"),
+        ("a", [None], {"valid_frac": 0.999999}, "smaller valid_frac|no text to train on"),
     ],
 )
 def test_impossible_settings_are_refused(
@@ -263,6 +265,3 @@ def test_one_document_may_leave_the_valid_split_empty(tmp_path: Path) -> None:
     manifest = prepare(tmp_path / "out", only, valid_frac=0.01)
     assert manifest.total("valid").n_documents == 0
     assert open_corpus(tmp_path / "out", verify="checksum").split("valid")[0].n_tokens == 0
-
-
-# ---- killed and continued: a real process, a real SIGKILL

@@ -1,4 +1,4 @@
-"""Data steps that are left out: which are read instead, and the file that remembers them."""
+"""Data steps that are left out: which are read instead, and the file that records them."""
 
 import json
 import random
@@ -16,7 +16,7 @@ def windows_of(*bounds: tuple[int, int]) -> list[SkippedWindow]:
 
 
 def slow_data_steps(n_steps: int, skipped: list[SkippedWindow]) -> list[int]:
-    """Go through all data steps and leave out those in a window."""
+    """Walk through all data steps and leave out those in a window."""
     kept = (s for s in count() if not any(window.first <= s <= window.last for window in skipped))
     return list(islice(kept, n_steps))
 
@@ -55,7 +55,7 @@ def test_data_steps_of_random_windows_are_those_of_the_slow_twin() -> None:
 
 
 def test_steps_before_a_new_window_stay_where_they_were() -> None:
-    """What a rollback relies on: leaving out later data changes no step that is kept."""
+    """A rollback relies on this: leaving out later data changes no step before it."""
     old = windows_of((4, 6))
     step = next(s for s in range(100) if data_step_at(s, old) == 20)
     new = merged(old, windows_of((18, 20)))
@@ -67,7 +67,7 @@ def test_far_steps_cost_nothing() -> None:
     assert data_step_at(10**15, windows_of((10**14, 10**14 + 9), (10**15 + 10, 10**15 + 10))) == 10**15 + 11
 
 
-def test_merged_windows_are_sorted_and_each_is_there_once() -> None:
+def test_merged_windows_are_sorted_without_duplicates() -> None:
     a, b, c = SkippedWindow(9, 9, "spike"), SkippedWindow(2, 5, "spike"), SkippedWindow(2, 5, "collapse")
     assert merged([a, b], [b, c, a]) == (c, b, a)
     many = windows_of(*((first, first) for first in range(50)))
@@ -76,7 +76,7 @@ def test_merged_windows_are_sorted_and_each_is_there_once() -> None:
     assert merged([a], []) == merged([], [a, a]) == (a,)
 
 
-def test_windows_come_back_from_the_file(tmp_path: Path) -> None:
+def test_windows_survive_the_file(tmp_path: Path) -> None:
     path = tmp_path / "skips.json"
     assert read_skips(path) == ()
     skipped = (SkippedWindow(7, 9, 'loss 7.9 is "high"\n\u4f60'), SkippedWindow(2, 2, ""))
@@ -96,18 +96,18 @@ DAMAGED = {
     "without windows": b'{"format_version": 1}',
     "without version": b'{"skipped": []}',
     "a window without reason": {"first": 3, "last": 4},
-    "a window with more": GOOD | {"until": 5},
+    "a window with an extra field": GOOD | {"until": 5},
     "a window backwards": GOOD | {"last": 2},
     "a window before the start": GOOD | {"first": -1},
     "a fraction": GOOD | {"last": 4.0},
-    "a truth": GOOD | {"first": True},
+    "a boolean": GOOD | {"first": True},
     "a text": GOOD | {"first": "3"},
-    "no reason": GOOD | {"reason": None},
+    "a null reason": GOOD | {"reason": None},
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_named(damage: bytes | dict[str, object], tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported(damage: bytes | dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "skips.json"
     if isinstance(damage, dict):
         damage = json.dumps({"format_version": 1, "skipped": [GOOD, damage]}).encode()
@@ -116,7 +116,7 @@ def test_a_damaged_file_is_named(damage: bytes | dict[str, object], tmp_path: Pa
         read_skips(path)
 
 
-def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "skips.json"
     path.write_text('{"format_version": 2, "skipped": []}')
     with pytest.raises(DataError, match=r"skips\.json: format_version=2 where 1 is read"):
@@ -124,6 +124,6 @@ def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "last"), [(-1, 3), (4, 3)])
-def test_a_window_that_is_none_is_refused(first: int, last: int) -> None:
+def test_an_invalid_window_is_refused(first: int, last: int) -> None:
     with pytest.raises(ValueError, match="0 <= first <= last"):
         SkippedWindow(first, last, "")

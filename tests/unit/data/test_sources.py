@@ -1,8 +1,11 @@
+"""Raw text: formats are read exactly, and bad files and rows are located in the message."""
+
 import bz2
 import gzip
 import json
 import lzma
 import random
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +57,7 @@ def test_text_and_json_lines_are_read_exactly(tmp_path: Path, suffix: str) -> No
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_cut_compressed_files_are_refused(tmp_path: Path, suffix: str) -> None:
+def test_truncated_compressed_files_are_refused(tmp_path: Path, suffix: str) -> None:
     path, rng = tmp_path / f"a.jsonl{suffix}", random.Random(1)
     whole = COMPRESSORS[suffix](jsonl(*({"text": str(rng.random())} for _ in range(500))))
     path.write_bytes(whole[: len(whole) - 20])
@@ -104,14 +107,14 @@ def test_parquet_and_saved_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
     ids=["json", "field", "null", "number", "not-an-object", "utf8", "surrogate", "empty"],
 )
-def test_bad_rows_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_bad_rows_are_reported_with_their_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         texts_of(path)
 
 
-def test_invalid_utf8_offset_in_a_text_file(tmp_path: Path) -> None:
+def test_invalid_utf8_in_a_text_file_is_reported_with_its_offset(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"x" * 1_500_000 + b"\xc3(")
     with pytest.raises(DataError, match="a.txt: not UTF-8 at byte 1500000"):
         texts_of(tmp_path / "a.txt")
@@ -154,10 +157,10 @@ def test_unreadable_paths_are_refused(tmp_path: Path, name: str, message: str) -
 
 def test_embedded_corpus_is_the_standard_library() -> None:
     stdlib, docs = embedded_sources()
-    files = list_embedded_files()
-    assert files.root / "argparse.py" in files.readable
+    files, root = list_embedded_files(), Path(sysconfig.get_paths()["stdlib"])
+    assert root / "argparse.py" in files.readable
     assert not any("site-packages" in p.parts for p in files.readable)
-    assert files.root / "pydoc_data" / "topics.py" not in files.readable
+    assert root / "pydoc_data" / "topics.py" not in files.readable
     for path in files.skipped:
         with pytest.raises(UnicodeDecodeError):
             path.read_text(encoding="utf-8")

@@ -1,3 +1,5 @@
+"""Tokenizers: text survives the round trip and never becomes a control id; unusable files are refused."""
+
 import io
 import json
 from collections.abc import Iterator
@@ -53,7 +55,7 @@ def test_trained_model_learns_newlines_and_keeps_fixed_control_ids(tmp_path: Pat
 
 
 def test_long_documents_are_split_rather_than_dropped(tmp_path: Path) -> None:
-    # One document far above sentencepiece's limit, in which alone the word occurs.
+    # The word occurs only in one document, which is far above sentencepiece's limit.
     document = "quokka\n" * 30_000
     train_tokenizer([*make_texts(30), document], vocab_size=400, out=tmp_path / "t.model", n_threads=1)
     assert len(load_tokenizer(tmp_path / "t.model").encode("quokka")) <= 2
@@ -79,7 +81,7 @@ def test_training_is_deterministic_and_silent(tmp_path: Path, capfd: pytest.Capt
     ],
     ids=["too-large", "below-bytes", "no-text", "too-small"],
 )
-def test_impossible_training_says_the_way_out(
+def test_impossible_training_is_refused_with_a_way_out(
     tmp_path: Path, texts: list[str], vocab_size: int, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -87,7 +89,7 @@ def test_impossible_training_says_the_way_out(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_the_documents_survives_training(tmp_path: Path) -> None:
+def test_an_error_in_reading_documents_survives_training(tmp_path: Path) -> None:
     def documents() -> Iterator[str]:
         yield "fine"
         raise DataError("file.jsonl:2: bad row")
@@ -141,7 +143,7 @@ def test_special_tokens_that_the_file_would_add_are_left_to_the_caller(tmp_path:
 
 
 def test_the_vocabulary_reaches_the_highest_id(tmp_path: Path) -> None:
-    """Embeddings are as many as vocab_size, so ids that nothing has still count."""
+    """The embedding has vocab_size rows, so unused ids count too."""
     path = write_hf_tokenizer(tmp_path / "tokenizer.json", special_tokens=["</s>"])
     values = json.loads(path.read_text())
     vocabulary = values["model"]["vocab"]
@@ -178,7 +180,7 @@ def test_a_sentencepiece_model_that_finds_its_end_in_text_is_refused(tmp_path: P
 
 
 def test_a_file_whose_vocabulary_spells_a_special_token_is_refused(tmp_path: Path) -> None:
-    """A word-level model knows "</s>" as a word, too."""
+    """A word-level model also knows "</s>" as a word."""
     words = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
     words.add_special_tokens(["</s>"])
     words.save(str(tmp_path / "words.json"))

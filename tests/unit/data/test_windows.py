@@ -1,3 +1,5 @@
+"""Windows for evaluation against lm-eval's convention, and the documents they are cut from."""
+
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ def test_windows_follow_the_convention(seq_len: int, n_tokens: int) -> None:
     assert scored == ids, "each token is scored once, in order"
 
 
-def test_a_target_is_what_follows_its_input() -> None:
+def test_a_target_is_the_token_after_its_input() -> None:
     for window in rolling_windows(np.arange(10, 60), seq_len=16, bos_id=9):
         counted = window.targets != IGNORE_INDEX
         assert (window.targets[counted] == window.inputs[counted] + 1).all()
@@ -58,13 +60,13 @@ def test_evaluation_documents_are_the_held_out_texts(tmp_path: Path) -> None:
     assert all(tokenizer.bos_id not in d.ids and tokenizer.eos_id not in d.ids for d in found)
 
 
-def test_the_first_few_documents_are_of_all_sources(tmp_path: Path) -> None:
+def test_the_first_few_documents_cover_all_sources(tmp_path: Path) -> None:
     corpus = make_corpus(
         tmp_path, {"a": make_texts(5), "b": make_texts(3, seed=2), "c": make_texts(1, seed=3)}
     )
     found = [(document.source, document.origin) for document in evaluation_documents(corpus, "train")]
-    in_turn = [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 3), ("a", 4)]
-    assert found == [(source, f"train:{number}") for source, number in in_turn]
+    round_robin = [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 3), ("a", 4)]
+    assert found == [(source, f"train:{number}") for source, number in round_robin]
 
 
 def test_an_empty_split_is_refused_when_it_is_evaluated(tmp_path: Path) -> None:

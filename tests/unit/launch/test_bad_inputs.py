@@ -1,4 +1,4 @@
-"""Mistakes a user can make at the command line: one clear line, the right exit code, nothing half-written."""
+"""Mistakes a user can make on the command line: one clear line, the right exit code, nothing half-written."""
 
 import importlib.util
 import json
@@ -84,7 +84,7 @@ def flip_a_byte(place: Path) -> None:
 
 
 def swap_tokenizer(place: Path) -> None:
-    # vocab_size differs, so the bytes do.
+    # Another vocab_size, so that the bytes differ.
     other = place / "other"
     other.mkdir()
     (place / "corpus" / "tokenizer.model").write_bytes(write_tokenizer(other, vocab_size=301).read_bytes())
@@ -115,7 +115,7 @@ def nothing(place: Path) -> None:
 
 
 def make_run(place: Path) -> None:
-    """Make a run that has not saved anything yet."""
+    """Create a run that has not saved a checkpoint yet."""
     cfg = load_config("run.toml")
     create_run_dir(place / "run", cfg, open_corpus(Path(cfg.data.corpus), verify="size"), nproc=1)
 
@@ -147,7 +147,7 @@ def resume_with(*overrides: str, allow: Sequence[str] = ()) -> list[str]:
 
 CHECKPOINT = "run/checkpoints/step-00000004"
 
-# name: (what is broken first, arguments, exit code, words of the message)
+# name: (what is broken first, arguments, exit code, a part of the message)
 TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "no such recipe": (nothing, ["train", "tinny", "--run-dir", "run"], 2, "did you mean tiny?"),
     "no such recipe file": (nothing, ["train", "gone.toml", "--run-dir", "run"], 2, "gone.toml: cannot be read"),
@@ -163,7 +163,7 @@ TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "top_k above n_experts": (nothing, train_with("model.top_k=5"), 2, "top_k=5 is more than n_experts=4"),
     "top 1 renormalised": (nothing, train_with("model.top_k=1"), 2, "router.normalize=false"),
     "a batch that ranks do not divide": (nothing, [*train_with(), "--nproc", "3"], 2, "use one of [1, 2] ranks"),
-    "a batch that is no whole sequence": (nothing, train_with("train.batch_tokens=70"), 2, "use 64 or 80"),
+    "a batch that is not whole sequences": (nothing, train_with("train.batch_tokens=70"), 2, "use 64 or 80"),
     "tensor parallelism beyond the key heads": (nothing, [*train_with("parallel.tp=2"), "--nproc", "2"], 2, "must divide model.n_kv_heads=1; use one of [1]"),
     "a vocabulary smaller than the tokenizer's": (nothing, train_with("model.vocab_size=100"), 2, "use model.vocab_size=320"),
     "a used run directory": (use_run_directory, train_with(), 2, "run is not empty"),
@@ -176,32 +176,32 @@ TRAINING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "sequences beyond the corpus": (nothing, train_with("model.seq_len=65536", "train.batch_tokens=65536", "train.microbatch_seqs=1"), 3, "fewer than one window"),
     "a corpus smaller than one batch": (nothing, train_with("train.batch_tokens=65536"), 3, "fewer than the 4096 sequences"),
     "keeping nothing": (nothing, train_with("checkpoint.keep_last=0"), 2, "checkpoint.keep_last=0: input should be greater than 0"),
-    "saving never": (nothing, train_with("checkpoint.every_steps=0"), 2, "checkpoint.every_steps=0"),
-    "keeping what is not saved": (nothing, train_with("checkpoint.every_steps=2", "checkpoint.keep_every_steps=3"), 2, "keep_every_steps=3 must be a multiple of every_steps=2; use 2 or 4"),
+    "never saving": (nothing, train_with("checkpoint.every_steps=0"), 2, "checkpoint.every_steps=0"),
+    "keeping steps that are not saved": (nothing, train_with("checkpoint.every_steps=2", "checkpoint.keep_every_steps=3"), 2, "keep_every_steps=3 must be a multiple of every_steps=2; use 2 or 4"),
     "keeping without saving": (nothing, train_with("checkpoint.keep_every_steps=3"), 2, "keep_every_steps=3 has no effect without every_steps"),
     "a typo in checkpoint": (nothing, train_with("checkpoint.every_step=3"), 2, "did you mean checkpoint.every_steps?"),
-    "a guard that knows no such action": (nothing, train_with("guard.on_spike=panic"), 2, "guard.on_spike='panic'"),
-    "a spike's width without a guard of it": (nothing, train_with("guard.spike_sigma=3.0"), 2, "spike_sigma=3.0 has no effect with on_spike=off; set on_spike"),
-    "a spike's width of nothing": (nothing, train_with("guard.on_spike=stop", "guard.spike_sigma=0"), 2, "guard.spike_sigma=0"),
-    "a spike's window beyond the run": (nothing, train_with("guard.on_spike=stop"), 2, "guard.spike_window_steps=100 must be below train.n_steps=4"),
+    "an action that the guard does not have": (nothing, train_with("guard.on_spike=panic"), 2, "guard.on_spike='panic'"),
+    "a spike's width without a guard against spikes": (nothing, train_with("guard.spike_sigma=3.0"), 2, "spike_sigma=3.0 has no effect with on_spike=off; set on_spike"),
+    "a spike's width of zero": (nothing, train_with("guard.on_spike=stop", "guard.spike_sigma=0"), 2, "guard.spike_sigma=0"),
+    "a spike's window longer than the run": (nothing, train_with("guard.on_spike=stop"), 2, "guard.spike_window_steps=100 must be below train.n_steps=4"),
     "a collapse without a limit": (nothing, train_with("guard.on_collapse=stop", "guard.collapse_patience_steps=2"), 2, "needs max_load_frac, max_dead_frac or both"),
-    "a collapse that cannot be": (nothing, train_with("guard.on_collapse=stop", "guard.collapse_patience_steps=2", "guard.max_load_frac=0.6"), 2, "guard.max_load_frac=0.6 must be at least 0.25"),
-    "dead experts that cannot be": (nothing, train_with("guard.on_collapse=stop", "guard.collapse_patience_steps=2", "guard.max_dead_frac=0.5"), 2, "guard.max_dead_frac=0.5 must be below 0.5"),
-    "a patience beyond the run": (nothing, train_with("guard.on_collapse=stop", "guard.max_dead_frac=0.1"), 2, "guard.collapse_patience_steps=50 must not be above train.n_steps=4"),
+    "a load limit that no routing can exceed": (nothing, train_with("guard.on_collapse=stop", "guard.collapse_patience_steps=2", "guard.max_load_frac=0.6"), 2, "guard.max_load_frac=0.6 must be at least 0.25"),
+    "a limit on dead experts that no routing can exceed": (nothing, train_with("guard.on_collapse=stop", "guard.collapse_patience_steps=2", "guard.max_dead_frac=0.5"), 2, "guard.max_dead_frac=0.5 must be below 0.5"),
+    "a patience longer than the run": (nothing, train_with("guard.on_collapse=stop", "guard.max_dead_frac=0.1"), 2, "guard.collapse_patience_steps=50 must not be above train.n_steps=4"),
     "a skipped collapse": (nothing, train_with("guard.on_collapse=skip"), 2, "guard.on_collapse='skip'"),
-    "a rollback to nothing": (nothing, train_with("guard.on_non_finite=rollback"), 2, "guard.on_non_finite=rollback needs a checkpoint before the last step"),
-    "data left out without a rollback": (nothing, train_with("guard.skip_window_steps=2"), 2, "skip_window_steps=2 has no effect without a rollback"),
-    "interventions where there are none": (nothing, train_with("guard.max_interventions=2"), 2, "max_interventions=2 has no effect where nothing is skipped"),
+    "a rollback without a checkpoint": (nothing, train_with("guard.on_non_finite=rollback"), 2, "guard.on_non_finite=rollback needs a checkpoint before the last step"),
+    "skipped data without a rollback": (nothing, train_with("guard.skip_window_steps=2"), 2, "skip_window_steps=2 has no effect without a rollback"),
+    "a limit on interventions that never happen": (nothing, train_with("guard.max_interventions=2"), 2, "max_interventions=2 has no effect when nothing is skipped"),
     "an allowed change without --resume": (nothing, [*train_with(), "--allow-change", "optim.lr"], 2, "--allow-change optim.lr has no effect without --resume"),
-    "an allowed change of nothing": (make_run, resume_with(allow=["optim.lrr"]), 2, "--allow-change optim.lrr: no such setting; did you mean optim.lr?"),
+    "an allowed change of an unknown setting": (make_run, resume_with(allow=["optim.lrr"]), 2, "--allow-change optim.lrr: no such setting; did you mean optim.lr?"),
     "an allowed change of a section": (make_run, resume_with(allow=["optim"]), 2, "--allow-change optim: no such setting; it is a section, with optim.lr, "),
-    "a changed setting": (make_run, resume_with("optim.lr=0.5"), 2, "optim.lr 0.001 -> 0.5; go back to them, or allow the change: --allow-change optim.lr"),
-    "another change than the allowed one": (make_run, resume_with("optim.lr=0.5", "train.seed=7", allow=["optim.lr"]), 2, "other settings: train.seed 0 -> 7; "),
+    "a changed setting": (make_run, resume_with("optim.lr=0.5"), 2, "optim.lr 0.001 -> 0.5; change them back, or allow the change: --allow-change optim.lr"),
+    "a change besides the allowed one": (make_run, resume_with("optim.lr=0.5", "train.seed=7", allow=["optim.lr"]), 2, "other settings: train.seed 0 -> 7; "),
     "other text": (make_run_on_other_text, resume_with(), 2, "the run has other text: data.corpus corpus_hash "),
-    "resuming what is no run": (use_run_directory, resume_with(), 2, "run holds something, but no run to go on with"),
+    "resuming a directory without a run": (use_run_directory, resume_with(), 2, "run is not empty, but holds no run to resume"),
     "resuming a file": (put_file_in_the_way, resume_with(), 2, "run is a file"),
     "resuming without a directory": (nothing, ["train", "run.toml", "--resume"], 2, "--run-dir is required"),
-    "resuming without provenance": (then(save_step_4, lambda place: (place / "run" / "provenance.json").unlink()), resume_with(), 2, "copy the run whole"),
+    "resuming without provenance": (then(save_step_4, lambda place: (place / "run" / "provenance.json").unlink()), resume_with(), 2, "copy the whole run"),
     "resuming with a broken provenance": (then(make_run, lambda place: (place / "run" / "provenance.json").write_text("{}")), resume_with(), 2, "provenance.json: damaged"),
     "resuming with a broken config": (then(make_run, lambda place: (place / "run" / "config.toml").write_text("[model")), resume_with(), 2, "config.toml: cannot be read"),
     "resuming without an intact checkpoint": (then(save_step_4, lambda place: (place / CHECKPOINT / "manifest.json").unlink()), resume_with(), 4, f"no intact checkpoint: {CHECKPOINT}/manifest.json: is missing"),
@@ -213,21 +213,21 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "an unknown command": (nothing, ["remove", "run"], 2, "remove"),
     "no directory": (nothing, ["list"], 2, "--help"),
     "an unknown option": (save_step_4, ["show", "run", "--tensor"], 2, "--tensor"),
-    "no such run": (nothing, ["list", "gone"], 2, "gone is not a run directory; name what --run-dir named"),
+    "no such run": (nothing, ["list", "gone"], 2, "gone is not a run directory; name the directory given to --run-dir"),
     "no run to verify": (nothing, ["verify", "corpus"], 2, "corpus is not a run directory"),
     "a file": (nothing, ["show", "run.toml"], 2, "run.toml is not a run directory"),
-    "a checkpoint for a run": (save_step_4, ["list", CHECKPOINT], 2, "name the run that has this checkpoint, run"),
-    "all checkpoints for a run": (save_step_4, ["verify", "run/checkpoints"], 2, "name the directory above it, run"),
+    "a checkpoint in place of a run": (save_step_4, ["list", CHECKPOINT], 2, "name the run that has this checkpoint, run"),
+    "the directory of checkpoints in place of a run": (save_step_4, ["verify", "run/checkpoints"], 2, "name the directory above it, run"),
     "pruning a checkpoint": (save_step_4, ["prune", CHECKPOINT, "--keep-last", "1"], 2, "name the run that has this checkpoint, run"),
     "pruning all": (save_step_4, ["prune", "run", "--keep-last", "0"], 2, "--keep-last 0 must be at least 1"),
-    "pruning by no limit": (save_step_4, ["prune", "run"], 2, "--keep-last"),
-    "pruning by no number": (save_step_4, ["prune", "run", "--keep-last", "some"], 2, "--keep-last"),
-    "keeping every zeroth": (save_step_4, ["prune", "run", "--keep-last", "1", "--keep-every-steps", "0"], 2, "--keep-every-steps 0 must be at least 1"),
+    "pruning without a limit": (save_step_4, ["prune", "run"], 2, "--keep-last"),
+    "pruning by a limit that is not a number": (save_step_4, ["prune", "run", "--keep-last", "some"], 2, "--keep-last"),
+    "keeping every 0 steps": (save_step_4, ["prune", "run", "--keep-last", "1", "--keep-every-steps", "0"], 2, "--keep-every-steps 0 must be at least 1"),
     "no such checkpoint": (save_step_4, ["verify", "run/checkpoints/step-00000005"], 4, "step-00000005: no such checkpoint"),
     "nothing to show": (make_run, ["show", "run"], 4, "run has no checkpoint yet"),
-    "a renamed checkpoint": (then(save_step_4, lambda place: (place / CHECKPOINT).rename(place / "mine")), ["show", "mine"], 4, "mine: not a checkpoint; their directories are named as step-00001000"),
+    "a renamed checkpoint": (then(save_step_4, lambda place: (place / CHECKPOINT).rename(place / "mine")), ["show", "mine"], 4, "mine: not a checkpoint; a checkpoint has a name such as step-00001000"),
     "a checkpoint with another's name": (then(save_step_4, lambda place: (place / CHECKPOINT).rename(place / "step-00000009")), ["show", "step-00000009"], 4, "step-00000009: holds step 4; it was renamed"),
-    "a file that is missing": (then(save_step_4, lambda place: (place / CHECKPOINT / "router.safetensors").unlink()), ["verify", CHECKPOINT], 4, f"{CHECKPOINT}/router.safetensors: is missing"),
+    "a missing file": (then(save_step_4, lambda place: (place / CHECKPOINT / "router.safetensors").unlink()), ["verify", CHECKPOINT], 4, f"{CHECKPOINT}/router.safetensors: is missing"),
 }  # fmt: skip
 
 
@@ -266,14 +266,14 @@ PREPARING: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "a missing field": (write("f.jsonl", b'{"body": "a"}\n'), ["f.jsonl"], 3, "body"),
     "a null text": (write("n.jsonl", b'{"text": null}\n'), ["n.jsonl"], 3, "n.jsonl:1"),
     "a vocabulary too large for the text": (write("s.txt", b"a short text\n"), ["s.txt"], 3, "vocab_size=32768"),
-    "a tokenizer that is none": (write("t.model", b"junk"), ["text.jsonl", "--tokenizer", "t.model"], 3, "t.model"),
-    "a held-out share of all": (nothing, ["text.jsonl", "--valid-frac", "1"], 2, "--valid-frac 1.0"),
-    "a weight without source": (nothing, ["text.jsonl", "--weight", "web=1"], 2, "'web'"),
-    "a weight that is no number": (nothing, ["text.jsonl", "--weight", "text=big"], 2, "NAME=NUMBER"),
+    "a file that is not a tokenizer": (write("t.model", b"junk"), ["text.jsonl", "--tokenizer", "t.model"], 3, "t.model"),
+    "all text held out": (nothing, ["text.jsonl", "--valid-frac", "1"], 2, "--valid-frac 1.0"),
+    "a weight without its source": (nothing, ["text.jsonl", "--weight", "web=1"], 2, "'web'"),
+    "a weight that is not a number": (nothing, ["text.jsonl", "--weight", "text=big"], 2, "NAME=NUMBER"),
     "a negative weight": (nothing, ["text.jsonl", "--weight", "text=-1"], 2, "must be positive"),
     "a weight given twice": (nothing, ["text.jsonl", "--weight", "text=1", "--weight", "text=2"], 2, "given twice"),
-    "a vocabulary of nothing": (nothing, ["text.jsonl", "--vocab-size", "0"], 2, "--vocab-size 0 must be positive"),
-    "a field of the embedded corpus": (nothing, ["--embedded", "--text-field", "body"], 2, "--text-field"),
+    "a vocabulary of size zero": (nothing, ["text.jsonl", "--vocab-size", "0"], 2, "--vocab-size 0 must be positive"),
+    "a text field for the embedded corpus": (nothing, ["--embedded", "--text-field", "body"], 2, "--text-field"),
     "another corpus's directory": (nothing, ["text.jsonl", "--vocab-size", "300", "--out", "corpus"], 3, "corpus"),
     "a directory that is not ours": (write("run", b""), ["text.jsonl", "--out", "."], 3, "give an empty or new directory"),
 }  # fmt: skip
@@ -296,9 +296,7 @@ def test_preparing_refuses(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_kernels_of_a_gpu_are_refused_before_ranks_start(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gpu_kernels_are_refused_before_ranks_start(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, message = run(*train_with("train.expert_backend=megablocks"), capsys=capsys)
     assert code == 2 and "need a GPU" in message and not (place / "run").exists()
 

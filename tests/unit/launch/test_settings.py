@@ -1,18 +1,24 @@
-"""Reading recipes and `--set`, and the one-line errors of what is wrong in them."""
+"""Reading recipes and `--set`, and the one-line errors about wrong settings."""
 
 import importlib.util
+import shutil
+from pathlib import Path
 from typing import get_args
 
 import pytest
+import tomli_w
 import torch
 
 from turnout.launch.preflight import check_kernels, check_machine
+from turnout.launch.run_dir import read_config
 from turnout.launch.settings import check_config, load_config, recipe_names, setting_paths, to_toml
 from turnout.moe.experts.experts import EXPERT_BACKENDS
 from turnout.moe.experts.requirements import REQUIREMENTS
 from turnout.training.config.train import TrainConfig
 from turnout.training.errors import ConfigError
+from turnout.training.renames import SETTINGS
 
+OLD_RUN = Path(__file__).parents[2] / "old_run" / "a31d440" / "run"
 CORPUS_TOML = 'data = { corpus = "x" }\n'
 
 
@@ -68,6 +74,35 @@ def test_wrong_settings_are_refused_with_path_value_and_remedy(override: str, me
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("old", "new"), SETTINGS.items(), ids=SETTINGS.keys())
+def test_an_old_name_that_a_person_writes_is_refused_with_the_new_one(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    message = rf"{old}: no such setting; it is now called {new}$"
+    with pytest.raises(ConfigError, match=f"--set {message}"):
+        load_config("tiny", [f"{old}=2"])
+    section, _, name = old.rpartition(".")
+    tree = load_config("tiny").model_dump(mode="json", exclude_none=True)
+    tree[section][name] = tree[section].pop(new.rpartition(".")[2])
+    recipe = tmp_path / "config.toml"
+    recipe.write_text(tomli_w.dumps(tree))
+    with pytest.raises(ConfigError, match=rf"config\.toml: {message}"):
+        load_config(str(recipe))
+
+
+def test_the_config_of_a_run_of_an_earlier_release_is_read_with_todays_names(tmp_path: Path) -> None:
+    for directory in (OLD_RUN, *(OLD_RUN / "checkpoints").glob("step-*")):
+        written = (directory / "config.toml").read_text()
+        assert "ep_trips = 2\n" in written and "is_async = true\n" in written
+        cfg = load_config(str(directory / "config.toml"), ["train.n_steps=24"])
+        assert (cfg.parallel.ep_chunks, cfg.checkpoint.async_save, cfg.train.n_steps) == (2, True, 24)
+        assert load_config(str(directory / "config.toml")) == read_config(directory)
+    # Apart from its run, it may be a person's.
+    shutil.copy(OLD_RUN / "config.toml", tmp_path)
+    with pytest.raises(ConfigError, match="it is now called parallel.ep_chunks"):
+        load_config(str(tmp_path / "config.toml"))
+
+
 # tiny: 8 experts, top 2, 600 steps, a checkpoint every 200.
 SPIKE, COLLAPSE = "guard.on_spike=stop", "guard.on_collapse=stop"
 
@@ -89,7 +124,7 @@ SPIKE, COLLAPSE = "guard.on_spike=stop", "guard.on_collapse=stop"
         ),
         (
             ["guard.max_interventions=2", SPIKE],
-            "max_interventions=2 .* where nothing is skipped or rolled back",
+            "max_interventions=2 .* when nothing is skipped or rolled back",
         ),
         ([COLLAPSE], "on_collapse=stop needs max_load_frac, max_dead_frac or both; max_dead_frac=0.5 finds"),
         (["guard.on_collapse=skip"], "guard.on_collapse='skip': input should be 'off', 'stop' or 'rollback'"),
@@ -115,7 +150,7 @@ SPIKE, COLLAPSE = "guard.on_spike=stop", "guard.on_collapse=stop"
         ),
         (
             ["guard.on_collapse=rollback", "guard.max_dead_frac=0.5", "checkpoint.every_steps=600"],
-            "on_collapse=rollback .*not to checkpoint.every_steps=600; set .* below train.n_steps=600",
+            "on_collapse=rollback .*but checkpoint.every_steps=600; set .* below train.n_steps=600",
         ),
         (["checkpoint.keep_every_steps=500"], "checkpoint: keep_every_steps=500 must be .*; use 400 or 600"),
         (["checkpoint.keep_every_steps=50"], "keep_every_steps=50 must be a multiple .*; use 200$"),
@@ -131,7 +166,7 @@ def test_wrong_settings_of_guard_and_checkpoint_are_refused(overrides: list[str]
     assert "\n" not in str(caught.value)
 
 
-def test_guard_settings_at_their_bounds_are_taken() -> None:
+def test_guard_settings_at_their_bounds_are_accepted() -> None:
     collapse = [COLLAPSE, "guard.max_load_frac=0.125", "guard.max_dead_frac=0.74"]
     steps = [
         "guard.collapse_patience_steps=600",
@@ -141,7 +176,7 @@ def test_guard_settings_at_their_bounds_are_taken() -> None:
     load_config("tiny", [*collapse, *steps, "guard.on_spike=rollback", "checkpoint.keep_every_steps=1198"])
 
 
-def test_guard_settings_have_a_value_where_they_are_at_work_and_nowhere_else(tmp_path) -> None:
+def test_only_active_guard_settings_have_a_value(tmp_path) -> None:
     overrides = ["guard.on_spike=skip", "guard.spike_window_steps=30"]
     guard = load_config("tiny", overrides).guard
     assert (guard.spike_sigma, guard.spike_window_steps, guard.max_interventions) == (6.0, 30, 5)
@@ -171,19 +206,19 @@ def test_misaligned_widths_are_refused_for_grouped_backends_only(backend: str) -
     load_config("tiny", ["model.d_expert=100"])
 
 
-def test_more_rows_than_kernels_can_count_are_refused() -> None:
-    """A row's numbers begin at place row x d_model, which must fit an int32: 2**31 of them are too many."""
+def test_more_rows_than_kernels_can_index_are_refused() -> None:
+    """A row's elements begin at index row x d_model, which must fit an int32: 2**31 elements are too many."""
     shape = ["model.seq_len=4096", "model.top_k=8", "model.n_experts=16", "model.d_model=4096"]
     batch = ["train.batch_tokens=65536", "train.expert_backend=megablocks", "train.microbatch_seqs=16"]
     with pytest.raises(ConfigError, match=r"gives 2,147,483,648; use at most 15, or"):
         load_config("tiny", [*shape, *batch])
     load_config("tiny", [*shape, *batch, "train.microbatch_seqs=8"])
-    load_config("tiny", [*shape, *batch, "parallel.tp=2"])  # which dispatches half of the tokens
+    load_config("tiny", [*shape, *batch, "parallel.tp=2"])  # each rank then dispatches half of the tokens
     load_config("tiny", [*shape, *batch, "train.expert_backend=torch_grouped"])
 
 
-def test_a_choice_for_the_machine_heeds_what_its_kernels_can_count() -> None:
-    """2**31 numbers of gate and up, by evenly spread rows or by all that a rank may take, or of weights."""
+def test_the_automatic_choice_respects_what_kernels_can_index() -> None:
+    """2**31 elements of gate and up, with evenly spread rows or at a rank's cap, or 2**31 of weights."""
     rows = ["model.seq_len=4096", "model.top_k=8", "model.n_experts=16", "train.batch_tokens=524288"]
 
     def fits(*overrides: str) -> bool:
@@ -191,7 +226,7 @@ def test_a_choice_for_the_machine_heeds_what_its_kernels_can_count() -> None:
 
     assert fits("train.microbatch_seqs=8")
     assert not fits("train.microbatch_seqs=16")
-    assert not fits("train.microbatch_seqs=16", "parallel.ep_max_load=0.4")  # which limits what travels
+    assert not fits("train.microbatch_seqs=16", "parallel.ep_max_load=0.4")  # caps sent rows; none are
     assert not fits("train.microbatch_seqs=8", "parallel.ep=2")  # parallel.ep_max_load=2
     assert fits("train.microbatch_seqs=8", "parallel.ep=2", "parallel.ep_max_load=1.5")
     wide = ["train.microbatch_seqs=1", "model.d_expert=65536", "model.d_model=1024", "model.seq_len=256"]
@@ -204,12 +239,12 @@ def test_half_precision_kernels_are_refused_for_fp32() -> None:
     load_config("tiny", ["train.expert_backend=triton_grouped", "train.precision=fp16"])
 
 
-def test_backends_of_the_config_are_those_that_there_are() -> None:
+def test_the_config_offers_exactly_the_backends_that_exist() -> None:
     known = get_args(TrainConfig.model_fields["expert_backend"].annotation)
     assert set(known) == {"auto", *EXPERT_BACKENDS} and REQUIREMENTS.keys() == EXPERT_BACKENDS.keys()
 
 
-def test_unreadable_recipes_are_named(tmp_path) -> None:
+def test_the_error_names_an_unreadable_recipe(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"recipe 'tinny' does not exist; did you mean tiny\?"):
         load_config("tinny")
     with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read: No such file"):
@@ -226,7 +261,7 @@ def test_unreadable_recipes_are_named(tmp_path) -> None:
         load_config(str(broken))
 
 
-def test_paths_cover_the_names_that_scripts_rely_on() -> None:
+def test_setting_paths_include_the_names_that_scripts_rely_on() -> None:
     promised = """model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_head model.d_ff
         model.d_expert model.n_experts model.top_k model.n_shared_experts model.n_dense_layers
         model.vocab_size model.seq_len model.rope_theta model.qk_norm model.router.score
@@ -243,7 +278,7 @@ def test_paths_cover_the_names_that_scripts_rely_on() -> None:
     ("setting", "instead"),
     [("train.expert_backend=compiled_loop", "sorted_loop"), ("train.compile=true", "train.compile=false")],
 )
-def test_what_is_compiled_needs_a_compiler(
+def test_compiled_kernels_need_a_compiler(
     setting: str, instead: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = load_config("tiny", [setting])
@@ -254,7 +289,16 @@ def test_what_is_compiled_needs_a_compiler(
     check_machine(load_config("tiny"), 1)
 
 
-def test_kernels_of_a_gpu_need_a_gpu_and_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_needs_a_torch_in_a_path_without_a_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("torch", "/two words/torch/__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    for setting in ("train.expert_backend=compiled_loop", "train.compile=true"):
+        with pytest.raises(ConfigError, match=rf"{setting}: torch is installed in '/two words/torch', and"):
+            check_machine(load_config("tiny", [setting]), 1)
+    check_machine(load_config("tiny"), 1)
+
+
+def test_gpu_kernels_need_a_gpu_and_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="megablocks runs Triton kernels, which need a GPU.*use auto"):
         check_kernels("megablocks", n_gpus=0)
     monkeypatch.setattr(

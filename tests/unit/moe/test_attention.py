@@ -1,4 +1,4 @@
-"""RoPE against transformers' own, and packed or windowed attention against a plain mask."""
+"""RoPE against that of transformers, and packed or windowed attention against a plain mask."""
 
 import math
 from typing import Any
@@ -45,7 +45,7 @@ def test_rope_equals_that_of_transformers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_angles_of_late_positions_are_exact_in_any_dtype(dtype: torch.dtype) -> None:
-    """In bf16 positions 4095 and 4096 would be one, and the angle off by up to 8 radians."""
+    """In bf16, positions 4095 and 4096 would be equal, and the angle off by up to 8 radians."""
     cfg = tiny_config(seq_len=4097, d_head=6, rope_theta=1e4)
     cos, sin = rope_tables(cfg, 1, CPU, dtype)
     for position in (1, 257, 4095, 4096):
@@ -74,7 +74,7 @@ DOC_IDS = {
 
 
 class Record(TorchDispatchMode):
-    """The names of the operators that are called."""
+    """Records the names of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,12 +97,12 @@ def slow_varlen_attn(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """What torch promises of its kernel: keys of a sequence from `left` before the query to `right` after."""
+    """Do what torch documents of its kernel: a query sees keys from `left` before it to `right` after it."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
     lengths = cu_seq_q.diff()
     assert max_q == max_k == int(lengths.max()) and enable_gqa == (q.size(1) != k.size(1))
-    place, document = torch.arange(q.size(0)), torch.arange(len(lengths)).repeat_interleave(lengths)
-    distance, (left, right) = place[:, None] - place, window_size
+    position, document = torch.arange(q.size(0)), torch.arange(len(lengths)).repeat_interleave(lengths)
+    distance, (left, right) = position[:, None] - position, window_size
     visible = (document[:, None] == document) & (distance >= -right)
     if left >= 0:
         visible = visible & (distance <= left)
@@ -116,9 +116,8 @@ def slow_varlen_attn(
 def test_attention_equals_one_with_a_plain_mask(
     doc_ids: torch.Tensor, window: int | None, by_length: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "torch.nn.attention.varlen.varlen_attn", slow_varlen_attn
-    )  # the kernel is for GPUs only
+    # The kernel is for GPUs only.
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen_attn)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(39, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     k, v = (
@@ -126,10 +125,10 @@ def test_attention_equals_one_with_a_plain_mask(
     )
     got = attend(q, k, v, find_documents(doc_ids, CPU, by_length=by_length), window)
 
-    place = torch.arange(13)
-    visible = (place[:, None] >= place) & (doc_ids[:, :, None] == doc_ids[:, None, :])
+    position = torch.arange(13)
+    visible = (position[:, None] >= position) & (doc_ids[:, :, None] == doc_ids[:, None, :])
     if window is not None:
-        visible = visible & (place[:, None] - place < window)
+        visible = visible & (position[:, None] - position < window)
     split = [x.view(3, 13, -1, 6).transpose(1, 2) for x in (q, k, v)]
     want = F.scaled_dot_product_attention(*split, attn_mask=visible[:, None], enable_gqa=True)
     want = want.transpose(1, 2).reshape(39, 4, 6)
@@ -142,7 +141,7 @@ def test_attention_equals_one_with_a_plain_mask(
 
 
 def test_documents_of_any_lengths_are_one_call_of_torchs_kernel() -> None:
-    """Nothing is computed: fake tensors go where a GPU's would."""
+    """Nothing is computed: fake tensors stand in for those of a GPU."""
     documents = find_documents(DOC_IDS["uneven documents"], CPU, by_length=False)
     with FakeTensorMode(allow_non_fake_inputs=True), Record() as record:
         q, k, v = (torch.empty(39, heads, 8, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
@@ -171,7 +170,7 @@ def test_a_cpu_groups_documents() -> None:
         ((12, 0), torch.bfloat16, 224, False),
     ],
 )
-def test_the_kernel_of_any_lengths_is_for_some_heads_and_chips(
+def test_the_varlen_kernel_needs_certain_widths_and_gpus(
     capability: tuple[int, int], dtype: torch.dtype, d_head: int, has_it: bool
 ) -> None:
     assert has_varlen_kernel(capability, dtype, d_head) is has_it

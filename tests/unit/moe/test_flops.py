@@ -36,7 +36,7 @@ def test_flops_equal_those_counted_in_a_forward_pass(cfg: ModelConfig) -> None:
             tokens, torch.zeros_like(tokens), torch.ones(shape, dtype=torch.bool), RouterState.initial(cfg)
         )
         decoder.logits(hidden)
-    # The plain attention kernel computes the whole square; the formula counts the keys that are seen.
+    # The plain attention kernel computes the whole square; the formula counts only visible keys.
     square = 4 * cfg.n_layers * cfg.n_heads * cfg.d_head * cfg.seq_len
     seen = 4 * cfg.n_layers * cfg.n_heads * cfg.d_head * mean_context(cfg)
     counted = counter.get_total_flops() / tokens.numel() - square

@@ -19,7 +19,7 @@ def named(decoder: Decoder) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in decoder.named_parameters()}
 
 
-def test_a_rank_with_half_of_the_experts_starts_from_the_same_numbers() -> None:
+def test_a_rank_with_half_of_the_experts_starts_from_the_same_weights() -> None:
     cfg = tiny_config()
     whole = build_decoder(cfg)
     init_weights(whole, seed=5)
@@ -54,7 +54,7 @@ def test_every_parameter_is_filled_with_its_scale() -> None:
             assert (value == 1).all()
             continue
         want = cfg.init_std / 4 if ".o." in name or "down" in name else cfg.init_std
-        # The sample's standard deviation is off by 1 / sqrt(2 n), one sigma.
+        # One sigma of a sample's standard deviation is 1 / sqrt(2 n) of it.
         assert abs(value.std().item() / want - 1) < 4 / math.sqrt(2 * value.numel()), name
 
 

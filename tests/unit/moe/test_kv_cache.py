@@ -1,4 +1,4 @@
-"""Decoding from a cache gives what whole passes give, for every kind of model and prompts of any lengths."""
+"""Decoding from a cache gives the logits of whole passes, for every model variant and any prompt lengths."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def build(dtype: torch.dtype = torch.float64, **changes: Any) -> Model:
 
 @torch.no_grad()
 def whole_pass(decoder: Decoder, state: RouterState, rows: list[list[int]]) -> Tensor:
-    """Return the logits after each row, [rows, V], one row at a time and padded at its end."""
+    """Return the logits after each row, [rows, V]; each row is a pass of its own, padded at its end."""
     logits = []
     for row in rows:
         tokens = torch.tensor([row + [0] * (decoder.cfg.seq_len - len(row))])
@@ -52,7 +52,7 @@ def whole_pass(decoder: Decoder, state: RouterState, rows: list[list[int]]) -> T
 
 
 def differences(model: Model, n_new: int = N_NEW, slow: Decoder | None = None) -> list[float]:
-    """Return the largest difference of logits after the prompts and after each of n_new greedy tokens."""
+    """Return the largest difference of logits after the prompts, and after each of n_new greedy tokens."""
     _, decoder, state, cached = model
     slow = slow or decoder
     rows = [list(prompt) for prompt in PROMPTS]
@@ -76,7 +76,7 @@ def test_logits_equal_whole_passes(changes: dict[str, Any]) -> None:
     assert max(differences(build(torch.float32, **changes))) < 1e-5
 
 
-def test_a_window_goes_on_beyond_seq_len() -> None:
+def test_with_a_window_rows_grow_beyond_seq_len() -> None:
     model = build(sliding_window=5)
     longer = tiny_decoder(tiny_config(seq_len=64, sliding_window=5))
     assert longer.state_dict().keys() == model[1].state_dict().keys()
@@ -96,7 +96,7 @@ def test_without_a_window_seq_len_is_the_end() -> None:
             cached.prefill(prompts, 2)
 
 
-def test_a_window_that_did_not_fit_is_not_overrun() -> None:
+def test_a_cache_smaller_than_the_window_is_not_overrun() -> None:
     _, _, _, cached = build(sliding_window=8)
     _, cache = cached.prefill([[1, 2, 3]], 4)
     cached.extend([1], cache)
@@ -126,7 +126,7 @@ def test_rows_can_leave_and_be_repeated(window: int | None) -> None:
     got = cached.extend([9, 10, 11], rows)
     want = [[*PROMPTS[4], 5, 6, 9], [*PROMPTS[0], 1, 7, 10], [*PROMPTS[0], 1, 8, 11]]
     torch.testing.assert_close(got, whole_pass(decoder, state, want), rtol=0, atol=1e-9)
-    assert cache.lengths == [len(prompt) + 1 for prompt in PROMPTS], "the cache they came from is as it was"
+    assert cache.lengths == [len(prompt) + 1 for prompt in PROMPTS], "select changed the original cache"
 
 
 def test_a_capacity_drops_nothing_at_inference() -> None:

@@ -1,4 +1,4 @@
-"""Balancing in closed form, by finite differences, and the bias's direction."""
+"""The balancing loss in closed form and by finite differences, and the direction of the bias."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_gradient_is_that_of_finite_differences_with_f_held(scope: str, score: s
     assert router.weight.grad is not None and router.weight.grad.any()
     flat = router.weight.data.view(-1)
     for i in (0, 17, flat.numel() - 1):
-        # Steps too small to change a choice: f is piecewise constant, so it is held by itself.
+        # Steps too small to change a choice, so f, which is piecewise constant, does not move.
         flat[i] += 1e-6
         up = loss().item()
         flat[i] -= 2e-6
@@ -90,7 +90,7 @@ def test_bias_moves_towards_the_under_loaded_and_counts_ties_as_balanced() -> No
     torch.testing.assert_close(moved, torch.tensor([[-0.001, 0.001, 0, 0], [0.0, 0, 0, 0]]))
 
 
-def test_state_after_a_step_holds_the_load_and_moves_the_bias_only_where_asked() -> None:
+def test_after_a_step_the_state_has_the_new_load_and_the_bias_moves_only_if_asked() -> None:
     cfg = tiny_config()
     state = RouterState.initial(cfg)
     torch.testing.assert_close(state.load_frac_ME.sum(-1), torch.ones(cfg.n_moe_layers))

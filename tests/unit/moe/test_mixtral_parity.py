@@ -34,7 +34,7 @@ def build_mixtral(cfg: ModelConfig) -> MixtralForCausalLM:
 
 
 def to_mixtral(ours: dict[str, torch.Tensor], cfg: ModelConfig) -> dict[str, torch.Tensor]:
-    """Rename our tensors to those of the loaded Mixtral module (gate and up fused, experts stacked)."""
+    """Rename our tensors to those of transformers' Mixtral (gate and up fused, experts stacked)."""
     theirs = {
         "model.embed_tokens.weight": ours["embed.weight"],
         "model.norm.weight": ours["norm.weight"],
@@ -63,7 +63,7 @@ def test_logits_and_gradients_equal_mixtral() -> None:
     counted = torch.ones_like(tokens, dtype=torch.bool)
     hidden, _ = decoder(tokens, torch.zeros_like(tokens), counted, RouterState.initial(cfg))
     logits, want = decoder.logits(hidden), mixtral(tokens).logits
-    # Mixtral computes RMSNorm and RoPE in fp32 whatever the weights, so fp64 agrees to fp32 rounding only.
+    # Mixtral always computes RMSNorm and RoPE in fp32, so fp64 agrees only up to fp32 rounding.
     assert relative_error(logits, want) < 2e-6
     mix = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
     (logits * mix).sum().backward()

@@ -92,7 +92,7 @@ def test_adversarial_router_sends_every_token_to_the_same_experts() -> None:
     assert (stats.counts_E > 0).tolist() == [[False, True, False, False, True, False]] * 2
     hidden.square().sum().backward()
     idle = decoder.blocks[0].moe.experts.gate_up.grad[[0, 2, 3, 5]]
-    assert not idle.any(), "an expert without rows has a zero gradient, not a missing one"
+    assert not idle.any(), "an expert without rows must have a zero gradient, not a missing one"
 
 
 def test_nothing_leaks_across_documents_or_from_the_future() -> None:

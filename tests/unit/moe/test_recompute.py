@@ -1,4 +1,4 @@
-"""Activation recomputation: the same gradients bit for bit, and the choice of the forward pass."""
+"""Activation recomputation: the same gradients bit for bit, with the forward pass's choice of experts."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def forward(decoder: Decoder) -> tuple[Tensor, RouterStats]:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_gradients_and_statistics_are_bitwise_those_without(recompute: str) -> None:
+def test_recomputation_changes_no_bit_of_gradients_and_statistics(recompute: str) -> None:
     plain, saving = rebuilt("none"), rebuilt(recompute)
     (want, want_stats), (got, got_stats) = forward(plain), forward(saving)
     want.backward()
@@ -47,7 +47,7 @@ def test_gradients_and_statistics_are_bitwise_those_without(recompute: str) -> N
 
 @pytest.mark.parametrize(("recompute", "least"), [("selective", 0.65), ("full", 0.9)])
 def test_less_is_kept_for_backward(recompute: str, least: float) -> None:
-    """Measured: 0.69 and 0.93 less. Without the recomputation of experts, or dense layers, it is 0.56."""
+    """Measured: 0.69 and 0.93 less; 0.56 if experts, or dense layers, were not recomputed."""
 
     def saved_bytes(decoder: Decoder) -> int:
         total = 0
@@ -79,16 +79,16 @@ def test_a_near_tie_that_flips_in_the_recomputation_keeps_the_forward_choice(
     loss, _ = forward(decoder)
     assert len(calls) == CFG.n_moe_layers
     loss.backward()
-    assert len(calls) == CFG.n_moe_layers, "the recomputation chose anew"
+    assert len(calls) == CFG.n_moe_layers, "the recomputation chose again"
 
 
-def test_weights_that_changed_before_backward_are_noticed() -> None:
+def test_weights_changed_before_backward_are_noticed() -> None:
     decoder = rebuilt("full")
     loss, _ = forward(decoder)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if name.endswith("router.weight"):
-                parameter.data = parameter.roll(1, 0)  # .data: autograd itself would notice the rest
+                parameter.data = parameter.roll(1, 0)  # .data: autograd would notice other ways
     with pytest.raises(RuntimeError, match="other scores than the forward pass"):
         loss.backward()
 

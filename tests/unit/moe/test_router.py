@@ -1,4 +1,4 @@
-"""The router's choices: who is chosen, with which weight, and what ties, groups, bias and capacity change."""
+"""The router's choice of experts and weights, and the effects of ties, groups, bias and capacity."""
 
 import math
 
@@ -51,11 +51,11 @@ def test_ties_go_to_the_lower_id() -> None:
 
 
 def test_the_best_of_each_row_are_those_of_a_stable_sort() -> None:
-    """Without ties, with ties among the best and with the first that is left out, and of odd numbers."""
+    """Without ties, with ties among the best or with the first one left out, and with special values."""
     torch.manual_seed(0)
     few_values = torch.randint(3, (300, 12)).float()
-    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 0.5])[torch.randint(6, (200, 12))]
-    for scores in (torch.rand(300, 12), few_values, odd, torch.ones(4, 12), torch.ones(0, 12)):
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 0.5])[torch.randint(6, (200, 12))]
+    for scores in (torch.rand(300, 12), few_values, special, torch.ones(4, 12), torch.ones(0, 12)):
         want = scores.sort(dim=-1, descending=True, stable=True).indices
         for dtype in (torch.float32, torch.float64):
             for n in (1, 2, 5, 11, 12):
@@ -121,17 +121,17 @@ def test_capacity_keeps_the_heaviest_rows_of_each_sequence() -> None:
         False,
         True,
         True,
-        False,  # equal to the fourth in weight, and later
+        False,  # as heavy as the fourth, but later
     ]
 
 
-def test_padding_never_takes_the_place_of_a_token_that_counts() -> None:
+def test_padding_never_displaces_a_counted_token() -> None:
     cfg = tiny_config(router={"capacity_factor": 0.75})
     x = tokens(cfg, n_seqs=1)
     state, counted = RouterState.initial(cfg), torch.arange(cfg.seq_len) < 4
     kept = []
     for padding in (0.0, 50.0):
-        x[4:] = padding * x[:1]  # likes the experts of the first token, weakly or strongly
+        x[4:] = padding * x[:1]  # prefers the first token's experts, weakly or strongly
         routing, _ = build_router(cfg)(x, state.bias_ME[0], state.load_frac_ME[0], counted)
         assert routing.is_kept_TK is not None
         kept.append(routing.is_kept_TK[:4])

@@ -1,4 +1,4 @@
-"""Each rank's share of a step: joined over ranks it is the global batch, sample by sample."""
+"""Each rank's part of a step: all parts together are the global batch, sample by sample."""
 
 import pytest
 import torch
@@ -38,10 +38,10 @@ def joined(microbatches: list[Batch]) -> Batch:
 def test_ranks_together_see_the_same_samples_in_order(corpus: Corpus, dp: int, microbatch_seqs: int) -> None:
     cfg = config(microbatch_seqs=microbatch_seqs)
     loader = build_loader(cfg, corpus)
-    shares = [list(prefetch(loader, cfg, Layout(dp), rank)) for rank in range(dp)]
+    by_rank = [list(prefetch(loader, cfg, Layout(dp), rank)) for rank in range(dp)]
     for step in range(cfg.train.n_steps):
-        microbatches = [mb for share in shares for mb in share[step][1]]
-        assert all(share[step][0] == step for share in shares)
+        microbatches = [mb for steps in by_rank for mb in steps[step][1]]
+        assert all(steps[step][0] == step for steps in by_rank)
         assert {mb.tokens.size(0) for mb in microbatches} == {microbatch_seqs}
         whole = loader.batch(step)
         assert whole.doc_ids.any(), "no sequence has two documents"
@@ -50,16 +50,16 @@ def test_ranks_together_see_the_same_samples_in_order(corpus: Corpus, dp: int, m
 
 def test_tensor_parallel_ranks_read_the_same_rows(corpus: Corpus) -> None:
     cfg = config()
-    loader, shares = build_loader(cfg, corpus), []
+    loader, by_rank = build_loader(cfg, corpus), []
     for rank in range(4):
         with prefetch(loader, cfg, Layout(4, tp=2), rank) as steps:
-            shares.append(next(iter(steps))[1])
-    assert_same(joined(shares[0]), joined(shares[1]))
-    assert_same(joined(shares[2]), joined(shares[3]))
-    assert_same(joined([*shares[0], *shares[2]]), loader.batch(0))
+            by_rank.append(next(iter(steps))[1])
+    assert_same(joined(by_rank[0]), joined(by_rank[1]))
+    assert_same(joined(by_rank[2]), joined(by_rank[3]))
+    assert_same(joined([*by_rank[0], *by_rank[2]]), loader.batch(0))
 
 
-def test_a_step_reads_the_data_step_that_it_is_told(corpus: Corpus) -> None:
+def test_a_step_reads_the_data_step_that_data_step_at_returns(corpus: Corpus) -> None:
     cfg = config()
     loader = build_loader(cfg, corpus)
     after_a_gap = list(prefetch(loader, cfg, Layout(1), 0, start_step=4, data_step_at=lambda step: step + 10))
@@ -69,7 +69,7 @@ def test_a_step_reads_the_data_step_that_it_is_told(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("attend_across_documents", [False, True])
-def test_the_loader_has_the_settings_of_the_data_section(
+def test_the_loader_uses_the_settings_of_the_data_section(
     corpus: Corpus, attend_across_documents: bool
 ) -> None:
     cfg = config(seed=11, attend_across_documents=attend_across_documents)

@@ -1,4 +1,4 @@
-"""What is taken for training gone wrong, against formulas over the whole history."""
+"""Which steps the guard finds abnormal, against formulas over the whole history."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from turnout.training.config.guard import GuardConfig
-from turnout.training.guard import Finding, GuardState, examine
+from turnout.training.guard import Anomaly, GuardState, examine
 
 ALL = {"on_spike": "stop", "on_collapse": "stop", "spike_window_steps": 10, "max_dead_frac": 0.5}
 
@@ -22,26 +22,26 @@ def config(**settings: Any) -> GuardConfig:
 
 def run(
     cfg: GuardConfig, losses: list[float], *, grad_norm: float = 1.0, counts_ME: Tensor | None = None
-) -> tuple[GuardState, list[Finding | None]]:
-    state, findings = GuardState.initial(), []
+) -> tuple[GuardState, list[Anomaly | None]]:
+    state, anomalies = GuardState.initial(), []
     for loss in losses:
-        state, finding = examine(state, cfg, loss=loss, grad_norm=grad_norm, counts_ME=counts_ME)
-        findings.append(finding)
-    return state, findings
+        state, anomaly = examine(state, cfg, loss=loss, grad_norm=grad_norm, counts_ME=counts_ME)
+        anomalies.append(anomaly)
+    return state, anomalies
 
 
 def run_counts(
     cfg: GuardConfig, steps: list[list[list[int]]], state: GuardState | None = None
 ) -> list[str | None]:
-    """Return what each step finds: its kind and text."""
+    """Return the kind and text of each step's anomaly."""
     state, texts = state or GuardState.initial(), []
     for counts in steps:
-        state, finding = examine(state, cfg, loss=3.0, grad_norm=1.0, counts_ME=torch.tensor(counts))
-        texts.append(finding and f"{finding.kind}: {finding.text}")
+        state, anomaly = examine(state, cfg, loss=3.0, grad_norm=1.0, counts_ME=torch.tensor(counts))
+        texts.append(anomaly and f"{anomaly.kind}: {anomaly.text}")
     return texts
 
 
-# Numbers that are not finite
+# Values that are not finite
 
 
 @pytest.mark.parametrize(
@@ -54,19 +54,21 @@ def run_counts(
         (3.4123, math.nan, "gradient norm is nan though the loss is 3.412"),
     ],
 )
-def test_what_is_not_finite_is_found_and_leaves_no_trace(loss: float, grad_norm: float, text: str) -> None:
+def test_a_non_finite_step_is_found_and_leaves_the_state_unchanged(
+    loss: float, grad_norm: float, text: str
+) -> None:
     before, _ = run(config(**ALL), [3.0, 4.0, 5.0], counts_ME=torch.tensor([[5, 0, 0, 0]]))
     collapsed = torch.tensor([[0, 9, 0, 0]])
-    state, finding = examine(before, config(**ALL), loss=loss, grad_norm=grad_norm, counts_ME=collapsed)
+    state, anomaly = examine(before, config(**ALL), loss=loss, grad_norm=grad_norm, counts_ME=collapsed)
     assert state == before
-    assert finding is not None and (finding.kind, finding.limit, finding.text) == ("non_finite", None, text)
-    assert finding.measured == pytest.approx(grad_norm if math.isfinite(loss) else loss, nan_ok=True)
+    assert anomaly is not None and (anomaly.kind, anomaly.limit, anomaly.text) == ("non_finite", None, text)
+    assert anomaly.measured == pytest.approx(grad_norm if math.isfinite(loss) else loss, nan_ok=True)
 
 
-def test_a_guard_with_the_default_config_finds_only_what_is_not_finite() -> None:
+def test_a_guard_with_the_default_config_finds_only_non_finite_steps() -> None:
     counts_ME = torch.tensor([[100, 0, 0, 0]])
-    state, findings = run(GuardConfig(), [3.0] * 200 + [1e9, math.nan], grad_norm=1e9, counts_ME=counts_ME)
-    assert [finding and finding.kind for finding in findings] == [None] * 201 + ["non_finite"]
+    state, anomalies = run(GuardConfig(), [3.0] * 200 + [1e9, math.nan], grad_norm=1e9, counts_ME=counts_ME)
+    assert [anomaly and anomaly.kind for anomaly in anomalies] == [None] * 201 + ["non_finite"]
     assert state == GuardState.initial()
 
 
@@ -91,25 +93,25 @@ def test_spikes_and_their_size_are_those_of_the_whole_history(window_steps: int,
     cfg = config(on_spike="stop", spike_window_steps=window_steps, spike_sigma=sigma)
     state, history, n_spikes = GuardState.initial(), [], 0
     for loss in losses:
-        state, finding = examine(state, cfg, loss=loss, grad_norm=1.0, counts_ME=None)
+        state, anomaly = examine(state, cfg, loss=loss, grad_norm=1.0, counts_ME=None)
         if not math.isfinite(loss):
-            assert finding is not None and finding.kind == "non_finite"
+            assert anomaly is not None and anomaly.kind == "non_finite"
             continue
         mean, std = weighted_moments(history, window_steps) if len(history) >= 2 else (0.0, 0.0)
         if len(history) >= window_steps and (loss - mean) / std > sigma:
             n_spikes += 1
-            assert finding is not None and (finding.kind, finding.limit) == ("spike", sigma)
-            assert finding.measured == pytest.approx((loss - mean) / std, rel=1e-9)
+            assert anomaly is not None and (anomaly.kind, anomaly.limit) == ("spike", sigma)
+            assert anomaly.measured == pytest.approx((loss - mean) / std, rel=1e-9)
         else:
-            assert finding is None
+            assert anomaly is None
             history.append(loss)
         assert state.n_losses == len(history)
         if len(history) >= 2:
             assert (state.mean, state.std) == pytest.approx(weighted_moments(history, window_steps), rel=1e-9)
-    assert n_spikes >= 2, "this proves nothing without spikes"
+    assert n_spikes >= 2, "without spikes this test proves nothing"
 
 
-def test_weights_of_the_past_fade_over_the_window() -> None:
+def test_weights_of_past_losses_fade_over_the_window() -> None:
     """Half of the old level is gone after about 0.69 windows."""
     state, _ = run(
         config(on_spike="stop", spike_sigma=1e9, spike_window_steps=100), [4.0] * 2000 + [2.0] * 69
@@ -122,17 +124,17 @@ def test_the_first_loss_is_the_mean() -> None:
     assert state.mean == 7.5
 
 
-def test_exactly_at_the_limit_is_no_spike() -> None:
+def test_a_loss_exactly_at_the_limit_is_no_spike() -> None:
     # The variance is 8 / (3 - 3 / 3) = 4.
     state = GuardState(n_losses=10, weight_sum=3.0, weight_sq_sum=3.0, mean=3.0, sq_dev_sum=8.0)
     cfg = config(on_spike="stop", spike_window_steps=10)
-    _, finding = examine(state, cfg, loss=15.0, grad_norm=1.0, counts_ME=None)
-    assert finding is None
-    _, finding = examine(state, cfg, loss=math.nextafter(15.0, 16.0), grad_norm=1.0, counts_ME=None)
-    assert finding is not None and finding.kind == "spike"
-    after, finding = examine(state, cfg, loss=21.5, grad_norm=1.0, counts_ME=None)
+    _, anomaly = examine(state, cfg, loss=15.0, grad_norm=1.0, counts_ME=None)
+    assert anomaly is None
+    _, anomaly = examine(state, cfg, loss=math.nextafter(15.0, 16.0), grad_norm=1.0, counts_ME=None)
+    assert anomaly is not None and anomaly.kind == "spike"
+    after, anomaly = examine(state, cfg, loss=21.5, grad_norm=1.0, counts_ME=None)
     want = "loss 21.5 is 9.25 standard deviations above its mean 3 (limit guard.spike_sigma=6)"
-    assert finding == Finding("spike", 9.25, 6.0, want)
+    assert anomaly == Anomaly("spike", 9.25, 6.0, want)
     assert after == state
 
 
@@ -141,24 +143,24 @@ def test_no_spike_is_found_before_the_window_is_full() -> None:
     cfg = config(on_spike="stop", spike_window_steps=10)
     assert run(cfg, [*calm[:9], 50.0])[1][-1] is None
     assert run(cfg, [*calm, 50.0])[1][-1] is not None
-    _, findings = run(cfg, [*calm[:9], math.nan, 50.0])
-    assert findings[-1] is None, "a loss that is not finite does not fill the window"
+    _, anomalies = run(cfg, [*calm[:9], math.nan, 50.0])
+    assert anomalies[-1] is None, "a loss that is not finite does not fill the window"
 
 
 def test_a_flat_loss_has_no_spread_and_any_rise_is_a_spike() -> None:
     cfg = config(on_spike="stop", spike_window_steps=4)
-    _, findings = run(cfg, [3.3] * 20 + [3.2999])
-    assert findings == [None] * 21
-    finding = run(cfg, [3.3] * 20 + [3.3001])[1][-1]
-    assert finding is not None and finding.measured == math.inf
+    _, anomalies = run(cfg, [3.3] * 20 + [3.2999])
+    assert anomalies == [None] * 21
+    anomaly = run(cfg, [3.3] * 20 + [3.3001])[1][-1]
+    assert anomaly is not None and anomaly.measured == math.inf
 
 
 def test_a_fall_is_no_spike_and_a_lasting_rise_stays_one() -> None:
     cfg = config(on_spike="stop", spike_window_steps=10)
-    _, findings = run(cfg, [5.0, 5.1] * 10 + [1.0])
-    assert findings[-1] is None
-    _, findings = run(cfg, [5.0, 5.1] * 10 + [9.0] * 30)
-    assert [finding and finding.kind for finding in findings] == [None] * 20 + ["spike"] * 30
+    _, anomalies = run(cfg, [5.0, 5.1] * 10 + [1.0])
+    assert anomalies[-1] is None
+    _, anomalies = run(cfg, [5.0, 5.1] * 10 + [9.0] * 30)
+    assert [anomaly and anomaly.kind for anomaly in anomalies] == [None] * 20 + ["spike"] * 30
 
 
 # Collapse
@@ -166,7 +168,7 @@ def test_a_fall_is_no_spike_and_a_lasting_rise_stays_one() -> None:
 EVEN = [5, 5, 5, 5]
 
 
-def test_an_overloaded_expert_is_found_after_patience_and_for_as_long_as_it_lasts() -> None:
+def test_an_overloaded_expert_is_found_after_patience_and_while_it_lasts() -> None:
     cfg = config(on_collapse="stop", max_load_frac=0.9, collapse_patience_steps=3)
     above, at = [1, 0, 37, 2], [18, 1, 1, 0]  # 0.925 and exactly 0.9
     found = run_counts(cfg, [[EVEN, above]] * 5 + [[EVEN, at]] + [[EVEN, above]] * 3)
@@ -175,7 +177,7 @@ def test_an_overloaded_expert_is_found_after_patience_and_for_as_long_as_it_last
     assert found == want
 
 
-def test_unused_experts_are_found_after_patience_and_for_as_long_as_it_lasts() -> None:
+def test_unused_experts_are_found_after_patience_and_while_it_lasts() -> None:
     cfg = config(on_collapse="stop", max_dead_frac=0.5, collapse_patience_steps=2)
     above, at = [7, 0, 0, 0], [13, 1, 0, 0]  # 0.75 and exactly 0.5
     found = run_counts(cfg, [[above, EVEN]] * 3 + [[at, EVEN]] * 4 + [[above, EVEN]] * 2)
@@ -184,53 +186,53 @@ def test_unused_experts_are_found_after_patience_and_for_as_long_as_it_lasts() -
 
 
 @pytest.mark.parametrize("limits", [{"max_load_frac": 0.6}, {"max_dead_frac": 0.4}], ids=str)
-def test_steps_are_counted_for_each_layer_alone(limits: dict[str, float]) -> None:
+def test_steps_are_counted_for_each_layer_separately(limits: dict[str, float]) -> None:
     cfg = config(on_collapse="stop", collapse_patience_steps=2, **limits)
     bad = [9, 0, 1, 0]
     assert run_counts(cfg, [[bad, EVEN], [EVEN, bad]] * 4) == [None] * 8
     assert [text is not None for text in run_counts(cfg, [[bad, EVEN], [bad, bad]])] == [False, True]
 
 
-def test_the_worst_of_the_layers_that_lasted_is_named_and_load_before_unused() -> None:
+def test_the_worst_layer_beyond_its_patience_is_named_and_overload_comes_first() -> None:
     cfg = config(on_collapse="stop", max_load_frac=0.6, max_dead_frac=0.5, collapse_patience_steps=2)
     mild, bad, worst = [7, 1, 1, 1], [1, 8, 1, 0], [0, 0, 0, 10]
     _, text = run_counts(cfg, [[mild, bad, EVEN], [mild, bad, worst]])
     assert text is not None and "layer 1 sends 0.8 of its rows to expert 1" in text
-    _, finding = _two_steps(cfg, torch.tensor([worst, mild, bad]))
-    assert finding is not None and (finding.measured, finding.limit) == (1.0, 0.6)
+    _, anomaly = _two_steps(cfg, torch.tensor([worst, mild, bad]))
+    assert anomaly is not None and (anomaly.measured, anomaly.limit) == (1.0, 0.6)
     loads_off = config(on_collapse="stop", max_dead_frac=0.5, collapse_patience_steps=2)
-    _, finding = _two_steps(loads_off, torch.tensor([worst, mild, bad]))
-    assert finding is not None and (finding.measured, finding.limit) == (0.75, 0.5)
+    _, anomaly = _two_steps(loads_off, torch.tensor([worst, mild, bad]))
+    assert anomaly is not None and (anomaly.measured, anomaly.limit) == (0.75, 0.5)
 
 
-def _two_steps(cfg: GuardConfig, counts_ME: Tensor) -> tuple[GuardState, Finding | None]:
-    state, findings = run(cfg, [3.0, 3.0], counts_ME=counts_ME)
-    return state, findings[-1]
+def _two_steps(cfg: GuardConfig, counts_ME: Tensor) -> tuple[GuardState, Anomaly | None]:
+    state, anomalies = run(cfg, [3.0, 3.0], counts_ME=counts_ME)
+    return state, anomalies[-1]
 
 
-def test_steps_without_counts_neither_count_nor_interrupt() -> None:
+def test_steps_without_counts_neither_extend_nor_end_a_collapse() -> None:
     cfg = config(on_collapse="stop", max_load_frac=0.6, collapse_patience_steps=2)
     bad = torch.tensor([[9, 1]])
     state, _ = examine(GuardState.initial(), cfg, loss=3.0, grad_norm=1.0, counts_ME=bad)
     for _ in range(3):
-        state, finding = examine(state, cfg, loss=3.0, grad_norm=1.0, counts_ME=None)
-        assert finding is None
-    _, finding = examine(state, cfg, loss=3.0, grad_norm=1.0, counts_ME=bad)
-    assert finding is not None and finding.text.endswith("for 2 steps")
+        state, anomaly = examine(state, cfg, loss=3.0, grad_norm=1.0, counts_ME=None)
+        assert anomaly is None
+    _, anomaly = examine(state, cfg, loss=3.0, grad_norm=1.0, counts_ME=bad)
+    assert anomaly is not None and anomaly.text.endswith("for 2 steps")
 
 
 # All together
 
 
-def test_the_most_severe_finding_wins_and_the_others_are_still_counted() -> None:
+def test_the_most_severe_anomaly_is_returned_and_the_others_are_still_counted() -> None:
     cfg = config(**ALL, collapse_patience_steps=12)
     collapsed = torch.tensor([[9, 0, 0, 0]])
     losses = [3.0, 3.1] * 5 + [50.0, math.nan, 50.0, 3.0]
-    _, findings = run(cfg, losses, counts_ME=collapsed)
-    kinds = [finding and finding.kind for finding in findings]
-    # Counts of the 11th and the 13th step count, those of the 12th do not: the last is the 13th in a row.
+    _, anomalies = run(cfg, losses, counts_ME=collapsed)
+    kinds = [anomaly and anomaly.kind for anomaly in anomalies]
+    # The counts of steps 11 and 13 are used, those of the non-finite step 12 are not: the last is the 13th.
     assert kinds == [None] * 10 + ["spike", "non_finite", "spike", "collapse"]
-    assert findings[-1] is not None and findings[-1].text.endswith("for 13 steps")
+    assert anomalies[-1] is not None and anomalies[-1].text.endswith("for 13 steps")
 
 
 def test_state_survives_json_and_is_never_changed_in_place() -> None:
@@ -242,11 +244,11 @@ def test_state_survives_json_and_is_never_changed_in_place() -> None:
     state, restored, kinds = GuardState.initial(), GuardState.initial(), set()
     for loss, counts_ME in zip(losses, counts, strict=True):
         before = json.dumps(asdict(state))
-        after, finding = examine(state, cfg, loss=loss, grad_norm=1.0, counts_ME=counts_ME)
+        after, anomaly = examine(state, cfg, loss=loss, grad_norm=1.0, counts_ME=counts_ME)
         assert json.dumps(asdict(state)) == before
         restored, again = examine(restored, cfg, loss=loss, grad_norm=1.0, counts_ME=counts_ME)
         restored = GuardState(**json.loads(json.dumps(asdict(restored), allow_nan=False)))
-        assert (restored, again) == (after, finding)
+        assert (restored, again) == (after, anomaly)
         state = after
-        kinds.add(finding and finding.kind)
-    assert kinds == {None, "spike", "collapse"}, "this proves little without findings"
+        kinds.add(anomaly and anomaly.kind)
+    assert kinds == {None, "spike", "collapse"}, "without anomalies this test proves little"

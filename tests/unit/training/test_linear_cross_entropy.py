@@ -1,4 +1,4 @@
-"""The loss without logits against the loss of logits: the same sum and gradients, in less memory."""
+"""The chunked loss against the loss of whole logits: the same sum and gradients, in less memory."""
 
 from functools import partial
 
@@ -16,11 +16,11 @@ from turnout.training.linear_cross_entropy import linear_cross_entropy
 T, D, V = 37, 16, 53
 
 
-def leaves(dtype: torch.dtype, n_words: int = V) -> tuple[dict[str, Tensor], Tensor]:
+def leaves(dtype: torch.dtype, vocab_size: int = V) -> tuple[dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = {"hidden": torch.randn(T, D, generator=generator, dtype=torch.float64)}
-    made["weight"] = torch.randn(n_words, D, generator=generator, dtype=torch.float64)
-    targets = torch.randint(n_words, (T,), generator=generator)
+    made["weight"] = torch.randn(vocab_size, D, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocab_size, (T,), generator=generator)
     targets[::4] = IGNORE_INDEX
     return {name: tensor.to(dtype).requires_grad_() for name, tensor in made.items()}, targets
 
@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_those_of_logits(n_at_once: int, monkeypatch: pyt
 
 
 def check_loss(n_at_once: int, monkeypatch: pytest.MonkeyPatch, *, compiles: bool) -> None:
-    """Compare the loss in chunks of so many tokens, and its gradients, with that of whole logits."""
+    """Compare loss and gradients, in chunks of n_at_once tokens, with those of whole logits."""
     monkeypatch.setattr(module, "CHUNK_BYTES", n_at_once * V * 8)
     results = []
     for loss in (by_logits, partial(chunked, compiles=compiles)):
@@ -53,7 +53,7 @@ def check_loss(n_at_once: int, monkeypatch: pytest.MonkeyPatch, *, compiles: boo
     assert_same_grads(got_grads, want_grads, rtol=1e-13)
 
 
-def test_nothing_counted_is_nothing() -> None:
+def test_the_loss_of_ignored_targets_is_zero() -> None:
     tensors, targets = leaves(torch.float32)
     total = chunked(tensors, torch.full_like(targets, IGNORE_INDEX))
     total.backward()
@@ -71,8 +71,8 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_half_precision_is_summed_in_fp32() -> None:
-    """Measured against fp64 of the same rounded numbers: 1.2e-4, and 1.6e-2 of gradients, as by logits."""
-    half, targets = leaves(torch.bfloat16, n_words=5000)
+    """Measured against fp64 on the same rounded inputs: 1.2e-4, and 1.6e-2 for gradients, as with logits."""
+    half, targets = leaves(torch.bfloat16, vocab_size=5000)
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in half.items()}
     got, want = chunked(half, targets), by_logits(exact, targets)
     assert got.dtype == torch.float32
@@ -83,8 +83,8 @@ def test_half_precision_is_summed_in_fp32() -> None:
     assert_same_grads(*grads, rtol=2e-2)
 
 
-def test_gradients_of_the_head_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand equal tokens, a chunk each: a sum in bf16 would stay at 256 of them."""
+def test_gradients_of_the_head_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand equal tokens, one per chunk: a sum in bf16 would stop growing at 256 of them."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     few, targets = leaves(torch.bfloat16)
     half = {name: tensor.detach().clone() for name, tensor in few.items()}
@@ -98,7 +98,7 @@ def test_gradients_of_the_head_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPa
 
 
 def test_half_precision_is_scored_in_fp32_without_gradients_too() -> None:
-    half, targets = leaves(torch.bfloat16, n_words=5000)
+    half, targets = leaves(torch.bfloat16, vocab_size=5000)
     exact = {name: tensor.detach().double() for name, tensor in half.items()}
     with torch.no_grad():
         got = chunked(half, targets)
@@ -115,9 +115,9 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensors that it makes: a chunk's, and the gradient of the head."""
+    """The largest tensors created are those of one chunk, and the gradient of the head."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 5 * 4096)
-    tensors, targets = leaves(torch.float32, n_words=4096)
+    tensors, targets = leaves(torch.float32, vocab_size=4096)
     sizes = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What is minimised, written out: the terms, their coefficients, and the mean over expert layers."""
+"""The objective, written out: its terms, their coefficients, and the mean over expert layers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.layouts import build_objective, starting_state
 from tests.models import random_state
-from tests.runs import rank_share, run_config, uneven_batch
+from tests.runs import rank_batch, run_config, uneven_batch
 from turnout.data.loader import IGNORE_INDEX
 from turnout.moe.parallel.tensor_parallel import Unsplit
 from turnout.moe.reference import reference_forward
@@ -24,24 +24,24 @@ def test_balancing_terms_are_means_over_layers_times_their_coefficients() -> Non
     assert sums.total.item() == pytest.approx(sums.nll.item() + terms, rel=1e-12)
 
 
-def test_the_loss_is_the_sum_over_targets_that_count() -> None:
+def test_the_loss_is_the_sum_over_unmasked_targets() -> None:
     cfg = run_config()
     objective, batch = build_objective(cfg, dtype=torch.float64), uneven_batch(cfg, 0)
     state, decoder = starting_state(cfg), objective.decoder
     hidden, _ = decoder(batch.tokens, batch.doc_ids, batch.targets != IGNORE_INDEX, state)
     log_probs = decoder.logits(hidden.detach()).log_softmax(-1).detach()
     want = 0.0
-    for place in (batch.targets != IGNORE_INDEX).nonzero().tolist():
-        want -= float(log_probs[*place, batch.targets[*place]])
+    for index in (batch.targets != IGNORE_INDEX).nonzero().tolist():
+        want -= float(log_probs[*index, batch.targets[*index]])
     assert objective(batch, state).nll.item() == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
-def test_every_term_is_that_of_the_slow_twin(scope: str) -> None:
-    """Terms are of the targets that count, and routing follows the router state that is passed."""
+def test_every_term_is_that_of_the_reference(scope: str) -> None:
+    """Terms are sums over unmasked targets, and routing uses the given router state."""
     coef, z_coef = 0.3, 0.07
     cfg = run_config(model={"balance": {"scope": scope, "coef": coef, "z_coef": z_coef}})
-    objective, batch = build_objective(cfg, dtype=torch.float64), rank_share(uneven_batch(cfg, 0), 0, 2)
+    objective, batch = build_objective(cfg, dtype=torch.float64), rank_batch(uneven_batch(cfg, 0), 0, 2)
     state, is_counted = random_state(cfg.model, bias=0.2), batch.targets != IGNORE_INDEX
     parameters = dict(objective.decoder.named_parameters())
     want = reference_forward(parameters, cfg.model, batch.tokens, batch.doc_ids, is_counted, state)

@@ -1,4 +1,4 @@
-"""What a run carries from step to step goes into a checkpoint whole, and comes back whole."""
+"""The progress of a run is saved in a checkpoint completely, and restored completely."""
 
 from dataclasses import fields
 
@@ -13,7 +13,7 @@ ROUTER = RouterState(torch.ones(1, 2), torch.ones(1, 2))
 GUARD = GuardState(n_losses=3, weight_sum=2.5, weight_sq_sum=2.25, mean=4.5, sq_dev_sum=0.5)
 
 
-def test_every_field_comes_back() -> None:
+def test_every_field_is_restored() -> None:
     counts = {"step": 11, "tokens_seen": 5000, "n_skipped": 5, "n_skipped_in_a_row": 2, "n_interventions": 3}
     before = Progress(ROUTER, **counts, guard=GUARD, skipped=(SkippedWindow(4, 6, "a spike"),))
     changed = {field.name for field in fields(Progress)} - {"router_state"}
@@ -26,7 +26,7 @@ def test_every_field_comes_back() -> None:
     assert wrong == []
 
 
-def test_windows_known_to_the_run_or_the_checkpoint_are_left_out() -> None:
+def test_windows_of_the_run_and_of_the_checkpoint_are_left_out() -> None:
     mine, theirs = SkippedWindow(4, 6, "a spike"), SkippedWindow(9, 9, "not finite")
     state = Progress(ROUTER, skipped=(mine,)).to_state(optimizer={}, loss_scaler={})
     restored = Progress.restored(ROUTER, state, (theirs,))

@@ -1,4 +1,4 @@
-"""A step of several uneven micro-batches through the real engine against one batch by hand."""
+"""Several uneven micro-batches through the real engine, against one batch in plain torch."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import SMALL_SHAPE, save_alone, small_numbers
+from tests.checkpoints import SMALL_SHAPE, save_alone, small_values
 from turnout.launch.cli.main import main
 from turnout.training.checkpoint.directory import (
     CHECKPOINTS,
@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory holds the run, with steps 10 to 40; its path is relative."""
+    """A copy of the run, with steps 10 to 40, in the working directory; its path is relative."""
     shutil.copytree(saved, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     return Path("run")
@@ -69,10 +69,10 @@ def steps_in(run: Path) -> list[int]:
     return [step_of(path) for path in list_checkpoints(run)]
 
 
-def test_list_tells_every_state_newest_first(run: Path, turnout: Turnout) -> None:
+def test_list_shows_every_state_newest_first(run: Path, turnout: Turnout) -> None:
     set_aside(checkpoint_path(run, 10), Disk())
     (checkpoint_path(run, 20) / rank_file(0)).unlink()
-    flip(checkpoint_path(run, 30) / rank_file(0))  # which list does not read
+    flip(checkpoint_path(run, 30) / rank_file(0))  # list does not read it
     unfinished_path(run, 50, "ab12").mkdir()
     (unfinished_path(run, 50, "ab12") / rank_file(0)).write_bytes(bytes(3 << 20))
     code, lines, _ = turnout("list", run)
@@ -108,28 +108,28 @@ def test_verify_names_the_damaged_file(run: Path, turnout: Turnout) -> None:
     flip(damaged)
     code, lines, err = turnout("verify", checkpoint_path(run, 40))
     assert (code, lines) == (4, [])
-    assert re.fullmatch(rf"turnout: {damaged}: SHA-256 \S+ where .*; put a good copy there\n", err)
+    assert re.fullmatch(rf"turnout: {damaged}: SHA-256 \S+, but .*; put a good copy there\n", err)
     code, lines, err = turnout("verify", run)
-    assert (code, len(lines)) == (4, 3), "the others are verified all the same"
+    assert (code, len(lines)) == (4, 3), "the others are verified, too"
     assert err.startswith(f"turnout: 1 of 4 checkpoints are damaged: {damaged}: SHA-256 ")
     assert err.endswith(f"; the newest intact one is {checkpoint_path(run, 30)}\n")
     code, _, err = turnout("verify", checkpoint_path(run, 41))
     assert code == 4 and "step-00000041: no such checkpoint" in err
 
 
-def test_show_tells_what_is_in_it(run: Path, turnout: Turnout) -> None:
+def test_show_prints_the_contents(run: Path, turnout: Turnout) -> None:
     code, lines, _ = turnout("show", checkpoint_path(run, 20))
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in lines if "  " in line.strip())
     assert code == 0
     assert rows["step"] == "20" and rows["tokens seen"] == "1,920"
-    assert rows["saved layout"] == "world=1 tp=1 ep=1 zero=1 (it loads at any other)"
+    assert rows["saved layout"] == "world=1 tp=1 ep=1 zero=1 (it loads at any layout)"
     assert (rows["corpus"], rows["tokenizer"]) == ("c", "t")
     assert rows["config"] == str(checkpoint_path(run, 20) / "config.toml")
-    assert rows["parameters"] == "24 in 1 tensors" and rows["of each"] == "master, exp_avg"
+    assert rows["parameters"] == "24 in 1 tensors" and rows["per parameter"] == "master, exp_avg"
     assert (rows["optimizer"], rows["loss scale"]) == ("step=7", "cur_scale=65536")
-    assert rows["updates skipped"] == "2, the last 0 in a row"
+    assert rows["updates skipped"] == "2, 0 of them in a row until this step"
     assert rows["guard"].startswith("n_losses=0, ")
-    assert rows["data left out"] == r"data steps 5 to 7: a spike\x1b[2J"
+    assert rows["data skipped"] == r"data steps 5 to 7: a spike\x1b[2J"
     assert lines[-1] == "  w  6 x 4"
     _, lines, _ = turnout("show", run)
     assert lines[0].split() == ["checkpoint", str(checkpoint_path(run, 40))]
@@ -137,7 +137,7 @@ def test_show_tells_what_is_in_it(run: Path, turnout: Turnout) -> None:
 
 def test_show_computes_statistics_of_the_weights(run: Path, turnout: Turnout) -> None:
     _, lines, _ = turnout("show", checkpoint_path(run, 20), "--tensors")
-    weights = small_numbers(20, "master").double()
+    weights = small_values(20, "master").double()
     assert weights.numel() == SMALL_SHAPE[0] * SMALL_SHAPE[1]
     shown = [float(number) for number in lines[-1].split()[5::2]]
     want = [weights.mean(), weights.std(correction=0), weights.min(), weights.max()]
@@ -179,7 +179,7 @@ def test_prune_never_removes_the_newest_intact_one(
         damage(checkpoint_path(run, step))
     code, lines, _ = turnout("prune", run, "--keep-last", 2)
     assert code == 0 and steps_in(run) == [40, 30, 20]
-    assert f"{checkpoint_path(run, 20)}: kept, because it is the newest that is intact" in lines
+    assert f"{checkpoint_path(run, 20)}: kept, because it is the newest intact checkpoint" in lines
     damage(checkpoint_path(run, 20))
     code, _, err = turnout("prune", run, "--keep-last", 2)
     assert code == 4 and "nothing was removed" in err and steps_in(run) == [40, 30, 20]
@@ -196,14 +196,14 @@ def test_a_run_without_checkpoint(tmp_path: Path, turnout: Turnout) -> None:
 
 
 class RacingDisk(Disk):
-    """The run removes the step 20 at the moment at which the command would take its name."""
+    """The run removes step 20 just before the command renames it."""
 
     def boundary(self, name: str, path: Path) -> None:
         if name == "rename" and path.name.startswith("step-00000020."):
             shutil.rmtree(checkpoint_path(path.parents[1], 20))
 
 
-def test_prune_goes_on_where_the_run_was_first(run: Path) -> None:
+def test_prune_continues_if_the_run_removed_one_first(run: Path) -> None:
     removed = prune(list_old(run, keep_last=1, keep_every_steps=None), RacingDisk())
     assert [step_of(path) for path in removed] == [30, 10]
     assert steps_in(run) == [40]

@@ -1,4 +1,4 @@
-"""`turnout evaluate`: each document as scored by hand, however it is batched, of texts and of a corpus."""
+"""`turnout evaluate`: texts and corpora score as by hand, document by document, in any batches."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from turnout.data.windows import evaluation_documents, rolling_windows, text_doc
 from turnout.training.checkpoint.directory import list_checkpoints
 from turnout.training.errors import CheckpointError
 from turnout.training.evaluation.held_out import Evaluation, score_documents
-from turnout.training.evaluation.scoring import arrange, score_windows
+from turnout.training.evaluation.scoring import pack_windows, score_windows
 
 ROOT = Path(__file__).parents[4]
 
@@ -77,13 +77,13 @@ def test_a_corpus_is_evaluated_as_in_its_run(saved: SavedRun, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("router", [{}, {"capacity_factor": 1.0}], ids=["dropless", "capacity"])
-def test_windows_in_company_score_as_if_alone(router: dict[str, float], tmp_path: Path) -> None:
+def test_packed_windows_score_as_if_alone(router: dict[str, float], tmp_path: Path) -> None:
     cfg = tiny_config(vocab_size=300, seq_len=37, router=router)
     decoder, state = tiny_decoder(cfg, dtype=torch.float64, gain=3.0), random_state(cfg)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(300, (90,), generator=generator).tolist()
     windows = [w for n in (1, 3, 20, 36, 37, 38, 11, 12, 13, 5, 90) for w in _windows(ids[:n])]
-    sequences = arrange(windows, cfg)
+    sequences = pack_windows(windows, cfg)
     assert sorted(i for row in sequences for i in row) == list(range(len(windows)))
     assert all(sum(len(windows[i].inputs) for i in row) <= 37 for row in sequences)
     assert (len(sequences) < len(windows)) == (not router)
@@ -103,7 +103,7 @@ def test_documents_come_in_order_however_many_are_scored_at_once(corpus: Corpus)
     cfg = tiny_config(vocab_size=300, seq_len=5)
     decoder, state = tiny_decoder(cfg, dtype=torch.float64), random_state(cfg)
     found = {}
-    for microbatch_seqs in (1, 50):  # the first is of several rounds
+    for microbatch_seqs in (1, 50):  # the first takes several rounds
         scored = score_documents(
             decoder, state, evaluation_documents(corpus), bos_id=1, microbatch_seqs=microbatch_seqs
         )
@@ -137,7 +137,7 @@ def test_half_precision_is_close(saved: SavedRun, tmp_path: Path) -> None:
 
 
 BAD = [
-    (["run"], 2, "name texts, PATH or NAME=PATH, or a --corpus"),
+    (["run"], 2, "name texts as PATH or NAME=PATH, or a --corpus"),
     (["run", "a.jsonl", "--corpus", "corpus"], 2, "but not both"),
     (["run", "a.jsonl", "--split", "train"], 2, "--split train has no effect without --corpus"),
     (["run", "--corpus", "corpus", "--text-field", "t"], 2, "--text-field t has no effect"),
@@ -167,7 +167,7 @@ def test_bad_input_is_answered_in_one_line(
     assert message in (said := capsys.readouterr().err.splitlines()[-1]), said
 
 
-def test_a_broken_model_is_told(saved: SavedRun) -> None:
+def test_a_broken_model_is_reported(saved: SavedRun) -> None:
     documents = text_documents([Source("a", saved.place / "a.jsonl")], saved.corpus.load_tokenizer())
     broken = deepcopy(saved.decoder)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from tests.saved_models import save_model
 from tests.unit.data_fixtures import write_tokenizer
 from turnout.data.tokenizer import load_tokenizer
 from turnout.launch.cli.main import main
-from turnout.launch.commands.generate import _printing
+from turnout.launch.commands.generate import _printed
 from turnout.moe.load_balancing import RouterState
 from turnout.moe.model import Decoder
 from turnout.training.checkpoint.directory import checkpoint_path
@@ -67,7 +67,7 @@ def turnout(capsys: pytest.CaptureFixture[str]) -> Turnout:
 
 
 def greedy(saved: Path, *prompts: str, n_tokens: int = 12) -> list[str]:
-    """Return what whole passes of the model of step 10, as it was saved, would write."""
+    """Return the greedy text of whole passes of the model of step 10, as it was before it was saved."""
     sampled = SampleConfig(prompts=prompts, n_tokens=n_tokens, temperature=0)
     decoder, state = build()
     texts = continue_prompts(decoder, load_tokenizer(saved / "given.model"), state, sampled, seed=0)
@@ -130,12 +130,13 @@ def test_the_prompt_comes_from_stdin(
     assert (code, err) == (2, "turnout: stdin: byte 4 is not UTF-8; give text in UTF-8\n")
 
 
-def test_the_end_of_seq_len_is_told(run: Path, turnout: Turnout) -> None:
+def test_a_text_cut_at_seq_len_is_reported(run: Path, turnout: Turnout) -> None:
     code, _, err = turnout(run, "the train", "--temperature", 0, "--max-tokens", 500)
-    assert code == 0 and "1 of 1 texts ended early, at 40 tokens with their prompts: the seq_len" in err
+    assert code == 0
+    assert "1 of 1 texts were cut at 40 tokens, prompt included: the model was trained on this seq_len" in err
 
 
-def test_weights_on_disk_write_the_same(saved: Path, run: Path, turnout: Turnout) -> None:
+def test_weights_on_disk_give_the_same_text(saved: Path, run: Path, turnout: Turnout) -> None:
     path = checkpoint_path(run, 10)
     want = greedy(saved, "the train")[0] + "\n"
     code, out, err = turnout(path, "the train", *GREEDY, "--max-memory", "60KiB")
@@ -162,14 +163,12 @@ def test_weights_on_disk_write_the_same(saved: Path, run: Path, turnout: Turnout
         (["--temperature", 0, "--top-k", 5], "--top-k 5 has no effect with --temperature 0"),
         (["--temperature", 0, "--n-samples", 2], "--n-samples 2 has no effect with --temperature 0"),
         (["--stop", ""], "--stop '' would end every text before it begins"),
-        (["--max-memory", "much"], "--max-memory much is no size; write it as 20GiB or 500MiB"),
+        (["--max-memory", "much"], "--max-memory much is not a size; write it like 20GiB or 500MiB"),
         (["--prompt-file", "none.txt"], "--prompt-file none.txt: No such file or directory"),
         (["switch " * 100], "prompt 2 has"),
     ],
 )
-def test_what_a_user_gets_wrong_is_told_in_one_line(
-    arguments: list[object], words: str, run: Path, turnout: Turnout
-) -> None:
+def test_user_errors_are_one_line(arguments: list[object], words: str, run: Path, turnout: Turnout) -> None:
     code, out, err = turnout(run, "a", *arguments)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"turnout: {words}"), err
@@ -190,7 +189,7 @@ def test_a_path_without_a_model(tmp_path: Path, run: Path, turnout: Turnout) -> 
 
 
 class Terminal(io.StringIO):
-    """A terminal that keeps what each write brought it."""
+    """A terminal that records each write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +203,7 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
-def test_text_comes_while_it_is_written(saved: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_streamed_to_a_terminal(saved: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     for options in ((), ("--no-stream",)):
@@ -221,13 +220,13 @@ def test_text_comes_while_it_is_written(saved: Path, run: Path, monkeypatch: pyt
 def test_a_model_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    list(_printing([TextPiece(0, "\ta\x1b[2Jb\u202e\n", "max tokens")], 1, 1, is_streamed=True))
+    list(_printed([TextPiece(0, "\ta\x1b[2Jb\u202e\n", "max tokens")], 1, 1, is_streamed=True))
     assert terminal.getvalue() == "\ta\\x1b[2Jb\\u202e\n\n"
 
 
-def test_texts_that_end_out_of_turn_are_printed_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_printed_in_order_whichever_ends_first(capsys: pytest.CaptureFixture[str]) -> None:
     pieces = [TextPiece(0, "a", None), TextPiece(1, "b", "end of text"), TextPiece(2, "c", "stop string")]
-    printing = _printing([*pieces, TextPiece(0, "A", "max tokens")], 3, 1, is_streamed=True)
+    printing = _printed([*pieces, TextPiece(0, "A", "max tokens")], 3, 1, is_streamed=True)
     assert [next(printing) for _ in pieces] == pieces and not capsys.readouterr().out
     list(printing)
     title = "--- prompt {} of 3 ---\n".format

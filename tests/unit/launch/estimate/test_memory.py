@@ -1,4 +1,4 @@
-"""The peak of a step, put together by hand from what is held and what is copied."""
+"""The peak of a step, added up by hand from what is held and what is copied."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from turnout.moe.flops import n_params
 from turnout.training.config.run import RunConfig
 from turnout.training.parallel.layout import Layout
 
-BUCKET = 2**27  # elements that are reduced at once
-SMALL, LARGE = 1_000, 10**9  # activations below and above all else
+BUCKET = 2**27  # elements reduced at once
+SMALL, LARGE = 1_000, 10**9  # activations smaller and larger than everything else
 
 
 def config(
@@ -22,13 +22,13 @@ def config(
 
 
 def n_of(cfg: RunConfig) -> int:
-    """Return how many parameters there are; their groups are so that two ranks need no padding."""
+    """Return the number of parameters; check that their groups need no padding on two ranks."""
     assert state_bytes(cfg, Layout(2)).weights % (2 * n_params(cfg.model)) == 0
     return n_params(cfg.model)
 
 
-# With one rank, in bytes of each parameter: what stays (weights and optimizer), the gradients that are kept
-# while activations are there, and what gradients take while they are reduced.
+# On one rank, in bytes per parameter. stays: weights and optimizer. kept: gradients held beside activations.
+# reducing: what gradients and their copies take while they are reduced.
 @pytest.mark.parametrize(
     ("zero_stage", "precision", "n_microbatches", "stays", "kept", "reducing"),
     [
@@ -47,13 +47,13 @@ def test_a_peak_is_what_stays_and_the_larger_of_passes_and_reduction(
     zero_stage: int, precision: str, n_microbatches: int, stays: int, kept: int, reducing: int
 ) -> None:
     cfg = config(zero_stage, precision, n_microbatches=n_microbatches)
-    n, n_counts = n_of(cfg), 8  # two groups of parameters, each with AdamW's count of steps
+    n, n_counts = n_of(cfg), 8  # AdamW's step counts, one for each of two groups of parameters
     assert peak_bytes(cfg, Layout(1), 0, SMALL) == (stays + reducing) * n + n_counts
     assert peak_bytes(cfg, Layout(1), 0, LARGE) == (stays + kept) * n + n_counts + LARGE
 
 
-def test_only_several_ranks_copy_the_bucket_to_cut_it() -> None:
-    """Shares of fp32: the bucket itself, and then its copy or what is kept, whichever is larger."""
+def test_the_bucket_is_copied_only_where_it_is_partitioned() -> None:
+    """In fp32: the bucket itself, and then its copy or the kept gradients, whichever is larger."""
     cfg = config(1, dp=8)
     n = n_of(cfg)
     alone, apart = (peak_bytes(cfg, Layout(world), 0, SMALL) for world in (1, 8))
@@ -74,15 +74,15 @@ def test_no_more_is_copied_at_once_than_a_bucket_holds() -> None:
     ("zero_stage", "precision", "bytes_per_element"),
     [(1, "fp32", 4), (2, "fp32", 4), (1, "bf16", 0), (2, "bf16", 2), (1, "fp16", 4), (2, "fp16", 2)],
 )
-def test_a_bucket_is_of_fp32_where_sums_are_kept_in_it(
+def test_the_bucket_is_fp32_where_it_holds_sums(
     zero_stage: int, precision: str, bytes_per_element: int
 ) -> None:
     assert bucket_bytes(config(zero_stage, precision)) == bytes_per_element * BUCKET
 
 
-def test_the_rank_that_holds_most_counts() -> None:
-    """The embedding is more than half of the weights, and tied: both ranks keep its gradient, the second rank
-    those of all other matrices too. Of the five norms of 16, each rank keeps three.
+def test_the_rank_that_holds_most_is_reported() -> None:
+    """The tied embedding is more than half of the weights: both ranks keep its gradient, and the second rank
+    those of all other matrices too. Each rank keeps three of the five norms of 16.
     """
     cfg, layout = config(2, dp=2, vocab_size=4_000, tie_embeddings=True), Layout(2)
     n = n_of(cfg)

@@ -1,4 +1,4 @@
-"""Hostfiles: what is read from them and what is refused. tests/slurm trains by one, over ssh."""
+"""Hostfiles: what is read from them and what is refused. tests/slurm trains with one, over ssh."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_hosts_are_read_in_order_without_comments(hostfile: Path) -> None:
         ("n1 slots=2\nn2 slots=4\n", r"slots differ \(n1 2, n2 4\)"),
     ],
 )
-def test_a_bad_hostfile_is_refused_by_line(text: str, words: str, hostfile: Path) -> None:
+def test_a_bad_hostfile_is_refused_with_its_line(text: str, words: str, hostfile: Path) -> None:
     hostfile.write_text(text)
     with pytest.raises(ConfigError, match=words):
         read_hosts(hostfile)
@@ -42,7 +42,7 @@ def test_a_missing_hostfile_is_refused(hostfile: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "$(reboot)", "a;b", "it's"])
-def test_a_path_that_a_shell_would_read_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_path_that_a_shell_would_interpret_is_refused(name: str, tmp_path: Path) -> None:
     hosts = Hosts(tmp_path / "hosts", ("n1", "n2"), 2)
     with pytest.raises(ConfigError, match="passes through the shells of other machines"):
         runner_command(tmp_path / name, tmp_path / name / "logs", hosts)

@@ -1,4 +1,4 @@
-"""The batch script: golden texts, what bash makes of it, and that no name or value breaks out of it."""
+"""The batch script: golden texts, and no option breaks out of it. tests/processes has bash read it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +39,12 @@ NASTY = [
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_script_is_the_golden_one(name: str) -> None:
-    """After a change that is meant, `python -m tests.unit.launch.slurm.test_batch_script` writes them anew."""
+    """After an intended change, `python -m tests.unit.launch.slurm.test_batch_script` writes them again."""
     assert job_script(REQUESTS[name]) == (GOLDEN / f"{name}.sh").read_text()
 
 
-@pytest.mark.parametrize("nasty", [n for n in NASTY if n != "-rf"])  # behind its = it is a plain value
-def test_an_option_of_slurm_holds_no_character_that_needs_quotes(nasty: str) -> None:
+@pytest.mark.parametrize("nasty", [n for n in NASTY if n != "-rf"])  # after the = it is a plain value
+def test_a_slurm_option_with_a_character_that_needs_quotes_is_refused(nasty: str) -> None:
     with pytest.raises(ConfigError, match="a character that a batch script cannot hold"):
         parse_options("--sbatch", [f"partition={nasty}"])
     with pytest.raises(ConfigError, match="is not a long option's name"):
@@ -52,7 +52,7 @@ def test_an_option_of_slurm_holds_no_character_that_needs_quotes(nasty: str) -> 
 
 
 @pytest.mark.parametrize("name", ["nodes", "time", "signal", "output", "no-requeue", "array", "wrap"])
-def test_what_turnout_sets_is_not_set_by_hand(name: str) -> None:
+def test_options_that_turnout_sets_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"turnout sets {name} itself"):
         job_script(replace(PLAIN, options={name: "1"}))
 

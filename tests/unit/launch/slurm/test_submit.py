@@ -1,4 +1,4 @@
-"""What `turnout submit` and `turnout status` refuse by themselves: one line, a code, nothing written."""
+"""What `turnout submit` and `turnout status` refuse without SLURM: one line, a code, nothing written."""
 
 import shutil
 from pathlib import Path
@@ -44,7 +44,7 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (NODES, "name either --gpus-per-node N, one rank for each, or --ranks-per-node N"),
+        (NODES, "name either --gpus-per-node N, for one rank per GPU, or --ranks-per-node N"),
         ([*NODES, *CPUS, "--gpus-per-node", "1"], "name either --gpus-per-node N"),
         ([*NODES, "--ranks-per-node", "0"], "--ranks-per-node 0 must be at least 1"),
         ([*NODES, *CPUS, "--chain", "0"], "--chain 0 must be at least 1"),
@@ -89,7 +89,7 @@ def test_submit_refuses_a_run_dir(
     assert not (place / name).is_dir()
 
 
-def test_status_of_what_is_no_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_refuses_a_directory_without_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("status", "absent", capsys=capsys)[0] == 2
     code, said = refused("status", "corpus", capsys=capsys)
-    assert code == 2 and "holds something, but no run" in said
+    assert code == 2 and "is not empty, but holds no run" in said

@@ -24,8 +24,8 @@ from turnout.moe.experts.sorted_loop import sorted_loop_experts
 from turnout.moe.parallel.expert_parallel import LocalDispatcher
 
 # These have tests/megablocks, which `make test-megablocks` runs.
-ON_GPUS_ONLY = {name for name, needs in REQUIREMENTS.items() if needs.gpu}
-# These need a compiler, which is a process: tests/processes/test_compile.py.
+ON_GPUS_ONLY = {name for name, needs in REQUIREMENTS.items() if needs.is_gpu_only}
+# These start a compiler process: tests/processes/test_compile.py.
 COMPILED = {"compiled_loop"}
 R = TypeVar("R")
 L, D, F = 5, 16, 24
@@ -35,7 +35,7 @@ COUNTS = {
     "first and last empty": [0, 12, 12, 13, 0],
     "no rows at all": [0, 0, 0, 0, 0],
 }
-# Measured: 2e-8 in fp32, and 1.1e-2 in bf16 where activations are rounded once and not after each operation.
+# Measured: 2e-8 in fp32, and 1.1e-2 in bf16, where activations are rounded once, not after each operation.
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -63,7 +63,7 @@ def apply(backend: ApplyExperts, counts: list[int], tensors: dict[str, torch.Ten
 def run(
     backend: ApplyExperts, counts: list[int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Return the results, and the gradients of a sum in which each number has a weight of its own."""
+    """Return the results, and the gradients of a sum in which each element has its own weight."""
     tensors = leaves(counts, dtype)
     out = apply(backend, counts, tensors)
     mix = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(dtype)
@@ -94,7 +94,7 @@ def check_backend(name: str, counts: list[int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-def test_the_loop_is_the_same_where_no_gradient_can_follow(counts: list[int]) -> None:
+def test_the_loop_is_the_same_without_gradients(counts: list[int]) -> None:
     tensors = leaves(counts, torch.float32)
     for backend in (reference_experts, sorted_loop_experts):
         with torch.no_grad():
@@ -117,7 +117,7 @@ def check_gradients(backend: ApplyExperts) -> None:
     assert torch.autograd.gradcheck(run, tuple(tensors.values()))
 
 
-def test_turns_are_of_many_experts_or_of_a_part_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_hold_many_experts_or_a_part_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [7, 0, 13, 1, 16]
     results = []
     for n_rows in (4096, 5, 10):
@@ -130,7 +130,7 @@ def test_turns_are_of_many_experts_or_of_a_part_of_one(monkeypatch: pytest.Monke
 
 
 def sizes_of_products(call: Callable[[], R]) -> tuple[R, set[int]]:
-    """Return what a function returns, and all sizes that matrices have which it multiplies."""
+    """Return what a function returns, and all sizes of the matrices that it multiplies."""
     with torch.profiler.profile(record_shapes=True) as seen:
         result = call()
     products = [event for event in seen.events() if event.name in ("aten::mm", "aten::addmm_")]
@@ -153,7 +153,7 @@ def test_products_in_half_precision_have_few_sizes(
 
 
 def test_rows_that_overflow_in_fp16_leave_other_experts_gradients_alone() -> None:
-    """The rows of expert 0 are rounded up into those of expert 2, of which each product is infinite."""
+    """The rows of expert 0 are rounded up into those of expert 2, whose products are all infinite."""
     counts, results = [7, 0, 13, 1, 16], []
     for loudness in (1.0, 2e4):
         tensors = leaves(counts, torch.float16)
@@ -167,7 +167,7 @@ def test_rows_that_overflow_in_fp16_leave_other_experts_gradients_alone() -> Non
 
 
 def test_nothing_is_left_uninitialised() -> None:
-    """Where torch is to be deterministic, what it allocates is NaN until it is written."""
+    """If torch is set to be deterministic, it fills new memory with NaN."""
     counts = [7, 0, 13, 1, 0]
     want, want_grads = run(sorted_loop_experts, counts, torch.bfloat16)
     torch.use_deterministic_algorithms(True)
@@ -181,8 +181,8 @@ def test_nothing_is_left_uninitialised() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operators_keep_what_torch_asks_of_them(dtype: torch.dtype) -> None:
-    """Shapes without data, no aliases, and the autograd registration: torch's own checks."""
+def test_operators_pass_the_checks_of_torch(dtype: torch.dtype) -> None:
+    """Shapes of fake tensors, no aliases, and the autograd registration."""
     rows, weights, *matrices = (
         t.detach().requires_grad_() for t in leaves([7, 0, 13, 1, 16], dtype).values()
     )
@@ -240,10 +240,10 @@ def test_unknown_backend_and_misaligned_widths_are_refused_with_the_way_out() ->
         Experts(tiny_config(d_expert=9), 6, "torch_grouped")
 
 
-def test_kernels_of_a_gpu_are_refused_on_a_cpu() -> None:
+def test_gpu_kernels_are_refused_on_a_cpu() -> None:
     order = torch.arange(4)
     for move in (EXPERT_BACKENDS["megablocks"].copy_rows, EXPERT_BACKENDS["megablocks"].sum_rows):
-        with pytest.raises(ValueError, match="Triton kernels, which need a GPU, and these rows are on cpu"):
+        with pytest.raises(ValueError, match="Triton kernels, which need a GPU, but these rows are on cpu"):
             move(torch.randn(4, D), order, order, 1)
 
 
@@ -253,7 +253,7 @@ def test_local_dispatch_is_the_identity() -> None:
     dispatcher = LocalDispatcher()
     route = dispatcher.plan(counts, 11, is_dropless=True)
     (chunk,) = route.chunks
-    back = dispatcher.combine(dispatcher.dispatch(rows, chunk).wait(), chunk).wait()
+    back = dispatcher.combine(dispatcher.dispatch(rows, chunk)(), chunk)()
     assert torch.equal(back, rows) and torch.equal(chunk.counts_L, counts)
     back.backward(gradient := torch.randn(11, D))
     assert torch.equal(rows.grad, gradient)

@@ -1,6 +1,6 @@
-"""Rows in trips, recorded collectives and recomputed routes on the one rank of this process.
+"""Rows in chunks, recorded collectives and recomputed routes on the one rank of this process.
 
-tests/distributed does the same with more ranks, between which rows really travel.
+tests/distributed does the same with several ranks, which really send each other rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,14 +48,14 @@ def passes(decoder: Decoder) -> tuple[Tensor, dict[str, Tensor | None], RouterSt
     return loss, {name: p.grad for name, p in decoder.named_parameters()}, stats
 
 
-# Of 54 rows: trips that the limit asks for, and those beyond the ones that are made anyway.
+# Of 54 rows. n_extra: chunks that the limit makes necessary, beyond min_chunks.
 @pytest.mark.parametrize("cfg", [CFG, CAPPED], ids=["dropless", "rows dropped"])
 @pytest.mark.parametrize(
-    ("max_load", "min_trips", "n_extra"),
+    ("max_load", "min_chunks", "n_extra"),
     [(None, 1, 0), (None, 3, 0), (1.0, 1, 0), (1.0, 2, 0), (0.5, 1, 1), (0.3, 2, 2), (0.34, 3, 0)],
 )
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_trips_change_nothing_and_those_for_the_limit_alone_are_counted(
+def test_chunks_change_nothing_and_those_for_the_limit_alone_are_counted(
     recompute: Recompute,
     max_load: float | None,
     min_chunks: int,
@@ -93,7 +93,7 @@ def test_a_route_is_planned_once_a_layer_and_not_again_in_a_recomputation(recomp
 
 @dataclass
 class Log:
-    """Keeps note of which layer's collectives there are, in both directions."""
+    """Records each layer's collectives, forward and backward."""
 
     found: set[tuple[str, str, int | None]] = field(default_factory=set)
 
@@ -112,9 +112,9 @@ class Log:
 
 
 def test_collectives_are_recorded_with_their_layer(one_rank: None) -> None:
-    """The first layer is dense. What belongs to no layer is the embedding and the end."""
+    """The first layer is dense. Embedding, final norm and head belong to no layer."""
     groups, log = groups_of(Layout(1), 0), Log()
     passes(built(AllToAllDispatcher(groups.ep, log), tp=SplitOverGroup(groups.tp, record=log)))
     experts = {(operation, "ep", layer) for operation in EXPERT_OPERATIONS for layer in (1, 2)}
-    assert {note for note in log.found if note[1] == "ep"} == experts
+    assert {entry for entry in log.found if entry[1] == "ep"} == experts
     assert {layer for operation, _, layer in log.found if operation == "all-reduce"} == {0, 1, 2, None}

@@ -1,7 +1,7 @@
-"""A stranger's checkpoint runs no code, reads no file but its own, and is refused in bounded memory.
+"""A stranger's checkpoint runs no code, reads no files outside it, and is refused in bounded memory.
 
-Every attack comes with the checksums that go with it: they say who was careful, not who was honest. What a
-manifest may claim is in test_checkpoint_lies.py.
+Every attack has right checksums, because an attacker can compute those, too. False claims in a manifest are
+tested in test_checkpoint_lies.py.
 """
 
 import json
@@ -27,13 +27,13 @@ NUMEL = prod(SMALL_SHAPE)
 HUGE = 1 << 62
 
 
-def test_the_limit_of_memory_is_at_work() -> None:
+def test_the_memory_limit_is_in_force() -> None:
     with limits(), pytest.raises(RuntimeError, match="allocate memory"):
         torch.empty(2 * ALLOWED_BYTES, dtype=torch.uint8)
 
 
 class Trap:
-    """Makes a file when it is unpickled."""
+    """Makes a directory when it is unpickled."""
 
     def __init__(self, sprung: Path) -> None:
         self.sprung = sprung
@@ -66,7 +66,7 @@ def make_pipe(path: Path) -> None:
 
 
 def link_outside(path: Path) -> None:
-    """Let the link's target be just what the manifest promises."""
+    """Link to a file that is exactly what the manifest says."""
     outside = path.parent.parent / "outside"
     shutil.copyfile(path.with_name("kept"), outside)
     path.symlink_to(outside)
@@ -92,11 +92,12 @@ def make_socket(path: Path) -> None:
 @pytest.mark.parametrize(
     "put", [make_pipe, Path.mkdir, link_outside, link_to_a_device, link_to_nothing, make_socket]
 )
-def test_what_is_no_plain_file_is_not_read(put: Callable[[Path], None], name: str, path: Path) -> None:
+def test_only_plain_files_are_read(put: Callable[[Path], None], name: str, path: Path) -> None:
     (path / name).rename(path / "kept")
     put(path / name)
-    said = refusal(path)
-    assert said.startswith(f"{path / name}: is ") and said.endswith((": is not a plain file", ": is missing"))
+    message = refusal(path)
+    assert message.startswith(f"{path / name}: is ")
+    assert message.endswith((": is not a plain file", ": is missing"))
 
 
 CLIMBING = [
@@ -113,7 +114,7 @@ CLIMBING = [
 
 
 @pytest.mark.parametrize("name", CLIMBING, ids=ascii)
-def test_a_file_name_that_is_none_of_a_checkpoint_is_refused(name: str, path: Path) -> None:
+def test_a_file_name_that_no_checkpoint_has_is_refused(name: str, path: Path) -> None:
     tree = json.loads((path / MANIFEST).read_bytes())
     tree["files"][name] = tree["files"][RANK_FILE]
     put_manifest(path, json.dumps(tree))
@@ -126,7 +127,7 @@ def header(tensors: Any, n_bytes: int, *, length: int | None = None) -> bytes:
 
 
 def two(begin: int, end: int, **changes: Any) -> bytes:
-    """Return a file with both kinds of w, of which the second lies at [begin, end)."""
+    """Return a file with both kinds of w. The second is at [begin, end)."""
     first = {"dtype": "F32", "shape": [NUMEL], "data_offsets": [0, 4 * NUMEL]}
     second = {"dtype": "F32", "shape": [NUMEL], "data_offsets": [begin, end], **changes}
     return header({"master/w": first, "exp_avg/w": second}, 8 * NUMEL)
@@ -139,37 +140,37 @@ def one_of(dtype: str, shape: list[int], end: int) -> bytes:
 
 RANK_FILES: dict[str, bytes] = {
     "nothing": b"",
-    "a piece of a header": b"\x01\x00\x00",
+    "part of a header": b"\x01\x00\x00",
     "a header of terabytes": header({}, 64, length=1 << 43),
-    "a header of all that there is": header({}, 64, length=(1 << 64) - 1),
+    "a header of 2**64 bytes": header({}, 64, length=(1 << 64) - 1),
     "a header longer than the file": header({}, 64, length=1000),
-    "a header that is no JSON": struct.pack("<Q", 8) + b"{{{{{{{{" + bytes(64),
-    "a header that is no object": header([1, 2], 64),
+    "a header that is not JSON": struct.pack("<Q", 8) + b"{{{{{{{{" + bytes(64),
+    "a header that is not an object": header([1, 2], 64),
     "a header nested deep": struct.pack("<Q", 200_000) + b"[" * 200_000,
     "terabytes of a tensor": two(4 * NUMEL, 1 << 43, shape=[1 << 41]),
     "a shape whose product overflows": two(4 * NUMEL, 8 * NUMEL, shape=[HUGE, 8]),
-    "a shape of nothing times much": two(4 * NUMEL, 4 * NUMEL, shape=[HUGE, 0]),
+    "a shape of a huge size and zero": two(4 * NUMEL, 4 * NUMEL, shape=[HUGE, 0]),
     "a negative size": two(4 * NUMEL, 8 * NUMEL, shape=[-NUMEL]),
     "another shape": two(4 * NUMEL, 8 * NUMEL, shape=[1, NUMEL]),
     "a scalar": two(4 * NUMEL, 4 * NUMEL + 4, shape=[]),
     "offsets that overlap": two(0, 4 * NUMEL),
     "offsets with a gap": two(4 * NUMEL + 4, 8 * NUMEL),
     "offsets beyond the end": two(4 * NUMEL, 8 * NUMEL + 4, shape=[NUMEL + 1]),
-    "offsets that go back": two(8 * NUMEL, 4 * NUMEL),
+    "offsets in reverse order": two(8 * NUMEL, 4 * NUMEL),
     "a negative offset": two(-4, 4 * NUMEL),
     "the dtype int32": two(4 * NUMEL, 8 * NUMEL, dtype="I32"),
     "the dtype float64": two(4 * NUMEL, 8 * NUMEL, dtype="F64", shape=[NUMEL // 2]),
-    "a dtype that is none": two(4 * NUMEL, 8 * NUMEL, dtype="O\x1b[2J"),
+    "an unknown dtype": two(4 * NUMEL, 8 * NUMEL, dtype="O\x1b[2J"),
     "a dtype of four bits": two(4 * NUMEL, 8 * NUMEL, dtype="F4", shape=[8 * NUMEL]),
-    "both kinds in the same place": one_of("F32", [NUMEL], 4 * NUMEL),
+    "both kinds at the same offsets": one_of("F32", [NUMEL], 4 * NUMEL),
     "one kind only": header(
         {"master/w": {"dtype": "F32", "shape": [NUMEL], "data_offsets": [0, 4 * NUMEL]}}, 4 * NUMEL
     ),
-    "names that steer a terminal": header({"\x1b[2J": 1}, 64),
+    "a name with terminal escapes": header({"\x1b[2J": 1}, 64),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("content", RANK_FILES.values(), ids=RANK_FILES.keys())
-def test_a_rank_file_that_lies_is_refused(content: bytes, path: Path) -> None:
+def test_a_rank_file_with_false_claims_is_refused(content: bytes, path: Path) -> None:
     put_file(path, RANK_FILE, content)
     assert str(path / RANK_FILE) in refusal(path)

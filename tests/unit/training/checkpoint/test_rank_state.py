@@ -1,4 +1,4 @@
-"""A checkpoint put back into a real engine of one rank: every number in its place, or a refusal by name."""
+"""A checkpoint restored into a real one-rank engine: all elements match, or the error names what differs."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def engine_of(cfg: RunConfig) -> Engine:
 
 @pytest.fixture(scope="module")
 def saved(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in which no two numbers are equal."""
+    """A checkpoint in which no two elements of a kind are equal."""
     run_dir, groups = tmp_path_factory.mktemp("saved"), groups_of(Layout(1), 0)
     engine = engine_of(CFG)
     fill(engine, groups, unique_state(CFG))
@@ -49,17 +49,17 @@ def saved(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint_path(run_dir, 3)
 
 
-def put_back(saved: Path, engine: Engine, cfg: RunConfig, **lies: Any) -> None:
-    """Restore a checkpoint, with lies in its manifest, and check the router state that comes of it."""
+def restore_into(saved: Path, engine: Engine, cfg: RunConfig, **lies: Any) -> None:
+    """Restore a checkpoint, with lies in its manifest, and check the router state."""
     manifest = read_checkpoint(saved).model_copy(update=lies)
     want = unique_router_state(cfg)
     got = restore(TensorReader(saved, manifest), engine, want, groups_of(Layout(1), 0))
     assert torch.equal(got.bias_ME, want.bias_ME) and torch.equal(got.load_frac_ME, want.load_frac_ME)
 
 
-def test_every_number_comes_back_to_its_place(saved: Path) -> None:
+def test_every_element_is_restored(saved: Path) -> None:
     engine = engine_of(CFG)
-    put_back(saved, engine, CFG)
+    restore_into(saved, engine, CFG)
     assert differing(engine, groups_of(Layout(1), 0), unique_state(CFG)) == []
     assert engine.optimizer_scalars() == {"step": APPLIED_STEPS}
     masters = unique_state(CFG)
@@ -68,10 +68,10 @@ def test_every_number_comes_back_to_its_place(saved: Path) -> None:
     engine.close()
 
 
-def test_the_loss_scale_of_fp16_comes_back(saved: Path) -> None:
+def test_the_loss_scale_of_fp16_is_restored(saved: Path) -> None:
     engine = engine_of(FP16)
     assert engine.loss_scaler_state().keys() == SCALER.keys() and engine.loss_scaler_state() != SCALER
-    put_back(saved, engine, FP16)
+    restore_into(saved, engine, FP16)
     assert engine.loss_scaler_state() == SCALER
     engine.close()
 
@@ -79,16 +79,16 @@ def test_the_loss_scale_of_fp16_comes_back(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("lies", "words"),
     [
-        pytest.param({"kinds": ("master", "exp_avg")}, "holds ['exp_avg', 'step'] where", id="half of it"),
-        pytest.param({"kinds": ("master",)}, "holds ['step'] where", id="only its step"),
+        pytest.param({"kinds": ("master", "exp_avg")}, "holds ['exp_avg', 'step'], but", id="half of it"),
+        pytest.param({"kinds": ("master",)}, "holds ['step'], but", id="only its step"),
         pytest.param(
             {"kinds": ("master", "exp_avg", "momentum")},
-            "holds ['exp_avg', 'momentum', 'step'] where",
-            id="another's",
+            "holds ['exp_avg', 'momentum', 'step'], but",
+            id="another optimizer's",
         ),
         pytest.param(
             {"state": state_at(3, optimizer={})},
-            "holds ['exp_avg', 'exp_avg_sq'] where",
+            "holds ['exp_avg', 'exp_avg_sq'], but",
             id="without its step",
         ),
     ],
@@ -96,7 +96,7 @@ def test_the_loss_scale_of_fp16_comes_back(saved: Path) -> None:
 def test_a_state_that_is_not_adamws_is_refused(lies: dict[str, Any], words: str, saved: Path) -> None:
     engine = engine_of(CFG)
     with pytest.raises(CheckpointError) as caught:
-        put_back(saved, engine, CFG, **lies)
+        restore_into(saved, engine, CFG, **lies)
     assert words in str(caught.value)
     engine.close()
 
@@ -106,14 +106,14 @@ def test_a_state_that_is_not_adamws_is_refused(lies: dict[str, Any], words: str,
     [
         pytest.param(
             {"d_expert": 16},
-            "experts.down is (6, 16, 8) where this model's is (6, 16, 16)",
+            "experts.down is (6, 16, 8), but this model's is (6, 16, 16)",
             id="another size",
         ),
         pytest.param(
-            {"n_layers": 1}, "blocks.1.attn.k.weight is (8, 16) where this model's is absent", id="more"
+            {"n_layers": 1}, "blocks.1.attn.k.weight is (8, 16), but this model's is absent", id="more layers"
         ),
         pytest.param(
-            {"qk_norm": True}, "attn.k_norm.weight is absent where this model's is (8,)", id="fewer"
+            {"qk_norm": True}, "attn.k_norm.weight is absent, but this model's is (8,)", id="a missing norm"
         ),
     ],
 )
@@ -123,6 +123,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_parameter(
     cfg = run_config(model=model)
     engine = engine_of(cfg)
     with pytest.raises(CheckpointError) as caught:
-        put_back(saved, engine, cfg)
+        restore_into(saved, engine, cfg)
     assert words in str(caught.value)
     engine.close()

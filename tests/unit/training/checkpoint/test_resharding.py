@@ -1,4 +1,4 @@
-"""Pieces of a tensor against index arithmetic that a reader can check by eye."""
+"""Shards of a tensor, compared with index arithmetic that a reader can check by eye."""
 
 import random
 from itertools import pairwise
@@ -26,14 +26,14 @@ def cut(shape: tuple[int, ...], split: Split | None, n_parts: int, n_ranks: int,
 
 
 def take(whole: Tensor, matrix: Matrix, shard: Shard) -> Tensor:
-    """Return a piece of a tensor: cut out the columns, flatten, cut out the range."""
+    """Return a shard of a tensor: select the columns, flatten, select the range."""
     columns = whole.view(matrix.n_rows, matrix.row_width)[:, shard.first_col : shard.first_col + shard.width]
     return columns.flatten()[shard.start : shard.stop]
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
 @pytest.mark.parametrize("shape", [(6, 12), (12, 6, 4), (12, 1)], ids=str)
-def test_any_pieces_fill_any_others_each_element_once(shape: tuple[int, ...], split: Split | None) -> None:
+def test_any_shards_fill_any_others_each_element_once(shape: tuple[int, ...], split: Split | None) -> None:
     if shape == (12, 1) and split is not None and split.dim == 1:
         shape = (1, 12)
     whole, matrix = torch.rand(shape), Matrix.of(shape, split)
@@ -48,17 +48,17 @@ def test_any_pieces_fill_any_others_each_element_once(shape: tuple[int, ...], sp
                     overlap.copy(take(whole, matrix, source)[begin:end], out)
                     n_written += overlap.numel
             assert torch.equal(out, take(whole, matrix, target)), (target, n_from, n_to)
-            assert n_written == target.numel, "no element comes twice"
+            assert n_written == target.numel, "no element is copied twice"
 
 
-def test_a_matrix_has_the_split_dimension_first_among_its_columns() -> None:
+def test_the_columns_of_a_matrix_begin_at_the_split_dimension() -> None:
     assert Matrix.of((3, 4, 5), None) == Matrix(1, 60)
     assert Matrix.of((3, 4, 5), Split("ep", 0)) == Matrix(1, 60)
     assert Matrix.of((3, 4, 5), Split("tp", 1)) == Matrix(3, 20)
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
-def test_a_tiling_is_told_from_gaps_overlaps_and_excess(split: Split | None) -> None:
+def test_gaps_overlaps_and_excess_are_found_in_a_tiling(split: Split | None) -> None:
     shape = (6, 12)
     matrix, shards = Matrix.of(shape, split), cut(shape, split, 1 if split is None else 3, 3, seed=1)
     assert tiling_fault(matrix, shards) is None and tiling_fault(matrix, shards[::-1]) is None

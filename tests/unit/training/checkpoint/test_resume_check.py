@@ -1,4 +1,4 @@
-"""What may differ when a run goes on, and what is refused by name."""
+"""Which changes are free when a run is resumed, and which are refused by name."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ FREE = {
     *("guard.on_collapse", "guard.max_load_frac", "guard.max_dead_frac", "guard.collapse_patience_steps"),
     *("guard.skip_window_steps", "guard.max_interventions"),
 }
-MEANING = {
+FIXED = {
     *("model.n_layers", "model.d_model", "model.n_heads", "model.n_kv_heads", "model.d_head"),
     "model.d_expert",
     *("model.n_experts", "model.top_k", "model.n_shared_experts", "model.n_dense_layers", "model.d_ff"),
@@ -89,29 +89,29 @@ def another(value: Any, annotation: Any) -> Any:
     return 1 if value is None else value + 1
 
 
-def test_every_setting_is_either_free_or_has_meaning() -> None:
-    assert not FREE & MEANING
-    assert set(setting_paths()) == FREE | MEANING
+def test_every_setting_is_either_free_to_change_or_not() -> None:
+    assert not FREE & FIXED
+    assert set(setting_paths()) == FREE | FIXED
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("path", sorted(FREE))
-def test_what_is_free_passes_in_silence(path: str) -> None:
+def test_a_free_change_is_silent(path: str) -> None:
     assert check_same_run(SAVED, changed(SAVED, path), ()) == []
 
 
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # a change may be no valid config
-@pytest.mark.parametrize("path", sorted(MEANING))
-def test_what_has_meaning_is_refused_by_name_unless_allowed(path: str) -> None:
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the changed config may be invalid
+@pytest.mark.parametrize("path", sorted(FIXED))
+def test_another_change_is_refused_by_name_unless_allowed(path: str) -> None:
     wanted = changed(SAVED, path)
-    others = MEANING - {path}
+    others = FIXED - {path}
     with pytest.raises(ConfigError) as caught:
         check_same_run(SAVED, wanted, others)
-    said = str(caught.value)
-    assert said.endswith(f"; go back to them, or allow the change: --allow-change {path}"), said
-    assert [other for other in others if f" {other} " in said] == []
+    message = str(caught.value)
+    assert message.endswith(f"; change them back, or allow the change: --allow-change {path}"), message
+    assert [other for other in others if f" {other} " in message] == []
     (change,) = check_same_run(SAVED, wanted, [path])
-    assert change.startswith(f"{path} ") and " -> " in change and change in said
+    assert change.startswith(f"{path} ") and " -> " in change and change in message
 
 
 def test_only_what_was_allowed_goes_through() -> None:
@@ -126,15 +126,15 @@ def test_only_what_was_allowed_goes_through() -> None:
 
 
 def test_allowing_what_did_not_change_is_silent() -> None:
-    """The second start of a job with --allow-change finds the change in the checkpoint of the first."""
+    """The second attempt of a job with --allow-change finds the change in the first one's checkpoint."""
     assert check_same_run(SAVED, SAVED, ["optim.lr"]) == []
     assert check_same_data(TEXT, TEXT, ["data.corpus"]) == []
 
 
-def test_more_steps_say_what_becomes_of_the_learning_rate() -> None:
+def test_a_change_of_the_number_of_steps_states_its_effect_on_the_learning_rate() -> None:
     (change,) = check_same_run(SAVED, changed(SAVED, "train.n_steps"), ["train.n_steps"])
     assert change == (
-        "train.n_steps 20 -> 21 (the learning rate goes on by the schedule of the new number of steps)"
+        "train.n_steps 20 -> 21 (the learning rate continues on the schedule for the new number of steps)"
     )
 
 
@@ -148,7 +148,7 @@ def test_more_steps_say_what_becomes_of_the_learning_rate() -> None:
         ("", "no such setting; there are checkpoint, data, "),
     ],
 )
-def test_a_setting_that_does_not_exist_is_told_with_the_nearest(path: str, words: str) -> None:
+def test_for_an_unknown_setting_the_nearest_is_suggested(path: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_setting_paths("--allow-change", ["optim.lr", path])
     assert f"--allow-change {path}: " in str(caught.value) and words in str(caught.value)
@@ -161,26 +161,26 @@ def test_other_text_is_refused_unless_allowed(field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_same_data(TEXT, found, ["data.seed", "data.verify"])
     assert str(caught.value) == (
-        f"the run has other text: {change}; name the old corpus, or allow the change: "
+        f"the run has other text: {change}; use the old corpus, or allow the change: "
         "--allow-change data.corpus"
     )
     assert check_same_data(TEXT, found, ["data.corpus"]) == [change]
 
 
-def test_a_loss_scale_is_left_where_none_is_needed(one_rank: None) -> None:
-    """As where an fp32 run goes on from a checkpoint of fp16."""
+def test_a_loss_scale_is_ignored_where_none_is_needed(one_rank: None) -> None:
+    """As when an fp32 run is resumed from an fp16 checkpoint."""
     engine = build_engine(SAVED, groups_of(Layout(1), 0))
     before = dict(vars(engine._engine.optimizer.loss_scaler))
     engine.restore_loss_scaler({"cur_scale": 65536.0, "cur_iter": 3.0})
     assert dict(vars(engine._engine.optimizer.loss_scaler)) == before and before["cur_scale"] == 1
-    with pytest.raises(CheckpointError, match=r"holds \['__class__'\], which it does not know"):
+    with pytest.raises(CheckpointError, match=r"unknown fields \['__class__'\]"):
         engine.restore_loss_scaler({"__class__": 1.0})
     engine.close()
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, Corpus]:
-    """Two corpora of other text and the same tokenizer."""
+    """Two corpora of different text, with the same tokenizer."""
     place = tmp_path_factory.mktemp("corpora")
     made = []
     for seed in (0, 1):
@@ -198,7 +198,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 class Run:
-    """A run directory, and what takes it up."""
+    """A run directory, with methods to save and to resume the run."""
 
     def __init__(self, path: Path, corpus: Corpus) -> None:
         self.path, self.corpus = path, corpus
@@ -219,7 +219,7 @@ def run(tmp_path: Path, corpora: tuple[Corpus, Corpus]) -> Run:
     return Run(tmp_path / "run", corpora[0])
 
 
-def test_a_run_is_taken_up_where_its_newest_readable_checkpoint_is(run: Run) -> None:
+def test_a_run_is_resumed_from_its_newest_readable_checkpoint(run: Run) -> None:
     assert run.resume_run() == 0
     run.save(3, 5)
     assert run.resume_run() == 5
@@ -241,7 +241,7 @@ def test_a_refused_change_leaves_the_run_as_it_was(run: Run, corpora: tuple[Corp
         run.save(3)
 
 
-def test_an_allowed_change_is_told_and_holds(
+def test_an_allowed_change_is_printed_and_stored(
     run: Run, corpora: tuple[Corpus, Corpus], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.save(3)
@@ -253,8 +253,8 @@ def test_an_allowed_change_is_told_and_holds(
     assert read_config(run.path) == config_on(corpora[1], lr=0.01)
 
 
-def test_what_counts_is_what_the_checkpoint_was_trained_with(run: Run) -> None:
-    """A start with an allowed change may end before it saves anything; then the change is still one."""
+def test_settings_are_compared_with_those_of_the_checkpoint(run: Run) -> None:
+    """An attempt with an allowed change may end before it saves; then it is still a change."""
     run.save(3)
     run.resume_run("optim.lr", lr=0.01)
     with pytest.raises(ConfigError, match=r"optim.lr 0.001 -> 0.01;"):
@@ -262,8 +262,10 @@ def test_what_counts_is_what_the_checkpoint_was_trained_with(run: Run) -> None:
     assert run.resume_run() == 3
 
 
-def test_text_that_was_allowed_once_is_the_runs_own(run: Run, corpora: tuple[Corpus, Corpus]) -> None:
-    """Before a checkpoint holds it, too: what counts is what the newest start has read."""
+def test_text_that_was_allowed_once_need_not_be_allowed_again(
+    run: Run, corpora: tuple[Corpus, Corpus]
+) -> None:
+    """Even before a checkpoint records it: text is compared with that of the newest attempt."""
     run.resume_run("data.corpus", corpus=corpora[1])
     assert run.resume_run(corpus=corpora[1]) == 0
     run.save(5)
@@ -272,12 +274,12 @@ def test_text_that_was_allowed_once_is_the_runs_own(run: Run, corpora: tuple[Cor
         run.resume_run()
 
 
-def test_each_start_is_added_to_the_provenance(run: Run, corpora: tuple[Corpus, Corpus]) -> None:
+def test_each_attempt_is_added_to_the_provenance(run: Run, corpora: tuple[Corpus, Corpus]) -> None:
     run.resume_run("data.corpus", corpus=corpora[1])
     run.resume_run("data.corpus")
-    starts = json.loads((run.path / "provenance.json").read_bytes())["attempts"]
+    attempts = json.loads((run.path / "provenance.json").read_bytes())["attempts"]
     want = [corpora[i].manifest.corpus_hash for i in (0, 1, 0)]
-    assert [start["corpus_hash"] for start in starts] == want and want[0] != want[1]
+    assert [attempt["corpus_hash"] for attempt in attempts] == want and want[0] != want[1]
 
 
 def test_a_run_is_finished_by_an_intact_checkpoint_of_its_last_step(run: Run) -> None:
@@ -296,7 +298,7 @@ def test_a_run_is_finished_by_an_intact_checkpoint_of_its_last_step(run: Run) ->
     assert not is_finished(path, read_checkpoint(path), cfg), "its sizes are right, its bytes are not"
 
 
-def test_a_start_that_was_killed_before_its_config_is_made_again(tmp_path: Path, run: Run) -> None:
+def test_a_run_directory_without_a_config_is_made_again(tmp_path: Path, run: Run) -> None:
     half = tmp_path / "half"
     (half / "logs").mkdir(parents=True)
     assert not has_run(half)
@@ -307,5 +309,5 @@ def test_a_start_that_was_killed_before_its_config_is_made_again(tmp_path: Path,
     assert has_run(half)
     (half / "config.toml").unlink()
     (half / "logs" / "mine.log").touch()
-    with pytest.raises(ConfigError, match="holds something, but no run to go on with"):
+    with pytest.raises(ConfigError, match="is not empty, but holds no run to resume"):
         has_run(half)

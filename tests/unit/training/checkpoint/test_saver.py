@@ -1,6 +1,6 @@
-"""A save of one rank: what training changes meanwhile, a death at any boundary, and what loses its name.
+"""Saves of one rank: training meanwhile, a death at any boundary, later attempts, damage, and retention.
 
-The deaths of more ranks are in tests/distributed/checkpoint/test_kills.py.
+Deaths with more ranks are tested in tests/distributed/checkpoint/test_kills.py.
 """
 
 import os
@@ -21,8 +21,8 @@ from tests.checkpoints import (
     SMALL_SHAPE,
     save_alone,
     saver_of,
-    small_numbers,
     small_rank_state,
+    small_values,
     state_at,
 )
 from tests.layouts import groups_of
@@ -62,7 +62,7 @@ class WatchedDisk(Disk):
 
 
 class Death(BaseException):
-    """Ends a save where it stands: nothing that handles errors handles this."""
+    """Ends a save where it is: no error handling catches this."""
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,10 @@ def run_dir(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-def start(run_dir: Path, kept: CheckpointConfig = ALL_KEPT, call: OnBoundary = lambda *_: None) -> Saver:
-    """Start the run again, which makes this start its owner."""
+def new_attempt(
+    run_dir: Path, kept: CheckpointConfig = ALL_KEPT, call: OnBoundary = lambda *_: None
+) -> Saver:
+    """Return the saver of a new attempt, which now owns the run."""
     cfg = run_config().model_copy(update={"checkpoint": kept})
     groups = groups_of(Layout(1), 0)
     return saver_of(run_dir, groups, cfg, token=take_over(run_dir), disk=WatchedDisk(call))
@@ -94,12 +96,12 @@ def names(run_dir: Path) -> set[str]:
 
 
 def check_whole(run_dir: Path, step: int) -> None:
-    """See that a checkpoint is intact and holds the numbers of its step."""
+    """Check that a checkpoint is intact and holds the values of its step."""
     path, n = checkpoint_path(run_dir, step), prod(SMALL_SHAPE)
     reader, got = TensorReader(path, verify_checkpoint(path)), torch.empty(n)
     for kind in SMALL_KINDS:
         reader.read_shard("w", kind, Shard(0, n, 0, n), got)
-        assert torch.equal(got, small_numbers(step, kind)), kind
+        assert torch.equal(got, small_values(step, kind)), kind
     bias = torch.empty(3)
     reader.read_named(ROUTER_FILE, "bias", bias)
     assert bias.tolist() == [step] * 3
@@ -114,7 +116,7 @@ def flip_a_byte(path: Path) -> None:
 def test_after_a_death_at_any_boundary_the_newest_intact_one_is_found(saved: Path, tmp_path: Path) -> None:
     passed: list[tuple[str, str]] = []
     run_dir = Path(shutil.copytree(saved, tmp_path / "whole"))
-    saver = start(run_dir, TWO_KEPT, lambda boundary, path: passed.append((boundary, path.name)))
+    saver = new_attempt(run_dir, TWO_KEPT, lambda boundary, path: passed.append((boundary, path.name)))
     save(saver, 3)
     saver.close()
     assert names(run_dir) == {"step-00000002", "step-00000003"}
@@ -131,7 +133,7 @@ def test_after_a_death_at_any_boundary_the_newest_intact_one_is_found(saved: Pat
     for fatal, boundary in enumerate(passed):
         run_dir = Path(shutil.copytree(saved, tmp_path / str(fatal)))
         die_at_boundary(run_dir, fatal)
-        saver = start(run_dir, TWO_KEPT)
+        saver = new_attempt(run_dir, TWO_KEPT)
         found = saver.find_intact()
         assert found is not None
         assert found[1].state.step == (2 if fatal <= named_at else 3), f"died at {boundary}"
@@ -150,21 +152,21 @@ def die_at_boundary(run_dir: Path, fatal: int) -> None:
         if n_passed == fatal + 1:
             raise Death(boundary)
 
-    saver = start(run_dir, TWO_KEPT, die)
+    saver = new_attempt(run_dir, TWO_KEPT, die)
     with pytest.raises(Death):
         save(saver, 3)
     saver.close()
 
 
-def test_training_may_change_what_is_being_written(run_dir: Path) -> None:
+def test_training_may_change_tensors_while_they_are_written(run_dir: Path) -> None:
     is_trained_on = threading.Event()
 
     def hold(boundary: str, path: Path) -> None:
         assert boundary != "mkdir" or is_trained_on.wait(DEADLINE_S)
 
-    saver, share = start(run_dir, IN_BACKGROUND, hold), small_rank_state(3, 0, 1)
-    saver.save(share, state_at(3))
-    for tensor in (*share.tensors.values(), *share.router.values()):
+    saver, rank_state = new_attempt(run_dir, IN_BACKGROUND, hold), small_rank_state(3, 0, 1)
+    saver.save(rank_state, state_at(3))
+    for tensor in (*rank_state.tensors.values(), *rank_state.router.values()):
         tensor.fill_(-1.0)
     is_trained_on.set()
     saver.close()
@@ -172,13 +174,13 @@ def test_training_may_change_what_is_being_written(run_dir: Path) -> None:
 
 
 def test_a_save_waits_for_the_one_before_it(run_dir: Path) -> None:
-    """It copies into the buffers that the one before it is writing from."""
+    """Both copy into the same buffers, and the earlier one still writes from them."""
 
     def slow_down(boundary: str, path: Path) -> None:
         if boundary == "mkdir" and path.name.startswith("step-00000003"):
-            time.sleep(0.2)  # the second save is asked for meanwhile
+            time.sleep(0.2)  # the second save is requested meanwhile
 
-    saver = start(run_dir, IN_BACKGROUND, slow_down)
+    saver = new_attempt(run_dir, IN_BACKGROUND, slow_down)
     save(saver, 3)
     save(saver, 4)
     saver.close()
@@ -186,32 +188,32 @@ def test_a_save_waits_for_the_one_before_it(run_dir: Path) -> None:
     check_whole(run_dir, 4)
 
 
-def test_a_start_that_is_overtaken_while_it_writes_names_nothing(run_dir: Path) -> None:
+def test_an_attempt_that_loses_the_run_while_it_writes_commits_nothing(run_dir: Path) -> None:
     def overtake(boundary: str, path: Path) -> None:
         if boundary == "create" and path.name == MANIFEST:
             take_over(run_dir)
 
-    saver = start(run_dir, call=overtake)
+    saver = new_attempt(run_dir, call=overtake)
     with pytest.raises(TakenOverError, match="nothing was committed"):
         save(saver, 3)
     saver.close()
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
 
-def test_a_start_whose_files_a_later_one_has_swept_is_overtaken_and_not_short_of_disk(run_dir: Path) -> None:
+def test_an_attempt_whose_files_a_later_one_removed_reports_the_loss_of_the_run(run_dir: Path) -> None:
     def overtake_and_sweep(boundary: str, path: Path) -> None:
-        if boundary == "create" and path.name == ROUTER_FILE:  # after the first look at the owner
+        if boundary == "create" and path.name == ROUTER_FILE:  # after the first check of the fencing token
             take_over(run_dir)
             shutil.rmtree(path.parent)
 
-    saver = start(run_dir, call=overtake_and_sweep)
+    saver = new_attempt(run_dir, call=overtake_and_sweep)
     with pytest.raises(TakenOverError, match="nothing was committed"):
         save(saver, 3)
     saver.close()
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
 
-def test_what_an_overtaken_start_is_writing_is_not_in_the_way_of_the_later_one(run_dir: Path) -> None:
+def test_a_save_of_an_earlier_attempt_does_not_disturb_the_later_one(run_dir: Path) -> None:
     is_later_writing = threading.Event()
 
     def hold(boundary: str, path: Path) -> None:
@@ -223,18 +225,18 @@ def test_what_an_overtaken_start_is_writing_is_not_in_the_way_of_the_later_one(r
             with pytest.raises(TakenOverError):
                 earlier.wait()
 
-    earlier = start(run_dir, IN_BACKGROUND, hold)
-    earlier.save(small_rank_state(9, 0, 1), state_at(3))  # other numbers
-    later = start(run_dir, call=let_the_earlier_end)
+    earlier = new_attempt(run_dir, IN_BACKGROUND, hold)
+    earlier.save(small_rank_state(9, 0, 1), state_at(3))  # other values
+    later = new_attempt(run_dir, call=let_the_earlier_end)
     save(later, 3)
     later.close()
     earlier.close()
     check_whole(run_dir, 3)
 
 
-def test_an_overtaken_start_takes_no_name(run_dir: Path) -> None:
+def test_an_attempt_that_lost_the_run_renames_nothing(run_dir: Path) -> None:
     flip_a_byte(checkpoint_path(run_dir, 2) / rank_file(0))
-    saver = start(run_dir)
+    saver = new_attempt(run_dir)
     take_over(run_dir)
     with pytest.raises(TakenOverError):
         saver.find_intact()
@@ -242,13 +244,13 @@ def test_an_overtaken_start_takes_no_name(run_dir: Path) -> None:
     assert names(run_dir) == {"step-00000001", "step-00000002"}
 
 
-def test_a_damaged_checkpoint_loses_its_name_each_time(run_dir: Path) -> None:
+def test_a_damaged_checkpoint_is_renamed_each_time(run_dir: Path) -> None:
     for _ in range(2):
         flip_a_byte(checkpoint_path(run_dir, 2) / rank_file(0))
-        saver, told = start(run_dir), list[str]()
-        found = saver.find_intact(told.append)
+        saver, events = new_attempt(run_dir), list[str]()
+        found = saver.find_intact(events.append)
         assert found is not None and found[0] == checkpoint_path(run_dir, 1)
-        (event,) = told
+        (event,) = events
         assert f"{checkpoint_path(run_dir, 2) / rank_file(0)}: SHA-256 " in event
         assert event.endswith(f"; renamed to {checkpoint_path(run_dir, 2)}.damaged")
         assert names(run_dir) == {"step-00000001", "step-00000002.damaged"}
@@ -257,10 +259,10 @@ def test_a_damaged_checkpoint_loses_its_name_each_time(run_dir: Path) -> None:
         check_whole(run_dir, 2)
 
 
-def test_where_all_are_damaged_they_keep_their_names(run_dir: Path) -> None:
+def test_if_all_are_damaged_they_keep_their_names(run_dir: Path) -> None:
     for step in (1, 2):
         flip_a_byte(checkpoint_path(run_dir, step) / rank_file(0))
-    saver = start(run_dir)
+    saver = new_attempt(run_dir)
     with pytest.raises(CheckpointError, match="no intact checkpoint: .*step-00000002.*step-00000001"):
         saver.find_intact()
     saver.close()
@@ -269,7 +271,7 @@ def test_where_all_are_damaged_they_keep_their_names(run_dir: Path) -> None:
 
 def test_a_save_keeps_the_newest_and_the_multiples(run_dir: Path) -> None:
     kept = ALL_KEPT.model_copy(update={"keep_last": 2, "keep_every_steps": 3})
-    saver = start(run_dir, kept)
+    saver = new_attempt(run_dir, kept)
     for step in range(3, 9):
         save(saver, step)
     saver.close()
@@ -291,7 +293,7 @@ def test_every_byte_and_name_is_on_the_disk_before_the_checkpoint_is_named(
         if boundary == "rename":
             events.append(f"rename {path.name}")
 
-    saver = start(run_dir, call=note_name)
+    saver = new_attempt(run_dir, call=note_name)
     monkeypatch.setattr(os, "fsync", noted)
     save(saver, 3)
     saver.close()
@@ -303,7 +305,7 @@ def test_every_byte_and_name_is_on_the_disk_before_the_checkpoint_is_named(
     assert events[named_at + 1] == str(run_dir / CHECKPOINTS), "the new name is flushed"
 
 
-def test_the_newest_is_that_of_the_largest_step(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_has_the_largest_step(tmp_path: Path) -> None:
     steps = (99_999_999, 100_000_000, 7, 1_234_567_890)
     for step in steps:
         checkpoint_path(tmp_path, step).mkdir(parents=True)

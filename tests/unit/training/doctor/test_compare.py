@@ -1,4 +1,4 @@
-"""What the comparison of two trainings calls different, and how it words it."""
+"""Which differences the comparison of two trainings reports, and how it describes them."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_a_wrong_factor_is_named_with_its_size(factor: float, is_half: bool) -> 
     assert found.first.detail == f"is {factor:.4g} times that of one process"
 
 
-def test_first_is_the_one_nearest_to_the_loss() -> None:
+def test_first_is_the_tensor_nearest_to_the_loss() -> None:
     want = gradients()
     got = {name: 2 * tensor for name, tensor in want.items()}
     got["decoder.embed.weight"] *= 5
@@ -55,7 +55,7 @@ def test_experts_that_differ_are_named() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_differs(bad: float) -> None:
+def test_a_non_finite_tensor_differs(bad: float) -> None:
     want = gradients()
     got = want | {EXPERTS: torch.full_like(want[EXPERTS], bad)}
     for is_half in (False, True):
@@ -72,7 +72,7 @@ def test_missing_and_surplus_names_differ() -> None:
         assert first is not None and first.detail == detail
 
 
-def test_nothing_against_nothing_is_said_to_be_nothing() -> None:
+def test_there_is_nothing_to_compare_if_all_is_zero() -> None:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in gradients().items()}
     assert compare_check("balancing gradient", zeros, zeros).worst is None
     assert not compare_check("balancing gradient", gradients(), zeros).agrees
@@ -84,7 +84,7 @@ def test_ids_must_be_the_same() -> None:
     assert compare_check("sample ids", {"samples of step 0": rows}, want).agrees
     rows[1, 3] = 0
     first = compare_check("sample ids", {"samples of step 0": rows}, want).first
-    assert first is not None and first.detail == "differ in 6% of their places, first in [1, 3]"
+    assert first is not None and first.detail == "6% of the elements differ, the first at [1, 3]"
 
 
 def test_noise_across_a_tensor_is_no_difference_in_half_precision() -> None:

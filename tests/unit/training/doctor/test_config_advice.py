@@ -1,4 +1,4 @@
-"""Each rule on a config fires where it should and nowhere else."""
+"""Each rule on a config fires when it should and not otherwise."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 from turnout.launch.settings import check_config, load_config, recipe_names
 from turnout.training.doctor.config_advice import lint
 
-# A config of which nothing can be said: 30 GFLOPs per token, 1 T tokens.
+# A config that needs no advice: 30 GFLOPs per token, 1 T tokens.
 CLEAN: dict[str, Any] = {
     "model.n_layers": 24,
     "model.d_model": 2048,
@@ -33,7 +33,7 @@ CLEAN: dict[str, Any] = {
 }
 BIAS = {"model.balance.coef": 1e-4, "model.balance.bias_rate": 1e-3, "model.router.score": "sigmoid"}
 
-# rule -> settings with which it fires, settings close to them with which it does not
+# rule -> settings with which it fires, similar settings with which it does not
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no-balancing": ({"model.balance.coef": 0.0}, {**BIAS, "model.balance.coef": 0.0}),
     "strong-balancing": ({"model.balance.coef": 0.2}, {"model.balance.coef": 0.1}),
@@ -120,15 +120,15 @@ def rules_of(changes: dict[str, Any]) -> list[str]:
         for section in sections:
             node = node.setdefault(section, {})
         node[name] = value
-    return [finding.rule for finding in lint(check_config(tree, "test"))]
+    return [advice.rule for advice in lint(check_config(tree, "test"))]
 
 
-def test_a_sound_config_has_no_finding() -> None:
+def test_a_sound_config_needs_no_advice() -> None:
     assert rules_of({}) == []
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_rule_fires_where_it_should_and_not_beside_it(rule: str) -> None:
+def test_a_rule_fires_at_its_settings_and_not_at_similar_ones(rule: str) -> None:
     wrong, right = CASES[rule]
     assert rule in rules_of(wrong)
     assert rule not in rules_of(right)
@@ -139,16 +139,16 @@ def test_packaged_recipes_are_clean(name: str) -> None:
     assert lint(load_config(name)) == []
 
 
-def test_findings_hold_value_reason_and_remedy_and_warnings_come_first() -> None:
+def test_advice_has_value_reason_and_remedy_and_warnings_come_first() -> None:
     cfg = load_config("small", ["train.clip_norm=none", "model.vocab_size=32769", "optim.weight_decay=0.0"])
-    findings = lint(cfg)
-    assert [f.severity for f in findings] == ["warning", "warning", "note"]
-    assert [(f.path, f.value) for f in findings] == [
+    advice = lint(cfg)
+    assert [one.severity for one in advice] == ["warning", "warning", "note"]
+    assert [(one.path, one.value) for one in advice] == [
         ("train.clip_norm", None),
         ("optim.weight_decay", 0.0),
         ("model.vocab_size", 32769),
     ]
-    assert all(f.reason and f.remedy for f in findings)
+    assert all(one.reason and one.remedy for one in advice)
 
 
 def test_every_rule_has_a_case() -> None:

@@ -1,4 +1,4 @@
-"""The small twin of a config: same structure, same layouts; and the list of what is compared."""
+"""The small version of a config has the same structure and layouts; and the list of variants to compare."""
 
 import math
 from typing import Any
@@ -48,14 +48,14 @@ CONFIGS = {name: load_config(name) for name in recipe_names()} | {"grouped": gro
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8])
-def test_small_twin_takes_exactly_the_layouts_of_the_original(cfg: RunConfig, world_size: int) -> None:
+def test_the_same_layouts_fit_the_small_version(cfg: RunConfig, world_size: int) -> None:
     small = shrink(cfg, world_size)
     assert split_layouts(small, world_size)[0] == split_layouts(cfg, world_size)[0]
     plan_layout(small, world_size)
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)
-def test_structure_is_kept_and_sizes_are_tiny(cfg: RunConfig) -> None:
+def test_structure_is_unchanged_and_sizes_are_tiny(cfg: RunConfig) -> None:
     small = shrink(cfg, 4)
     was, now = cfg.model, small.model
     for name in ("top_k", "n_shared_experts", "qk_norm", "tie_embeddings", "rope_theta", "router", "balance"):
@@ -76,7 +76,7 @@ def test_unset_clipping_stays_unset() -> None:
     assert shrink(cfg, 2).train.clip_norm is None
 
 
-def test_a_guard_that_waits_for_more_steps_is_left_out() -> None:
+def test_a_guard_that_needs_more_steps_is_left_out() -> None:
     limits = ["guard.max_dead_frac=0.5", "guard.on_collapse=rollback", "guard.on_spike=rollback"]
     assert shrink(load_config("tiny", limits), 2).guard == GuardConfig()
 
@@ -89,7 +89,7 @@ def test_groups_still_choose_and_capacity_still_drops() -> None:
     assert model.router.capacity_factor * model.top_k < model.n_experts
 
 
-def test_a_config_that_is_small_already_keeps_its_sizes() -> None:
+def test_a_config_that_is_already_small_keeps_its_sizes() -> None:
     sizes = ["model.d_model=16", "model.d_expert=8", "model.n_experts=4", "model.vocab_size=40"]
     cfg = load_config("tiny", [*sizes, "model.seq_len=8", "sample.n_tokens=4"])
     model = shrink(cfg, 2).model
@@ -104,14 +104,14 @@ def test_refused_layouts_have_a_reason() -> None:
     assert refused[Layout(16, tp=16, ep=1)] == "tp=16 must divide model.n_kv_heads=8"
 
 
-def test_richest_layout_mixes_the_most_kinds() -> None:
+def test_richest_layout_combines_the_most_kinds() -> None:
     layouts, _ = split_layouts(load_config("qwen3-30b-a3b"), 4)
     assert richest(layouts) == Layout(4, tp=2, ep=2)
     assert richest([Layout(2), Layout(2, ep=2)]) == Layout(2, ep=2)
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen3-30b-a3b"])
-def test_variants_are_distinct_fit_and_cover_what_they_should(name: str) -> None:
+def test_variants_are_distinct_and_fit_and_cover_every_kind(name: str) -> None:
     cfg = load_config(name, ["parallel.ep_max_load=1.1"])
     small, (layouts, _) = shrink(cfg, 4), split_layouts(cfg, 4)
     variants = list_variants(small, layouts)
@@ -137,7 +137,7 @@ def test_variants_are_distinct_fit_and_cover_what_they_should(name: str) -> None
     assert in_half == (set(layouts) if cfg.train.precision == "bf16" else set())
 
 
-def test_experts_that_only_a_gpu_can_compute_are_replaced_and_that_is_said(
+def test_an_expert_backend_that_needs_a_gpu_is_replaced_with_a_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cfg = load_config("tiny", ["train.expert_backend=megablocks"])

@@ -1,4 +1,4 @@
-"""The engine of one rank: what it accumulates and applies, and its check of the first step."""
+"""The engine on one rank: what it accumulates and applies, and its check of the first step."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def config(zero_stage: int = 1, **train: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def in_fp32(one_rank: None) -> dict[str, Any]:
-    """One step, all sequences at once."""
+    """One step with all sequences in one micro-batch."""
     return train_on_ranks(0, config(microbatch_seqs=8), 1)
 
 
@@ -38,9 +38,9 @@ def test_micro_batches_add_up_in_every_precision(
     precision: str, zero_stage: int, in_fp32: dict[str, Any]
 ) -> None:
     if precision == "fp16" and not cpu_has_fp16():
-        pytest.skip("this CPU has no fp16 arithmetic and DeepSpeed refuses it; tests/gpu has it on a GPU")
+        pytest.skip("this CPU has no fp16 arithmetic, so DeepSpeed refuses fp16; tests/gpu tests it on a GPU")
     got = train_on_ranks(0, config(zero_stage, precision=precision), 1)
-    # Measured in half precision: norms within 8e-4, gradients within RTOL of those of fp32.
+    # Measured in half precision: norms within 8e-4 of those in fp32.
     rtol_norm, rtol = (1e-6, 1e-5) if precision == "fp32" else (5e-3, 5e-2)
     assert got["norms"] == pytest.approx(in_fp32["norms"], rel=rtol_norm)
     assert_same_grads(got["gradients"], in_fp32["gradients"], rtol=rtol)
@@ -50,14 +50,14 @@ def test_without_a_clip_norm_the_whole_gradient_is_applied(one_rank: None) -> No
     cfg = config(clip_norm=None)
     got = train_on_ranks(0, cfg, 1)
     assert got["norms"][0] > 1
-    start = {name: p.detach() for name, p in build_objective(cfg).named_parameters()}
-    want = {name: start[name] - LR * gradient for name, gradient in got["gradients"].items()}
+    before = {name: p.detach() for name, p in build_objective(cfg).named_parameters()}
+    want = {name: before[name] - LR * gradient for name, gradient in got["gradients"].items()}
     assert_same_tensors(got["parameters"], want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
-def test_a_first_step_that_is_dropped_leaves_no_trace_in_the_second(zero_stage: int, one_rank: None) -> None:
-    """The engine checks the first step that it applies, and notes nothing of those before."""
+def test_a_dropped_first_step_leaves_no_trace_in_the_second(zero_stage: int, one_rank: None) -> None:
+    """The engine checks the first step that it applies, without samples of the steps before it."""
     cfg, groups = config(zero_stage, clip_norm=None), groups_of(Layout(1), 0)
     engine = put_under_engine(build_objective(cfg, groups), cfg, groups, build_sgd)
     state, before = RouterState.initial(cfg.model), engine.master_weights()
@@ -70,7 +70,7 @@ def test_a_first_step_that_is_dropped_leaves_no_trace_in_the_second(zero_stage: 
             step=step,
             lr=LR,
             groups=groups,
-            is_wanted=lambda _, say=is_wanted: say,
+            is_wanted=lambda _, answer=is_wanted: answer,
         )
         assert result.outcome.was_applied == is_wanted
     after = engine.master_weights()
@@ -80,15 +80,15 @@ def test_a_first_step_that_is_dropped_leaves_no_trace_in_the_second(zero_stage: 
 
 
 def plain_step(cfg: RunConfig, *, step: int) -> dict[str, Tensor]:
-    """Return the parameters after a step of plain SGD on the batch of a step, without clipping."""
+    """Return the parameters after plain SGD on the batch of a step, without clipping."""
     objective, batch = build_objective(cfg), uneven_batch(cfg, step)
     n_tokens = (batch.targets >= 0).sum()
     (objective(batch, RouterState.initial(cfg.model)).total / n_tokens).backward()
     return {name: p.detach() - LR * p.grad for name, p in objective.named_parameters()}
 
 
-def test_experts_are_grouped_apart_with_the_weight_decay_they_had(one_rank: None) -> None:
-    """Decayed and undecayed experts, and what is no expert, each parameter once."""
+def test_experts_get_groups_of_their_own_and_keep_their_weight_decay(one_rank: None) -> None:
+    """Experts with and without weight decay, and other parameters, are each in one group."""
     objective = build_objective(config())
     named = dict(objective.named_parameters())
     is_decayed = {name: "down" in name or "embed" in name for name in named}
@@ -106,11 +106,11 @@ def test_experts_are_grouped_apart_with_the_weight_decay_they_had(one_rank: None
     ]
 
 
-# The check of the first step, of a layer that no engine has touched
+# The check of the first step, on a layer without an engine
 
 
-class Watched:
-    """A layer of 5 x 40 weights and two backward passes that the check has followed."""
+class CheckedLayer:
+    """A layer of 5 x 40 weights, after two backward passes that the check has sampled."""
 
     def __init__(self) -> None:
         self.module = nn.Linear(40, 5, bias=False)
@@ -128,7 +128,7 @@ class Watched:
         return self.module.weight.grad.flatten()
 
     def fragments(self, gradient: Tensor) -> list[ReducedFragment]:
-        """Return a gradient in two parts, of which the first ends within a row."""
+        """Return a gradient [200] in two parts; the first ends within a row."""
         return [
             ReducedFragment("weight", 0, gradient[:73]),
             ReducedFragment("weight", 73, gradient[73:]),
@@ -136,11 +136,11 @@ class Watched:
 
 
 def test_the_check_accepts_the_sum_of_all_backward_passes_and_its_norm(one_rank: None) -> None:
-    watched = Watched()
-    fragments = watched.fragments(watched.gradient)
-    watched.check.check_gradients(fragments)
-    norm = float(watched.check.norm(fragments))
-    assert norm == pytest.approx(float(watched.gradient.square().sum().sqrt()), rel=1e-6)
+    layer = CheckedLayer()
+    fragments = layer.fragments(layer.gradient)
+    layer.check.check_gradients(fragments)
+    norm = float(layer.check.norm(fragments))
+    assert norm == pytest.approx(float(layer.gradient.square().sum().sqrt()), rel=1e-6)
     check_norm(norm * 1.0009, norm)
     for factor in (0.5, 0.99, 1.01, 2.0):
         with pytest.raises(EngineError, match="the reduced gradient's is"):
@@ -148,21 +148,21 @@ def test_the_check_accepts_the_sum_of_all_backward_passes_and_its_norm(one_rank:
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["first part", "second part"])
-def test_the_check_names_a_part_that_is_wrong(part: int, one_rank: None) -> None:
-    watched = Watched()
-    fragments = watched.fragments(watched.gradient.clone())
+def test_the_check_finds_a_wrong_part(part: int, one_rank: None) -> None:
+    layer = CheckedLayer()
+    fragments = layer.fragments(layer.gradient.clone())
     fragments[part].values.mul_(1.01)
     with pytest.raises(
         EngineError, match=r"gradient of weight differs .* \(on rank 0\); nothing was applied"
     ):
-        watched.check.check_gradients(fragments)
+        layer.check.check_gradients(fragments)
 
 
-def test_the_check_forgets_what_it_noted_before_a_restart_and_all_after_its_end(one_rank: None) -> None:
-    watched = Watched()
-    watched.check.restart()
-    alone = watched.backward()
-    watched.check.check_gradients(watched.fragments(alone))
-    watched.check.close()
-    watched.backward()
-    watched.check.check_gradients(watched.fragments(alone))
+def test_the_check_discards_samples_at_a_restart_and_takes_none_after_it_is_closed(one_rank: None) -> None:
+    layer = CheckedLayer()
+    layer.check.restart()
+    alone = layer.backward()
+    layer.check.check_gradients(layer.fragments(alone))
+    layer.check.close()
+    layer.backward()
+    layer.check.check_gradients(layer.fragments(alone))

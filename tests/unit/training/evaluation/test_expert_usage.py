@@ -1,4 +1,4 @@
-"""Routes taken out of the model: those of the slow twin, counted once each, and the model as it was."""
+"""Recorded routing equals the slow twin, each token counts once, and the model is left as it was."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageColor
 
 from tests.models import random_state, tiny_config, tiny_decoder
-from tests.unit.by_hand import routes_by_hand
+from tests.unit.by_hand import experts_by_hand
 from tests.unit.data_fixtures import write_hf_tokenizer
 from tests.unit.saved_fixtures import SavedRun, make_saved_run, turnout
 from turnout.data.loader import IGNORE_INDEX
@@ -23,11 +23,11 @@ from turnout.launch.commands.figure import Figure
 from turnout.moe.router import Router
 from turnout.training.errors import ConfigError
 from turnout.training.evaluation.expert_usage import (
-    Specialisation,
+    ExpertUsage,
     class_of_text,
-    count_routes,
+    count_usage,
     input_windows,
-    recording_routes,
+    recording_routing,
     route_text,
     token_class,
 )
@@ -40,7 +40,7 @@ VARIANTS = {
     ),
     "not normalised": tiny_config(top_k=1, router={"normalize": False}),
 }  # fmt: skip
-SVG = "{http://www.w3.org/2000/svg}"  # the name space of its elements
+SVG = "{http://www.w3.org/2000/svg}"  # the namespace of its elements
 TEXT = "def the lever(): return 0417 of seven\n"
 
 
@@ -50,7 +50,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_routes_of_a_text_are_those_of_the_slow_twin(variant: str) -> None:
+def test_routing_of_a_text_equals_the_slow_twin(variant: str) -> None:
     cfg = VARIANTS[variant]
     decoder, state = tiny_decoder(cfg), random_state(cfg, bias=0.1)
     token_ids = torch.randint(31, (23,), generator=torch.Generator().manual_seed(4)).tolist()
@@ -58,7 +58,7 @@ def test_routes_of_a_text_are_those_of_the_slow_twin(variant: str) -> None:
     assert got.token_ids.tolist() == token_ids and got.is_kept_MTK.all()
     t = 0
     for window in input_windows(token_ids, cfg.seq_len):
-        layers = routes_by_hand(decoder, cfg, state, window.inputs.tolist())
+        layers = experts_by_hand(decoder, cfg, state, window.inputs.tolist())
         for position in np.flatnonzero(window.targets != IGNORE_INDEX):
             for layer, rows in enumerate(layers):
                 assert got.expert_ids_MTK[layer, t].tolist() == [e for e, _ in rows[position]]
@@ -69,36 +69,36 @@ def test_routes_of_a_text_are_those_of_the_slow_twin(variant: str) -> None:
 
 def test_hooks_are_gone_afterwards() -> None:
     decoder = tiny_decoder(tiny_config())
-    with pytest.raises(RuntimeError, match="within"), recording_routes(decoder):
+    with pytest.raises(RuntimeError, match="within"), recording_routing(decoder):
         raise RuntimeError("within")
     assert not any(module._forward_hooks for module in decoder.modules() if isinstance(module, Router))
 
 
-def test_full_experts_are_told() -> None:
+def test_full_experts_are_marked() -> None:
     cfg = tiny_config(router={"capacity_factor": 0.75})
-    routes = route_text(tiny_decoder(cfg), random_state(cfg), list(range(9)), microbatch_seqs=1)
-    rows = torch.stack([ids.flatten().bincount(minlength=6) for ids in routes.expert_ids_MTK])
-    n_kept = routes.is_kept_MTK.sum((1, 2))
+    routing = route_text(tiny_decoder(cfg), random_state(cfg), list(range(9)), microbatch_seqs=1)
+    rows = torch.stack([ids.flatten().bincount(minlength=6) for ids in routing.expert_ids_MTK])
+    n_kept = routing.is_kept_MTK.sum((1, 2))
     assert n_kept.tolist() == rows.clamp(max=math.ceil(0.75 * 9 * 2 / 6)).sum(-1).tolist()
-    assert not routes.is_kept_MTK.all()
+    assert not routing.is_kept_MTK.all()
 
 
-def test_counts_are_those_of_every_token_once(saved: SavedRun) -> None:
+def test_every_token_counts_once(saved: SavedRun) -> None:
     decoder, state, tokenizer = saved.decoder, saved.state, saved.corpus.load_tokenizer()
     documents = list(evaluation_documents(saved.corpus))
-    found = count_routes(
+    found = count_usage(
         decoder, state, documents, tokenizer, sources=["a", "b"], microbatch_seqs=3
     )  # fmt: skip
     want = np.zeros_like(found.counts_MGE)
     tokens: dict[tuple[str, str], int] = dict.fromkeys(found.groups, 0)
     for document in documents:
         token_ids = [tokenizer.bos_id, *document.ids.tolist(), tokenizer.eos_id]
-        routes = route_text(decoder, state, token_ids, microbatch_seqs=1)
+        routing = route_text(decoder, state, token_ids, microbatch_seqs=1)
         for t, token in enumerate(token_ids):
             for group in (("class", token_class(token, tokenizer)), ("source", document.source)):
                 tokens[group] += 1
                 for layer in range(2):
-                    want[layer, found.groups.index(group), routes.expert_ids_MTK[layer, t].numpy()] += 1
+                    want[layer, found.groups.index(group), routing.expert_ids_MTK[layer, t].numpy()] += 1
     np.testing.assert_array_equal(found.counts_MGE, want)
     assert dict(zip(found.groups, found.tokens_G.tolist(), strict=True)) == tokens
     n_tokens = sum(len(document.ids) + 2 for document in documents)
@@ -110,10 +110,10 @@ def test_counts_are_those_of_every_token_once(saved: SavedRun) -> None:
     assert len(found.of_kind("class")) >= 5
 
 
-def test_counts_are_those_the_model_reports(saved: SavedRun) -> None:
-    """RouterStats.counts_E of the same tokens, in one call of the model for each window."""
+def test_counts_equal_those_the_model_reports(saved: SavedRun) -> None:
+    """Compare with RouterStats.counts_E of the same tokens, one window per forward pass."""
     tokenizer, documents = saved.corpus.load_tokenizer(), list(evaluation_documents(saved.corpus))
-    found = count_routes(
+    found = count_usage(
         saved.decoder, saved.state, documents, tokenizer, sources=["a", "b"], microbatch_seqs=8
     )
     want = torch.zeros(2, 6, dtype=torch.int64)
@@ -171,7 +171,7 @@ def test_what_an_expert_tells_is_measured_in_bits() -> None:
     groups = (("class", "letters"), ("class", "digits"), ("source", "a"))
     #  Layer 0: all letters go to expert 0 and all digits to expert 1; layer 1: both go anywhere.
     counts = np.array([[[6, 0, 0], [0, 6, 0], [6, 6, 0]], [[3, 3, 0], [3, 3, 0], [6, 6, 0]]])
-    found = Specialisation(groups, np.array([6, 6, 12]), counts)
+    found = ExpertUsage(groups, np.array([6, 6, 12]), counts)
     assert found.information_bits("class") == pytest.approx([1, 0])
     assert found.information_bits("source") == pytest.approx([0, 0])
     shares, overall = found.shares("class")
@@ -182,7 +182,7 @@ def test_what_an_expert_tells_is_measured_in_bits() -> None:
 def test_a_text_is_shown_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = saved.corpus.load_tokenizer()
     token_ids = [tokenizer.bos_id, *tokenizer.encode(TEXT)]
-    routes = route_text(saved.decoder, saved.state, token_ids, microbatch_seqs=8)
+    routing = route_text(saved.decoder, saved.state, token_ids, microbatch_seqs=8)
     for suffix in ("svg", "png"):
         out = saved.place / f"routes.{suffix}"
         assert turnout("experts", saved.run_dir, TEXT, "--out", out) == 0
@@ -193,15 +193,15 @@ def test_a_text_is_shown_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixtur
             assert row[1].strip() == token_label(token_ids[t], tokenizer).strip()
             for layer, cell in enumerate(row[2:]):
                 ids, weights = cell.split()[::2], cell.split()[1::2]
-                assert list(map(int, ids)) == routes.expert_ids_MTK[layer, t].tolist()
+                assert list(map(int, ids)) == routing.expert_ids_MTK[layer, t].tolist()
                 assert list(map(float, weights)) == pytest.approx(
-                    routes.weights_MTK[layer, t].tolist(), abs=0.0051
+                    routing.weights_MTK[layer, t].tolist(), abs=0.0051
                 )
         assert "layer 1" in shown and "layer 2" in shown and "layer 0" not in shown
     tree = ElementTree.parse(saved.place / "routes.svg")
     tips = [tip.text or "" for tip in tree.iter(f"{SVG}title")]
     assert len(tips) == len(token_ids) * 2 * 2
-    best = f"expert {int(routes.expert_ids_MTK[0, 3, 0])}, weight {float(routes.weights_MTK[0, 3, 0]):.4f}"
+    best = f"expert {int(routing.expert_ids_MTK[0, 3, 0])}, weight {float(routing.weights_MTK[0, 3, 0]):.4f}"
     assert any(best in tip and "layer 1" in tip for tip in tips)
     image = Image.open(saved.place / "routes.png")
     assert image.size == (int(tree.getroot().get("width", 0)), int(tree.getroot().get("height", 0)))
@@ -213,9 +213,11 @@ def test_a_text_is_shown_and_drawn(saved: SavedRun, capsys: pytest.CaptureFixtur
         assert image.getpixel(corner) == ImageColor.getrgb(box.get("fill", ""))
 
 
-def test_a_png_has_its_limit(tmp_path: Path) -> None:
+def test_a_png_has_a_size_limit(tmp_path: Path) -> None:
     figure = Figure(20_000, 9_000)
-    with pytest.raises(ConfigError, match=r"20000 x 9000 pixels are more than a PNG of 178,956,970 holds"):
+    with pytest.raises(
+        ConfigError, match=r"20000 x 9000 pixels are more than the 178,956,970 that a PNG may have"
+    ):
         figure.save(tmp_path / "a.png")
     figure.save(tmp_path / "a.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
@@ -256,9 +258,9 @@ BAD = [
     ([""], "the text is empty"),
     (["words", "--split", "train"], "--split train has no effect without --corpus"),
     (["words", "--out", "x.pdf"], "must end in .svg or .png"),
-    (["--corpus", "corpus"], "it names a directory"),
-    (["--corpus", "corpus", "--out", "a.jsonl"], "it names a directory"),
-    (["--corpus", "corpus", "--out", "a.jsonl/x"], "--out a.jsonl/x cannot be made: Not a directory"),
+    (["--corpus", "corpus"], "must be a directory"),
+    (["--corpus", "corpus", "--out", "a.jsonl"], "must be a directory"),
+    (["--corpus", "corpus", "--out", "a.jsonl/x"], "--out a.jsonl/x cannot be created: Not a directory"),
     (["the \udcff"], "the text: character 4 is not UTF-8"),
     (["--corpus", "corpus", "--out", "new", "--max-documents", "0"], "--max-documents 0 must be at least 1"),
 ]

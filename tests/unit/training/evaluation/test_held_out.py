@@ -1,4 +1,4 @@
-"""Evaluation: equal to scoring each token by hand, however it is batched, and without a trace."""
+"""Evaluation equals scoring each token by hand, in any batches, and has no side effects."""
 
 import math
 
@@ -62,8 +62,8 @@ def test_sums_equal_scoring_by_hand(decoder: Decoder, corpus: Corpus) -> None:
     assert got.loss == pytest.approx(want / got.n_tokens, rel=1e-6)
 
 
-def test_capacity_is_of_all_tokens_and_not_of_those_scored(corpus: Corpus) -> None:
-    """The context of a document's last window is only read, and fills experts like any other tokens."""
+def test_capacity_counts_all_tokens_not_only_those_scored(corpus: Corpus) -> None:
+    """Context tokens of a document's last window are not scored, but fill experts like any others."""
     cfg = tiny_config(vocab_size=300, seq_len=9, router={"capacity_factor": 0.6})
     decoder = tiny_decoder(cfg, dtype=torch.float32, gain=8.0)
     documents, bos_id = list(evaluation_documents(corpus)), corpus.load_tokenizer().bos_id
@@ -71,7 +71,7 @@ def test_capacity_is_of_all_tokens_and_not_of_those_scored(corpus: Corpus) -> No
     assert run(decoder, corpus).nll == pytest.approx(want, rel=1e-6)
 
 
-def test_evaluation_leaves_no_trace(decoder: Decoder, corpus: Corpus) -> None:
+def test_evaluation_has_no_side_effects(decoder: Decoder, corpus: Corpus) -> None:
     decoder.train()
     torch.manual_seed(5)
     random_before = torch.get_rng_state()

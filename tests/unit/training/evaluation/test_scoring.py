@@ -1,4 +1,4 @@
-"""Scores of windows, against a plain log-softmax of each window alone."""
+"""Scores of windows, compared with a plain log-softmax of each window alone."""
 
 import numpy as np
 import pytest
@@ -46,6 +46,6 @@ def test_a_window_is_greedy_where_each_counted_token_is_the_likeliest() -> None:
     assert scores.n_tokens.tolist() == [6, 6, 3, 3, 6]
     logprobs = logits.log_softmax(-1)
     for i, one in enumerate(windows):
-        counted = [(place, int(target)) for place, target in enumerate(one.targets) if target != IGNORE_INDEX]
-        want = -sum(float(logprobs[place, target]) for place, target in counted)
+        counted = [(t, int(target)) for t, target in enumerate(one.targets) if target != IGNORE_INDEX]
+        want = -sum(float(logprobs[t, target]) for t, target in counted)
         assert float(scores.nll[i]) == pytest.approx(want, rel=1e-9)

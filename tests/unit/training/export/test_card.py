@@ -1,4 +1,4 @@
-"""What the model card of an export tells of a run: the checkpoint's own step, and the run's newest start."""
+"""The model card of an export shows the checkpoint's own step and the command of the run's newest attempt."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from turnout.training.checkpoint.manifest import PROVENANCE_FILE, Attached, Data
 from turnout.training.export.card import METRICS, Origin, origin_of
 
 CONFIG = b'[data]\ncorpus = "somewhere"\n'
-STARTS = [{"command": ["turnout", "train", "old.toml"]}, {"command": ["turnout", "train", "a b.toml"]}]
+ATTEMPTS = [{"command": ["turnout", "train", "old.toml"]}, {"command": ["turnout", "train", "a b.toml"]}]
 ROWS = [
     {"step": 10, "eval/bits_per_byte": 3.0},
     {"step": 20, "train/loss": 1.0, "eval/bits_per_byte": 2.5},
@@ -21,8 +21,14 @@ ROWS = [
 ]
 
 
-def origin(run_dir: Path, step: int, rows: list[dict[str, Any]] | None, starts: Any = STARTS) -> Origin:
-    files = {"config.toml": CONFIG, PROVENANCE_FILE: json.dumps({"starts": starts}).encode()}
+def origin(
+    run_dir: Path,
+    step: int,
+    rows: list[dict[str, Any]] | None,
+    attempts: Any = ATTEMPTS,
+    key: str = "attempts",
+) -> Origin:
+    files = {"config.toml": CONFIG, PROVENANCE_FILE: json.dumps({key: attempts}).encode()}
     attached = Attached(DataIdentity(corpus_hash="abc", tokenizer_sha256="t"), files)
     (path,) = save_alone(run_dir, [step], attached=attached)
     if rows is not None:
@@ -30,8 +36,9 @@ def origin(run_dir: Path, step: int, rows: list[dict[str, Any]] | None, starts: 
     return origin_of(path, read_checkpoint(path))
 
 
-def test_a_card_tells_of_the_checkpoint_and_of_the_newest_start(tmp_path: Path) -> None:
-    assert origin(tmp_path / "run", 20, ROWS) == Origin(
+@pytest.mark.parametrize("key", ["attempts", "starts"], ids=["today's name", "the name in old runs"])
+def test_a_card_shows_the_checkpoint_and_the_newest_attempt(key: str, tmp_path: Path) -> None:
+    assert origin(tmp_path / "run", 20, ROWS, key=key) == Origin(
         step=20,
         tokens_seen=20 * 96,
         corpus_hash="abc",
@@ -47,15 +54,15 @@ def test_a_card_tells_of_the_checkpoint_and_of_the_newest_start(tmp_path: Path) 
         pytest.param(20, None, id="no metrics"),
         pytest.param(25, ROWS, id="a step without evaluation"),
         pytest.param(40, ROWS, id="a step after the last row"),
-        pytest.param(20, [{"step": 20, "eval/bits_per_byte": None}], id="a number that is none"),
+        pytest.param(20, [{"step": 20, "eval/bits_per_byte": None}], id="null"),
     ],
 )
-def test_bits_per_byte_of_another_step_are_not_told(
+def test_bits_per_byte_of_another_step_are_not_shown(
     step: int, rows: list[dict[str, Any]] | None, tmp_path: Path
 ) -> None:
     assert origin(tmp_path / "run", step, rows).bits_per_byte is None
 
 
-@pytest.mark.parametrize("starts", [[], None, [{}], "x"], ids=["none", "null", "no command", "a text"])
-def test_a_command_that_is_not_there_is_not_told(starts: Any, tmp_path: Path) -> None:
-    assert origin(tmp_path / "run", 20, None, starts).trained_by is None
+@pytest.mark.parametrize("attempts", [[], None, [{}], "x"], ids=["none", "null", "no command", "a text"])
+def test_a_missing_command_is_not_shown(attempts: Any, tmp_path: Path) -> None:
+    assert origin(tmp_path / "run", 20, None, attempts).trained_by is None

@@ -1,4 +1,4 @@
-"""A broken export is caught by the gate, whatever broke it, and leaves nothing behind."""
+"""The gate catches a broken export, whatever broke it, and leaves nothing behind."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +15,13 @@ from tests.exports import DecoderWeights, run_config_of, save_weights, variant_w
 from tests.models import tiny_config, tiny_decoder
 from tests.unit.data_fixtures import make_corpus, make_texts
 from turnout.launch.cli.main import main
-from turnout.launch.commands.export import corpus_of
+from turnout.launch.commands.export import corpus_of, publish
 from turnout.launch.settings import to_toml
 from turnout.moe.router import Router
 from turnout.training.checkpoint.manifest import Attached, DataIdentity
 from turnout.training.checkpoint.weights import CheckpointWeights
 from turnout.training.errors import ConfigError, ExportError
 from turnout.training.export import gguf_file, huggingface
-from turnout.training.export.client_gguf import check_read_back
 from turnout.training.export.gate import (
     MIN_COMPARED,
     Expected,
@@ -35,9 +34,9 @@ from turnout.training.export.gate import (
     row_lengths,
     shortage,
 )
-from turnout.training.export.naming import Slot, slots
-from turnout.training.export.publish import publish_export
-from turnout.training.export.read_back import check_huggingface
+from turnout.training.export.gguf_file import read_back_gguf
+from turnout.training.export.huggingface import Slot, slots
+from turnout.training.export.reader import read_back_huggingface
 from turnout.training.export.to_checkpoint import write_first_checkpoint
 
 
@@ -63,13 +62,13 @@ def swap_norms(slot: Slot) -> Slot:
     return replace(slot, ours=swapped.get(slot.ours, slot.ours))
 
 
-def permute_q(weights: Any, slot: Slot) -> Tensor:
+def flip_q(weights: Any, slot: Slot) -> Tensor:
     values = READ_SLOT(weights, slot)
     return values.flip(0) if slot.ours == "blocks.2.attn.q.weight" else values
 
 
 def nudge(name: str, index: int | None) -> Callable[[Any, Slot], Tensor]:
-    """Return a reader that is one bit off: what no logit shows."""
+    """Return a reader that is off by one bit, which no logit shows."""
 
     def nudged(weights: Any, slot: Slot) -> Tensor:
         values = READ_SLOT(weights, slot).clone()
@@ -96,7 +95,7 @@ def change_eos(*arguments: Any, **keywords: Any) -> None:
     path.write_text(path.read_text().replace('"eos_token": "</s>"', '"eos_token": "<s>"'))
 
 
-def split_no_more(*arguments: Any, **keywords: Any) -> None:
+def join_control_tokens(*arguments: Any, **keywords: Any) -> None:
     WRITE_TOKENIZER(*arguments, **keywords)
     path = arguments[1] / "tokenizer_config.json"
     path.write_text(path.read_text().replace('"split_special_tokens": true', '"split_special_tokens": false'))
@@ -111,7 +110,7 @@ NAME_OF_HEAD = "lm_head.weight"
 LOGITS = "largest logit difference"
 SABOTAGE: dict[str, tuple[str, dict[tuple[Any, str], Any], str]] = {
     "experts swapped": ("mixtral-gqa", with_slots(swap_experts), LOGITS),
-    "rows of q permuted": ("qwen3-gqa", {(huggingface, "read_slot"): permute_q}, LOGITS),
+    "rows of q permuted": ("qwen3-gqa", {(huggingface, "read_slot"): flip_q}, LOGITS),
     "rope_theta changed": ("mixtral-gqa", {(huggingface, "to_hf_config"): change_theta}, LOGITS),
     "bias of another layer": ("glm4-all", with_slots(shift_bias), LOGITS),
     "norms swapped": ("glm4-plain", with_slots(swap_norms), LOGITS),
@@ -124,22 +123,26 @@ SABOTAGE: dict[str, tuple[str, dict[tuple[Any, str], Any], str]] = {
     "a bit of an expert": (
         "mixtral-mha-tied",
         {(huggingface, "read_slot"): nudge("blocks.1.moe.experts.down", 4)},
-        "blocks.1.moe.experts.down of expert 4 was written with other numbers",
+        "blocks.1.moe.experts.down of expert 4 was written with other values",
     ),
     "a bit of a matrix": (
         "glm4-plain",
         {(huggingface, "read_slot"): nudge("blocks.2.attn.o.weight", None)},
-        "blocks.2.attn.o.weight was written with other numbers",
+        "blocks.2.attn.o.weight was written with other values",
     ),
     "other length": (
         "qwen3-gqa",
         {(huggingface, "to_hf_config"): change_length},
         "config.json reads as model.seq_len=42 where the model has 41",
     ),
-    "other end of text": ("mixtral-gqa", {(huggingface, "write_tokenizer"): change_eos}, "begin and end"),
+    "other end of text": (
+        "mixtral-gqa",
+        {(huggingface, "write_tokenizer"): change_eos},
+        "begins and ends a text with ids (1, 1)",
+    ),
     "text becomes control": (
         "mixtral-gqa",
-        {(huggingface, "write_tokenizer"): split_no_more},
+        {(huggingface, "write_tokenizer"): join_control_tokens},
         "tokenises 'a<s>b</s> c' differently",
     ),
 }
@@ -210,7 +213,7 @@ def test_gguf_of_other_glm_settings_is_caught(
     )
     path = gguf_file.write_gguf(weights, "glm4_moe", tmp_path, kind=gguf_file.Kind.F32)
     with pytest.raises(ExportError, match=re.escape(words)):
-        check_read_back(path, weights, "glm4_moe", gguf_file.Kind.F32)
+        read_back_gguf(path, weights, "glm4_moe", gguf_file.Kind.F32)
 
 
 def test_gguf_of_other_pieces_is_caught(
@@ -221,7 +224,7 @@ def test_gguf_of_other_pieces_is_caught(
     path = gguf_file.write_gguf(weights, "mixtral", tmp_path, kind=gguf_file.Kind.F32)
     monkeypatch.undo()
     with pytest.raises(ExportError, match="tokenizer.ggml.token_type was written as"):
-        check_read_back(path, weights, "mixtral", gguf_file.Kind.F32)
+        read_back_gguf(path, weights, "mixtral", gguf_file.Kind.F32)
 
 
 def expected(n_tokens: int = 40, **changes: Any) -> Expected:
@@ -229,7 +232,7 @@ def expected(n_tokens: int = 40, **changes: Any) -> Expected:
     return replace(Expected((logits,), (torch.ones(n_tokens, dtype=torch.bool),), None), **changes)
 
 
-def test_gate_lets_no_number_pass_that_is_none(tokenizer: Path) -> None:
+def test_nan_and_infinity_do_not_pass(tokenizer: Path) -> None:
     held_out, want = random_tokens(variant_weights("mixtral-gqa", tokenizer).cfg), expected()
     assert "largest logit difference 0 " in check_logits(want.logits, want, client="it", held_out=held_out)
     for value in (torch.nan, torch.inf, float(want.logits[0][7, 2]) + 2e-4):
@@ -260,11 +263,11 @@ def first(n: int, n_tokens: int) -> Tensor:
     ],
 )
 def test_enough_has_to_be_compared(n_clear: int, lengths: list[int], fault: str | None) -> None:
-    """Of the short rows: what a long one has, which is there for the window alone, is no help."""
+    """Only tokens of short rows count: a long row is there for the window alone."""
     assert shortage(expected(is_clear=tuple(first(n_clear, n) for n in lengths))) == fault
 
 
-def test_other_rows_are_tried_where_the_first_do_not_do(tokenizer: Path) -> None:
+def test_other_rows_are_tried_where_the_first_have_too_few_clear_tokens(tokenizer: Path) -> None:
     weights, n_tried = variant_weights("mixtral-window", tokenizer), 0
     held_out = random_tokens(weights.cfg)
 
@@ -276,10 +279,10 @@ def test_other_rows_are_tried_where_the_first_do_not_do(tokenizer: Path) -> None
 
         return synthetic
 
-    used, _ = choose_rows(weights, held_out, tied_up_to(2))
+    used, _ = choose_rows(weights, None, tied_up_to(2))
     assert n_tried == 3 and not torch.equal(used.rows[0], held_out.rows[0])
-    with pytest.raises(ExportError, match="of 5 sets of rows: only 25 of 1025 where 52 are needed"):
-        choose_rows(weights, held_out, tied_up_to(99))
+    with pytest.raises(ExportError, match="any of 5 sets of rows: only 25 of 1025 where 52 are needed"):
+        choose_rows(weights, None, tied_up_to(99))
 
 
 @pytest.mark.parametrize(
@@ -294,12 +297,14 @@ def test_other_rows_are_tried_where_the_first_do_not_do(tokenizer: Path) -> None
         (1 << 20, 1 << 16, [128] * 8),
     ],
 )
-def test_a_window_is_slid_over(seq_len: int, window: int | None, lengths: list[int]) -> None:
+def test_a_long_window_gets_a_row_that_is_longer(
+    seq_len: int, window: int | None, lengths: list[int]
+) -> None:
     assert row_lengths(tiny_config(seq_len=seq_len, sliding_window=window)) == lengths
 
 
-def test_a_window_has_to_be_seen_hiding(tokenizer: Path) -> None:
-    """Past it some tokens must agree, whether or not a tie came before them."""
+def test_a_window_must_be_seen_to_hide_something(tokenizer: Path) -> None:
+    """Some tokens past the window must agree, whether or not a tie came before them."""
     weights = variant_weights("mixtral-window", tokenizer)
     held_out = random_tokens(weights.cfg)
     want = expected_logits(weights, held_out.rows)
@@ -318,19 +323,19 @@ def test_a_window_has_to_be_seen_hiding(tokenizer: Path) -> None:
 
 
 def test_tokens_after_a_tie_do_not_count(tokenizer: Path) -> None:
-    """Of two experts with one router row either may be the last chosen: from there on nothing is compared."""
+    """Two experts with the same router row tie: after either was the last chosen, nothing is compared."""
     weights = variant_weights("mixtral-gqa", tokenizer)
     rows = random_tokens(weights.cfg).rows
     clear = torch.stack(expected_logits(weights, rows).is_clear)
     assert clear.float().mean() > 0.9
-    assert tied_share(weights, rows) < clear.float().mean() / 2
+    assert clear_frac_with_a_tie(weights, rows) < clear.float().mean() / 2
 
 
-def tied_share(weights: DecoderWeights, rows: Sequence[Tensor]) -> float:
+def clear_frac_with_a_tie(weights: DecoderWeights, rows: Sequence[Tensor]) -> float:
     router = weights.parameters["blocks.1.moe.router.weight"]
     router[3] = router[2]
     is_clear = torch.stack(expected_logits(weights, rows).is_clear)
-    assert (is_clear.long().diff(dim=1) <= 0).all(), "once a sequence is unclear it stays so"
+    assert (is_clear.long().diff(dim=1) <= 0).all(), "after a tie a row stays unclear"
     return float(is_clear.float().mean())
 
 
@@ -349,7 +354,7 @@ def tied_share(weights: DecoderWeights, rows: Sequence[Tensor]) -> float:
 def test_a_tie_is_of_the_last_chosen_expert_and_the_first_left_out(
     tied: tuple[int, int] | None, raised: int | None, is_close: bool, score: str
 ) -> None:
-    """raised: of which expert the bias is not 0; it brings the third expert to the second, or parts them."""
+    """raised: the expert with a bias, which makes the second and third expert tie, or undoes their tie."""
     decoder = tiny_decoder(tiny_config(router={"score": score}), dtype=torch.float32)
     router = next(module for module in decoder.modules() if isinstance(module, Router))
     assert (router.cfg.n_experts, router.cfg.top_k) == (6, 2)
@@ -365,30 +370,31 @@ def test_a_tie_is_of_the_last_chosen_expert_and_the_first_left_out(
         assert _is_close(router, torch.cat([logits_E, torch.zeros(10)])[None], bias_E).tolist() == [is_close]
 
 
-def test_a_bias_of_other_numbers_is_found(tokenizer: Path, tmp_path: Path) -> None:
-    """By one bit, which no logit shows."""
+def test_a_bias_with_other_values_is_found(tokenizer: Path, tmp_path: Path) -> None:
+    """They differ by one bit, which no logit shows."""
     true, false = variant_weights("glm4-all", tokenizer), variant_weights("glm4-all", tokenizer)
     false.bias_ME[1, 2] = false.bias_ME[1, 2].nextafter(torch.tensor(torch.inf))
     huggingface.write_huggingface(false, "glm4_moe", tmp_path, dtype=torch.float32)
-    assert "bit for bit" in check_huggingface(tmp_path, false)
-    with pytest.raises(ExportError, match="the routers' bias was written with other numbers"):
-        check_huggingface(tmp_path, true)
+    assert "bit for bit" in read_back_huggingface(tmp_path, false)
+    with pytest.raises(ExportError, match="the routers' bias was written with other values"):
+        read_back_huggingface(tmp_path, true)
 
 
 def test_held_out_text_is_used_where_there_is_enough(tmp_path: Path, tokenizer: Path) -> None:
     cfg = variant_weights("mixtral-gqa", tokenizer).cfg
     rich = make_corpus(tmp_path / "rich", {"a": make_texts(200)}, valid_frac=0.3)
     held_out = held_out_tokens(cfg, rich)
-    assert held_out is not None and [len(row) for row in held_out.rows] == [41] * 25
-    assert "held-out text" in held_out.words
+    assert [len(row) for row in held_out.rows] == [41] * 25
+    assert held_out.description == f"held-out text of {rich.path}"
     stream = rich.split("valid")[0]
     assert torch.cat(held_out.rows).tolist() == stream.read(0, 25 * 41).tolist()
     poor = make_corpus(tmp_path / "poor", {"a": make_texts(20)}, valid_frac=0.1)
-    assert held_out_tokens(cfg, poor) is None
+    for too_little in (poor, None):
+        assert held_out_tokens(cfg, too_little).description == "pseudo-random tokens"
 
 
-def test_the_held_out_text_is_of_the_corpus_that_was_trained_on(tokenizer: Path, tmp_path: Path) -> None:
-    """And of no other that now lies where it lay, whose held-out text the run may have trained on."""
+def test_held_out_text_comes_from_the_corpus_of_the_training(tokenizer: Path, tmp_path: Path) -> None:
+    """A corpus that has replaced it at its path is not used: the run may have trained on that text."""
     corpus = make_corpus(tmp_path / "mine", {"a": make_texts(20)}, valid_frac=0.1)
     weights = variant_weights("mixtral-gqa", tokenizer)
     config = to_toml(run_config_of(weights.cfg, data={"corpus": str(corpus.path)})).encode()
@@ -402,23 +408,15 @@ def test_the_held_out_text_is_of_the_corpus_that_was_trained_on(tokenizer: Path,
     assert corpus_of(weights) is None
 
 
-def test_what_is_there_stays(tmp_path: Path) -> None:
+def test_an_export_never_replaces_what_exists(tmp_path: Path) -> None:
     (out := tmp_path / "out").mkdir()
     (out / "mine").write_text("precious")
-    with pytest.raises(ConfigError, match="is there already"):
-        publish_export(out, lambda _: None, lambda _: None)
+    with pytest.raises(ConfigError, match="exists already"), publish(out):
+        raise AssertionError("it is refused before anything is written")
     out.rename(tmp_path / "kept")
-
-    def meanwhile(_: Path) -> None:
+    with pytest.raises(ConfigError, match="exists already"), publish(out):
         (tmp_path / "kept").rename(out)
-
-    with pytest.raises(ConfigError, match="is there already"):
-        publish_export(out, meanwhile, lambda _: None)
-    with pytest.raises(KeyboardInterrupt):
-        publish_export(tmp_path / "other", lambda _: None, lambda _: interrupt())
+    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "other"):
+        raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "mine").read_text() == "precious"
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt

@@ -1,6 +1,5 @@
 """Exported GGUF files: what the gguf package reads back is our model, in fp32, bf16 and Q8_0."""
 
-from functools import partial
 from pathlib import Path
 
 import gguf
@@ -12,12 +11,19 @@ from tests.exports import VARIANTS, save_weights, variant_config, variant_weight
 from tests.unit.data_fixtures import make_texts, write_hf_tokenizer, write_tokenizer
 from turnout.launch.commands.export import run_export
 from turnout.training.errors import CheckpointError, ConfigError, ExportError
-from turnout.training.export.client_gguf import check_read_back, has_llama_cpp
-from turnout.training.export.gate import Rounded
-from turnout.training.export.gguf_file import GGUF_FILE, KINDS, Kind, check_gguf, to_stored, write_gguf
+from turnout.training.export.gguf_file import (
+    GGUF_FILE,
+    KINDS,
+    Kind,
+    check_gguf,
+    has_llama_cpp,
+    read_back_gguf,
+    to_stored,
+    write_gguf,
+)
 from turnout.training.export.huggingface import write_huggingface
 
-HELD = [
+LOADABLE = [
     "mixtral-gqa",
     "mixtral-mha-tied",
     "mixtral-12-experts",
@@ -30,19 +36,19 @@ HELD = [
 ]
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", LOADABLE)
 def test_every_tensor_reads_back(
     name: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dtype = ["float32", "bfloat16", "q8_0"][HELD.index(name) % 3]
+    dtype = ["float32", "bfloat16", "q8_0"][LOADABLE.index(name) % 3]
     checkpoint = save_weights(variant_weights(name, tokenizer), tmp_path / "run")
     run_export(checkpoint, out := tmp_path / "out", "gguf", dtype)
     assert sorted(path.name for path in out.iterdir()) == ["README.md", GGUF_FILE]
     said = capsys.readouterr().out
-    assert ("computes the same" in said) if has_llama_cpp() else ("llama.cpp was not at hand" in said)
+    assert ("computes the same" in said) if has_llama_cpp() else ("llama.cpp is not installed" in said)
 
 
-def test_what_cannot_be_held_is_refused_before_anything_is_verified(
+def test_an_impossible_export_is_refused_before_anything_is_verified(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = save_weights(variant_weights("qwen3-window", tokenizer), tmp_path / "run")
@@ -61,11 +67,11 @@ def test_a_hugging_face_directory_can_be_exported_too(tokenizer: Path, tmp_path:
     write_huggingface(weights, "glm4_moe", source, dtype=torch.float32)
     run_export(source, tmp_path / "out", "gguf", "float32")
     path = tmp_path / "out" / GGUF_FILE
-    assert "all 51 tensors" in check_read_back(path, weights, "glm4_moe", Kind.F32)
+    assert "all 51 tensors" in read_back_gguf(path, weights, "glm4_moe", Kind.F32)
 
 
-def test_heads_turn_where_ggml_looks_for_them(tokenizer: Path, tmp_path: Path) -> None:
-    """RoPE by neighbours on the file's q is ours on our q: written out for one position."""
+def test_rows_of_heads_are_where_ggml_expects_them(tokenizer: Path, tmp_path: Path) -> None:
+    """RoPE on neighbouring rows of the file's q equals our RoPE on our q: row by row."""
     weights = variant_weights("mixtral-gqa", tokenizer)
     path = write_gguf(weights, "mixtral", tmp_path, kind=Kind.F32)
     (found,) = (t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.attn_q.weight")
@@ -76,7 +82,7 @@ def test_heads_turn_where_ggml_looks_for_them(tokenizer: Path, tmp_path: Path) -
         assert torch.equal(theirs[:, 2 * i + 1], ours[:, i + 12])
 
 
-def test_q8_0_is_near_and_bf16_nearer(tokenizer: Path) -> None:
+def test_q8_0_is_close_and_bf16_closer(tokenizer: Path) -> None:
     values = variant_weights("mixtral-gqa", tokenizer).read("blocks.0.moe.experts.down")
     errors = [
         float((to_stored(KINDS[dtype], "x", values) - values).norm() / values.norm())
@@ -95,7 +101,7 @@ def test_tokens_are_those_of_sentencepiece(tokenizer: Path, tmp_path: Path) -> N
     assert kinds.contents()[:4] == [2, 3, 3, 6]
 
 
-def test_pieces_keep_their_scores_and_those_beyond_them_come_last(tmp_path: Path) -> None:
+def test_pieces_keep_their_scores_and_unused_pieces_come_last(tmp_path: Path) -> None:
     """llama.cpp joins the neighbours whose union has the highest score."""
     weights = variant_weights("mixtral-gqa", write_tokenizer(tmp_path, vocab_size=295))
     model = sentencepiece.SentencePieceProcessor(model_file=str(weights.tokenizer_path))
@@ -105,14 +111,14 @@ def test_pieces_keep_their_scores_and_those_beyond_them_come_last(tmp_path: Path
     )
     assert tokens is not None and scores is not None and kinds is not None
     assert scores.contents()[:295] == [model.get_score(i) for i in range(295)]
-    assert len(set(scores.contents()[:295])) > 20, "the order of merges is seen"
+    assert len(set(scores.contents()[:295])) > 20, "enough different scores to show the order of merges"
     assert len(scores.contents()) == 300 and max(scores.contents()[295:]) < min(scores.contents()[:295])
     assert tokens.contents()[294:297] == [model.id_to_piece(294), "[UNUSED295]", "[UNUSED296]"]
     assert set(kinds.contents()[295:]) == {5}
 
 
 @pytest.mark.parametrize("has_prefix", [False, True], ids=["ours", "as Llama's"])
-def test_a_space_is_put_in_front_where_the_tokenizer_does(has_prefix: bool, tmp_path: Path) -> None:
+def test_a_space_is_prepended_where_the_tokenizer_does(has_prefix: bool, tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(make_texts(60)), model_prefix=str(tmp_path / "other"), vocab_size=300,
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
@@ -139,7 +145,7 @@ def test_read_back_finds_what_is_broken(broken: str, tokenizer: Path, tmp_path: 
         false.parameters[one], false.parameters[other] = false.parameters[other], false.parameters[one]
     path = write_gguf(false, "mixtral", tmp_path, kind=Kind.BF16)
     with pytest.raises(ExportError, match="is not the tensor that was exported: largest difference"):
-        check_read_back(path, Rounded(true, partial(to_stored, Kind.BF16)), "mixtral", Kind.BF16)
+        read_back_gguf(path, true, "mixtral", Kind.BF16)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +157,7 @@ def test_read_back_finds_one_bit(name: str, tokenizer: Path, tmp_path: Path) -> 
     flat[5] = flat[5].nextafter(torch.tensor(torch.inf))
     path = write_gguf(false, "mixtral", tmp_path, kind=Kind.F32)
     with pytest.raises(ExportError, match="is not the tensor that was exported: largest difference"):
-        check_read_back(path, true, "mixtral", Kind.F32)
+        read_back_gguf(path, true, "mixtral", Kind.F32)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_read_back_finds_one_bit(name: str, tokenizer: Path, tmp_path: Path) -> 
         ("qwen3-dense-not-normalised", "router.normalize=true.*n_dense_layers=0"),
     ],
 )
-def test_what_llama_cpp_cannot_hold_is_refused(name: str, message: str, tokenizer: Path) -> None:
+def test_a_model_that_llama_cpp_cannot_load_is_refused(name: str, message: str, tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         check_gguf(variant_config(name), VARIANTS[name][0], Kind.F32, tokenizer)
 

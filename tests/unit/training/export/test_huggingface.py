@@ -19,9 +19,8 @@ from turnout.moe.config import ModelConfig
 from turnout.training.checkpoint.weights import load_decoder, parameter_shapes
 from turnout.training.errors import CheckpointError, ConfigError
 from turnout.training.export import reader
-from turnout.training.export.architectures import choose_architecture, from_hf_config, to_hf_config
-from turnout.training.export.huggingface import write_huggingface
-from turnout.training.export.naming import slots
+from turnout.training.export.hf_config import choose_architecture, from_hf_config, to_hf_config
+from turnout.training.export.huggingface import slots, write_huggingface
 from turnout.training.export.reader import HfWeights
 
 
@@ -31,7 +30,7 @@ def test_transformers_computes_the_same(name: str, tokenizer: Path, tmp_path: Pa
     checkpoint = save_weights(weights, tmp_path / "run")
     run_export(checkpoint, out := tmp_path / "out", "hf", "float32")
     assert json.loads((out / "config.json").read_text())["model_type"] == VARIANTS[name][0]
-    # The gate has compared already; this comparison shares nothing with it but our decoder.
+    # The gate has already compared them; this comparison shares only our decoder with it.
     tokens = torch.randint(
         weights.cfg.vocab_size, (3, weights.cfg.seq_len), generator=torch.Generator().manual_seed(5)
     )
@@ -54,7 +53,7 @@ def without_balance(cfg: ModelConfig) -> ModelConfig:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_parameter_has_its_slot(name: str) -> None:
+def test_each_parameter_has_a_slot(name: str) -> None:
     cfg, (architecture, *_) = variant_config(name), VARIANTS[name]
     found: dict[str, int] = {}
     all_slots = list(slots(architecture, cfg))
@@ -73,8 +72,8 @@ def test_each_parameter_has_its_slot(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_two_versions_spell_differently_is_written_both_ways(name: str) -> None:
-    """Of transformers 4, 5, and either's way to name the number of experts."""
+def test_settings_that_two_versions_spell_differently_are_written_both_ways(name: str) -> None:
+    """For transformers 4 and 5, and for both names of the number of experts."""
     cfg, (architecture, *_) = variant_config(name), VARIANTS[name]
     tree = to_hf_config(architecture, cfg, dtype="bfloat16", bos_id=1, eos_id=2)
     rope = tree["rope_parameters"]
@@ -86,8 +85,8 @@ def test_what_two_versions_spell_differently_is_written_both_ways(name: str) -> 
         assert tree["n_routed_experts"] == cfg.n_experts
 
 
-def test_what_an_older_config_leaves_out_is_filled_in() -> None:
-    """Version 4 knows no rope_parameters; many models say neither the heads' width nor the number of keys."""
+def test_settings_that_an_older_config_lacks_are_filled_in() -> None:
+    """Version 4 has no rope_parameters; many configs have neither head_dim nor num_key_value_heads."""
     cfg = variant_config("mixtral-mha-tied").model_copy(update={"rope_theta": 5e5, "tie_embeddings": False})
     tree = to_hf_config("mixtral", cfg, dtype="float32", bos_id=1, eos_id=2)
     left_out = {"rope_parameters", "num_key_value_heads", "initializer_range", "tie_word_embeddings"}
@@ -116,7 +115,7 @@ def test_shards_hold_each_tensor_once(tokenizer: Path, tmp_path: Path) -> None:
     assert sorted(held) == sorted(index["weight_map"]) and n_bytes == index["metadata"]["total_size"]
 
 
-def test_bfloat16_is_proven_with_the_rounded_numbers(
+def test_bfloat16_is_proven_with_the_rounded_values(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = save_weights(variant_weights("glm4-all", tokenizer), tmp_path / "run")
@@ -153,7 +152,7 @@ def test_bfloat16_is_proven_with_the_rounded_numbers(
         ({}, True, "bias_rate=0 from the first step on"),
     ],
 )
-def test_what_no_architecture_holds_is_refused(changes: dict, bias: bool, message: str) -> None:
+def test_a_model_that_no_architecture_holds_is_refused(changes: dict, bias: bool, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_architecture(tiny_config(**changes), has_bias=bias)
 
@@ -165,7 +164,7 @@ def test_wrong_uses_end_in_one_line(
     (tmp_path / "there").mkdir()
     command = ["export", "--checkpoint", str(checkpoint)]
     cases = {
-        ("--out", str(tmp_path / "there"), "--format", "hf"): (2, "is there already"),
+        ("--out", str(tmp_path / "there"), "--format", "hf"): (2, "exists already"),
         ("--out", str(tmp_path / "new"), "--format", "hf", "--dtype", "q8_0"): (2, "use --format gguf"),
         ("--out", str(tmp_path / "new"), "--format", "onnx"): (2, "Invalid value"),
     }
@@ -180,7 +179,7 @@ def test_wrong_uses_end_in_one_line(
     assert not (tmp_path / "new").exists()
 
 
-def test_directories_of_others_are_refused_by_name(tokenizer: Path, tmp_path: Path) -> None:
+def test_unsupported_directories_are_refused_with_the_setting(tokenizer: Path, tmp_path: Path) -> None:
     weights = variant_weights("qwen3-gqa", tokenizer)
     (out := tmp_path / "out").mkdir()
     write_huggingface(weights, "qwen3_moe", out, dtype=torch.float32)
@@ -192,7 +191,7 @@ def test_directories_of_others_are_refused_by_name(tokenizer: Path, tmp_path: Pa
         "rope_parameters": ({"rope_type": "yarn"}, "rope_type is 'yarn'"),
         "model_type": ("gpt2", "model_type 'gpt2' cannot be read"),
         "mlp_only_layers": ([1], "are not the first layers"),
-        "hidden_size": ("wide", "is none of a model"),
+        "hidden_size": ("wide", "describes a model that Turnout cannot train"),
         "quantization_config": ({"bits": 4}, "quantization_config"),
     }
     for key, (value, message) in cases.items():
@@ -200,14 +199,14 @@ def test_directories_of_others_are_refused_by_name(tokenizer: Path, tmp_path: Pa
         with pytest.raises(ConfigError, match=message):
             HfWeights(out)
     (out / "config.json").write_text(json.dumps({**config, "num_experts": 5, "num_local_experts": 5}))
-    with pytest.raises(CheckpointError, match=r"experts\.5\.down_proj.*no place|is \(6, 64\) where"):
+    with pytest.raises(CheckpointError, match=r"experts\.5\.down_proj.*no tensor of|is \(6, 64\) where"):
         HfWeights(out)
 
 
-def test_opening_asks_for_the_shapes_once(
+def test_opening_computes_the_shapes_once(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asking builds the model; once for each tensor, a large one takes minutes to open."""
+    """Each time builds the model on the meta device; once per tensor would take minutes."""
     write_huggingface(
         variant_weights("mixtral-mha-tied", tokenizer), "mixtral", tmp_path, dtype=torch.float32
     )
@@ -223,7 +222,7 @@ def test_opening_asks_for_the_shapes_once(
     assert n_asked == 1
 
 
-def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
     weights = variant_weights("mixtral-gqa", write_tokenizer(tmp_path, vocab_size=310))
     checkpoint = save_weights(weights, tmp_path / "run")
     for to in ("hf", "gguf"):

@@ -1,4 +1,4 @@
-"""Import is export backwards, bit for bit; and experts made of a dense model compute what it computes."""
+"""Import reverses export bit for bit, and experts made of a dense model compute what it computes."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,8 +22,8 @@ from turnout.moe.config import ModelConfig
 from turnout.training.checkpoint.directory import checkpoint_path, verify_checkpoint
 from turnout.training.checkpoint.weights import CheckpointWeights, load_decoder
 from turnout.training.export import reader
-from turnout.training.export.huggingface import write_huggingface
-from turnout.training.export.naming import Architecture, Slot, slots
+from turnout.training.export.hf_config import Architecture
+from turnout.training.export.huggingface import Slot, slots, write_huggingface
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def recipe(directory: Path, model: ModelConfig, corpus: Corpus) -> Path:
-    """Write a recipe of another model, of the same length and routing: what import does not take from it."""
+    """Write a recipe of another model with the same length and routing; import ignores its model sizes."""
     other = {"n_layers": model.n_layers + 1, "d_model": 8, "vocab_size": 999}
     cfg = run_config_of(model.model_copy(update=other), data={"corpus": str(corpus.path)})
     (path := directory / "recipe.toml").write_text(to_toml(cfg))
@@ -76,7 +76,7 @@ def test_import_of_an_export_is_the_checkpoint(
 def test_an_import_that_computes_another_model_is_refused(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of which two experts have changed places on the way."""
+    """Two experts were swapped while it was read."""
     weights = variant_weights("mixtral-gqa", corpus.tokenizer_path)
     (source := tmp_path / "hf").mkdir()
     write_huggingface(weights, "mixtral", source, dtype=torch.float32)
@@ -99,7 +99,7 @@ def test_an_import_that_computes_another_model_is_refused(
     [(7, 41, 7), (7, 8, 7), (7, 7, None), (7, 5, None), (None, 8, None)],
     ids=["shorter", "shorter by one", "as long", "longer", "none"],
 )
-def test_a_window_is_kept_where_it_hides_something(
+def test_a_window_is_kept_only_if_it_hides_something(
     window: int | None, seq_len: int, kept: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = tiny_config(seq_len=41, sliding_window=window, n_experts=7)
@@ -131,7 +131,7 @@ def dense_model(kind: str, **changes: Any) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(("kind", "is_tied"), [("llama", True), ("qwen3", False)])
-def test_upcycled_model_begins_as_the_dense_one(
+def test_upcycled_model_computes_what_the_dense_one_does(
     kind: str, is_tied: bool, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense = dense_model(kind, tie_word_embeddings=is_tied)
@@ -155,13 +155,13 @@ def test_upcycled_model_begins_as_the_dense_one(
         want, got = dense(tokens).logits, decoder.logits(hidden)
     assert want.std() > 0.5
     assert float((got - want).abs().max()) < 1e-4
-    assert (stats.counts_E > 0).all(), "the routers choose at random, so every expert gets rows"
+    assert (stats.counts_E > 0).all(), "the routers are random, so every expert gets rows"
     first = weights.read("blocks.1.moe.experts.down", 0)
     assert torch.equal(first, dense.state_dict()["model.layers.1.mlp.down_proj.weight"])
     assert all(torch.equal(weights.read("blocks.1.moe.experts.down", i), first) for i in range(5))
 
 
-def test_upcycled_routers_are_drawn_by_the_seed_each_its_own(corpus: Corpus, tmp_path: Path) -> None:
+def test_upcycled_routers_are_random_by_the_seed_and_differ_by_layer(corpus: Corpus, tmp_path: Path) -> None:
     dense_model("llama").save_pretrained(source := tmp_path / "dense")
     (source / "tokenizer.model").write_bytes(corpus.tokenizer_path.read_bytes())
     recipe_file = recipe(tmp_path, variant_weights("mixtral-gqa", corpus.tokenizer_path).cfg, corpus)
@@ -176,11 +176,11 @@ def test_upcycled_routers_are_drawn_by_the_seed_each_its_own(corpus: Corpus, tmp
     first, again, other = routers("first", 1), routers("again", 1), routers("other", 2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for one, another in ((first[0], first[1]), (first[0], other[0]), (first[1], other[1])):
-        # Independent numbers of standard deviation 0.2, the model's initializer_range.
+        # Independent values with standard deviation 0.2, the model's initializer_range.
         assert float((one - another).std()) == pytest.approx(0.2 * 2**0.5, rel=0.3)
 
 
-def test_what_cannot_be_imported_ends_in_one_line(
+def test_an_impossible_import_ends_in_one_line(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense_model("llama").save_pretrained(dense := tmp_path / "dense")
@@ -201,14 +201,14 @@ def test_what_cannot_be_imported_ends_in_one_line(
     ]
     cases: list[tuple[list[object], str]] = [
         (["--from", source, *sized], "model.seq_len=82 is more than the 41 positions"),
-        (["--from", source, "--upcycle", 4], "'mixtral' is no dense model to upcycle"),
+        (["--from", source, "--upcycle", 4], "'mixtral' cannot be upcycled; use one of ['llama', 'qwen3']"),
         ([*upcycle, "model.router.normalize=false"], "use model.router.normalize=true"),
         ([*upcycle, "model.router.scale=2.0"], "use model.router.scale=1.0"),
         (["--from", dense, "--upcycle", 1], "must be at least 2"),
-        ([*upcycle, "model.top_k=5"], "--upcycle 4: each token takes model.top_k=5 experts"),
+        ([*upcycle, "model.top_k=5"], "--upcycle 4: each token uses model.top_k=5 experts"),
         ([*upcycle, "model.n_shared_experts=1"], "--set model.n_shared_experts has no effect"),
         (["--from", source, "--set", "model.rope_theta=1e6"], "--set model.rope_theta has no effect"),
-        (["--from", source, "--set", "model.top_k=1"], "only model.seq_len, model.balance are taken"),
+        (["--from", source, "--set", "model.top_k=1"], "only model.seq_len, model.balance from the recipe"),
         (["--from", tmp_path], "config.json"),
     ]
     for words, message in cases:

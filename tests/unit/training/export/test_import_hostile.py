@@ -1,4 +1,4 @@
-"""A stranger's Hugging Face directory is read, or refused in one line, in bounded time and memory."""
+"""An untrusted Hugging Face directory is read, or refused in one line, in bounded time and memory."""
 
 import json
 import shutil
@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tests.exports import VARIANTS, variant_weights
 from tests.unit.hostile_fixtures import limits
 from turnout.training.errors import CheckpointError, ConfigError
+from turnout.training.export.hf_config import CONFIG, INDEX, SINGLE
 from turnout.training.export.huggingface import write_huggingface
-from turnout.training.export.reader import CONFIG, INDEX, SINGLE, HfWeights
+from turnout.training.export.reader import HfWeights
 
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1, 10**12, 10**4200, 0.5, -1e308, float("nan"), float("inf"), "", "x" * 100_000,
@@ -33,7 +34,7 @@ IDLE_IN = {
         "num_nextn_predict_layers",
     },
 }  # fmt: skip
-# By place in HOSTILE: what another model of the same tensors could have. True reads as 1.
+# Indices into HOSTILE of values that a valid model with the same tensors could have. True reads as 1.
 NUMBER, WHOLE, YES_NO, NOTHING = {1, 4, 5, 7}, {1, 4}, {1, 3, 4}, {0, 3, 11, 15, 17}
 ACCEPTED = {
     "rms_norm_eps": NUMBER, "initializer_range": NUMBER, "rope_parameters": NOTHING | {18},
@@ -65,14 +66,14 @@ def source(sources: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def refusal(directory: Path) -> str | None:
-    """Return how a directory is refused; None where it is read."""
+    """Return the message with which a directory is refused; None where it is read."""
     with limits():
         try:
             weights = HfWeights(directory)
             weights.read("embed.weight")
         except (CheckpointError, ConfigError) as err:
             said = str(err)
-            assert said.isprintable() and len(said) < 600, "one line, that cannot steer a terminal"
+            assert said.isprintable() and len(said) < 600, "one line without terminal escapes"
             return said
     return None
 
@@ -90,7 +91,7 @@ def test_hostile_settings(name: str, sources: dict[str, Path], tmp_path: Path) -
                 accepted.setdefault(key, set()).add(i)
         holder[key] = whole
     idle = {key for key, values in accepted.items() if len(values) == len(HOSTILE)}
-    assert idle == IDLE | IDLE_IN[name], "keys that say nothing of what is computed, or are said twice"
+    assert idle == IDLE | IDLE_IN[name], "keys that do not affect the computation, or repeat another key"
     partly = {key: values for key, values in accepted.items() if key not in idle}
     assert partly == ACCEPTED | ACCEPTED_IN[name]
 
@@ -104,14 +105,14 @@ def test_hostile_settings(name: str, sources: dict[str, Path], tmp_path: Path) -
         ("hidden_size", "model.embed_tokens.weight is (300, 64) where its config says"),
     ],
 )
-def test_giant_sizes_are_refused_at_the_first_thing_missing(key: str, message: str, source: Path) -> None:
+def test_giant_sizes_are_refused_at_the_first_missing_tensor(key: str, message: str, source: Path) -> None:
     tree = json.loads((source / CONFIG).read_text())
     (source / CONFIG).write_text(json.dumps({**tree, key: 10**12}))
     assert message in (refusal(source) or "")
 
 
 @pytest.mark.parametrize("spelled", ["\ud800", "a\udfffb", "a\x00b"])
-def test_names_that_are_no_text(spelled: str, source: Path) -> None:
+def test_names_that_are_not_valid_text(spelled: str, source: Path) -> None:
     whole = json.loads((source / INDEX).read_text())
     name, file = next(iter(whole["weight_map"].items()))
     for weight_map in (
@@ -124,8 +125,8 @@ def test_names_that_are_no_text(spelled: str, source: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["../other.safetensors", "{}/other.safetensors", ".", "", 7, None, ["a"]])
-def test_files_elsewhere(file: Any, source: Path) -> None:
-    """Though they hold the tensors that are wanted."""
+def test_files_outside_the_directory(file: Any, source: Path) -> None:
+    """They are refused although they hold the wanted tensors."""
     (shard,) = source.glob("model-*.safetensors")
     shard.rename(source.parent / "other.safetensors")
     file = file.format(source.parent) if isinstance(file, str) else file
@@ -134,7 +135,7 @@ def test_files_elsewhere(file: Any, source: Path) -> None:
     assert "does not say which file holds which tensor" in (refusal(source) or "")
 
 
-def test_files_that_are_none(source: Path) -> None:
+def test_files_that_are_not_safetensors(source: Path) -> None:
     (shard,) = source.glob("model-*.safetensors")
     whole = shard.read_bytes()
     n_header = struct.unpack("<Q", whole[:8])[0]
@@ -154,7 +155,7 @@ def test_files_that_are_none(source: Path) -> None:
     assert refusal(source) is not None
 
 
-def test_tensors_of_other_kinds(source: Path) -> None:
+def test_tensors_of_other_dtypes_and_shapes(source: Path) -> None:
     (shard,) = source.glob("model-*.safetensors")
     tensors = load_file(shard)
     (source / INDEX).unlink()

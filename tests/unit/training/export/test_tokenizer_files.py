@@ -1,4 +1,4 @@
-"""The exported tokenizer and generated text: what a user of transformers types gives what training would."""
+"""The exported tokenizer and generated text: in transformers a text gives the ids of training."""
 
 import argparse
 import json
@@ -19,15 +19,15 @@ from turnout.launch.commands.export import run_export
 from turnout.training.checkpoint.weights import load_decoder
 from turnout.training.config.sample import SampleConfig
 from turnout.training.errors import ConfigError
-from turnout.training.export.tokenizer_files import PROBES
-from turnout.training.export.tokenizer_files import write_tokenizer as write_files
+from turnout.training.export.huggingface import PROBES
+from turnout.training.export.huggingface import write_tokenizer as write_files
 from turnout.training.generation.generate import continue_prompts
 
 TEXTS = [*PROBES, "a<s>b</s> <unk>", "\u2581 under\u2581score", *make_texts(30), Path(__file__).read_text()]
 
 
 def test_sentencepiece_ids_are_the_same(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    # Enough pieces, of real text, that the order of merges matters.
+    # Enough pieces of real text to make the order of merges matter.
     tokenizer = tmp_path_factory.mktemp("rich") / "tokenizer.model"
     texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, json.decoder, shlex)]
     train_tokenizer(texts, vocab_size=1500, out=tokenizer, n_threads=1)
@@ -46,8 +46,8 @@ def test_sentencepiece_ids_are_the_same(tmp_path_factory: pytest.TempPathFactory
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
 
 
-def test_tokenizer_json_travels_as_it_is(tmp_path: Path) -> None:
-    """Where it puts a begin in front of a text; else it is made to, and nothing else is changed."""
+def test_tokenizer_json_is_copied_unchanged(tmp_path: Path) -> None:
+    """Except that it is made to begin each text with the begin-of-text token, unless it does already."""
     source = write_hf_tokenizer(tmp_path / "own.json", special_tokens=["<|endoftext|>", "<pad>"])
     first, second = tmp_path / "first", tmp_path / "second"
     for origin, out in ((source, first), (first / "tokenizer.json", second)):
@@ -65,7 +65,7 @@ def test_tokenizer_json_travels_as_it_is(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_without_begin_begins_with_the_end(tmp_path: Path) -> None:
+def test_without_a_begin_token_a_text_begins_with_the_end_token(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(make_texts(60)), model_prefix=str(tmp_path / "no_bos"), vocab_size=300,
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
@@ -127,7 +127,7 @@ def test_greedy_text_of_64_tokens_is_the_same(name: str, tokenizer: Path, tmp_pa
     decoder = tiny_decoder(cfg, dtype=torch.float32, gain=6.0)
     head = "head.weight"
     weights = DecoderWeights(decoder, random_state(cfg, bias=0.3 if name == "glm4-all" else 0.0), tokenizer)
-    weights.parameters[head][2] = 0  # so that no text ends before its time
+    weights.parameters[head][2] = 0  # so that no text ends early
     run_export(save_weights(weights, tmp_path / "run"), out := tmp_path / "out", "hf", "float32")
     sample = SampleConfig(prompts=("the train",), n_tokens=64, temperature=0)
     (ours,) = continue_prompts(*_with_tokenizer(weights, tokenizer), sample, seed=0)

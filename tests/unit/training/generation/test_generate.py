@@ -1,4 +1,4 @@
-"""Continuations: greedy is the argmax, a seed repeats itself, the cache writes what whole passes write."""
+"""Continuations: greedy is the argmax, a seed is reproducible, and the cache agrees with whole passes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ from turnout.moe.model import Decoder
 from turnout.training.config.sample import SampleConfig
 from turnout.training.errors import CheckpointError, ConfigError
 from turnout.training.generation.generate import (
-    PROMPT_TOKENS_AT_ONCE,
-    ROWS_AT_ONCE,
+    MAX_BATCH_PROMPT_TOKENS,
+    MAX_BATCH_ROWS,
     Options,
     TextPiece,
     _in_batches,
@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def decoder_of(cfg: ModelConfig, dtype: torch.dtype = torch.float64) -> Decoder:
-    """Build a decoder that does not end a text by itself where these tests go on."""
+    """Build a decoder that happens to end none of these texts by itself."""
     return tiny_decoder(cfg, dtype=dtype, seed=1)
 
 
@@ -90,7 +90,7 @@ def test_greedy_takes_the_most_likely_token_each_time(tokenizer: Tokenizer) -> N
     assert sample(tokenizer, temperature=0)[0] == tokenizer.decode(ids[start:])
 
 
-def test_a_seed_repeats_itself_and_another_does_not(tokenizer: Tokenizer) -> None:
+def test_a_seed_is_reproducible_and_another_differs(tokenizer: Tokenizer) -> None:
     assert sample(tokenizer, temperature=3.0) == sample(tokenizer, temperature=3.0)
     assert sample(tokenizer, temperature=3.0) != sample(tokenizer, temperature=3.0, seed=1)
 
@@ -111,7 +111,7 @@ def test_a_long_prompt_keeps_its_tail(tokenizer: Tokenizer) -> None:
     assert sample(tokenizer, prompts=[prompt], temperature=0) == [tokenizer.decode(tail[room:])]
 
 
-def test_a_sample_ends_at_its_end_of_text_token_and_the_others_go_on(tokenizer: Tokenizer) -> None:
+def test_a_sample_ends_at_its_end_of_text_token_and_the_others_continue(tokenizer: Tokenizer) -> None:
     cfg = SampleConfig(prompts=("the train", "a"), n_tokens=8, temperature=3.0)
     how = Sampling(temperature=3.0, top_p=cfg.top_p)
     decoder, generator = decoder_of(CFG), torch.Generator().manual_seed(2)
@@ -144,8 +144,8 @@ def test_sampling_leaves_no_trace(tokenizer: Tokenizer) -> None:
 
 
 @torch.no_grad()
-def test_padding_takes_no_place_in_an_expert() -> None:
-    """An expert of limited capacity takes the best rows of a sequence: padding must not be among them."""
+def test_padding_takes_no_capacity_of_an_expert() -> None:
+    """With a capacity factor an expert keeps the best rows of a sequence; padding must not be among them."""
     cfg = tiny_config(vocab_size=300, seq_len=24, router={"capacity_factor": 1.0})
     decoder, state, rows = decoder_of(cfg), state_of(cfg), [[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15, 16, 17]]
 
@@ -158,10 +158,10 @@ def test_padding_takes_no_place_in_an_expert() -> None:
     want = torch.stack([alone(row, len(row)) for row in rows])
     torch.testing.assert_close(whole_pass_logits(decoder, rows, state), want)
     with_padding = torch.stack([alone(row, cfg.seq_len) for row in rows])
-    assert not torch.allclose(with_padding, want), "padding took no place, so this proves nothing"
+    assert not torch.allclose(with_padding, want), "padding took no capacity, so this proves nothing"
 
 
-def test_the_cache_writes_what_whole_passes_write(tokenizer: Tokenizer) -> None:
+def test_the_cache_gives_the_text_of_whole_passes(tokenizer: Tokenizer) -> None:
     cfg = SampleConfig(prompts=PROMPTS, n_tokens=8, temperature=0)
     decoder = decoder_of(CFG)
     want = continue_prompts(decoder, tokenizer, state_of(CFG), cfg, seed=0)
@@ -182,9 +182,9 @@ def test_a_row_does_not_depend_on_the_others(tokenizer: Tokenizer) -> None:
         assert written(stream(tokenizer, [prompt], seed=3 + row)) == [together[row]]
 
 
-def test_prompts_go_in_batches_of_bounded_tokens() -> None:
-    long = PROMPT_TOKENS_AT_ONCE // 2
-    assert list(_in_batches([3] * (2 * ROWS_AT_ONCE + 1))) == [range(0, 32), range(32, 64), range(64, 65)]
+def test_batches_are_bounded_in_rows_and_tokens() -> None:
+    long = MAX_BATCH_PROMPT_TOKENS // 2
+    assert list(_in_batches([3] * (2 * MAX_BATCH_ROWS + 1))) == [range(0, 32), range(32, 64), range(64, 65)]
     assert list(_in_batches([long, long, 1, 3 * long, 1])) == [
         range(0, 2),
         range(2, 3),
@@ -194,11 +194,11 @@ def test_prompts_go_in_batches_of_bounded_tokens() -> None:
 
 
 def test_samples_of_a_prompt_are_rows_of_their_own(tokenizer: Tokenizer) -> None:
-    n_samples = ROWS_AT_ONCE // 3 + 2
+    n_samples = MAX_BATCH_ROWS // 3 + 2
     pieces = stream(tokenizer, PROMPTS[:3], n_samples=n_samples, max_tokens=4)
     texts = written(pieces)
-    assert len(texts) == 3 * n_samples > ROWS_AT_ONCE
-    for row in (0, 1, n_samples, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, 3 * n_samples - 1):
+    assert len(texts) == 3 * n_samples > MAX_BATCH_ROWS
+    for row in (0, 1, n_samples, MAX_BATCH_ROWS - 1, MAX_BATCH_ROWS, 3 * n_samples - 1):
         alone = stream(tokenizer, [PROMPTS[row // n_samples]], seed=row, max_tokens=4)
         assert written(alone) == [texts[row]], row
 
@@ -244,7 +244,7 @@ def ids_of(tokenizer: Tokenizer, model: CachedDecoder, prompt: str) -> list[int]
     return ids
 
 
-def test_a_window_writes_on_beyond_seq_len(tokenizer: Tokenizer) -> None:
+def test_a_sliding_window_continues_beyond_seq_len(tokenizer: Tokenizer) -> None:
     model = cached(tiny_config(vocab_size=300, seq_len=24, sliding_window=7))
     prompt = "each switch so that the train moves each lever of seven cars at 0417"
     assert len(tokenizer.encode(prompt)) > 24
@@ -252,12 +252,12 @@ def test_a_window_writes_on_beyond_seq_len(tokenizer: Tokenizer) -> None:
     assert len(pieces) == 40 and pieces[-1].end == "max tokens"
 
 
-def test_ids_that_no_text_has_are_never_drawn(tokenizer: Tokenizer) -> None:
+def test_padded_vocabulary_ids_are_never_sampled(tokenizer: Tokenizer) -> None:
     cfg = tiny_config(vocab_size=640, seq_len=24)
     decoder = decoder_of(cfg)
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS]
     top = whole_pass_logits(decoder, rows, state_of(cfg)).argmax(-1)
-    assert (top >= tokenizer.vocab_size).any(), "none would be drawn, so this proves nothing"
+    assert (top >= tokenizer.vocab_size).any(), "none would be sampled, so this proves nothing"
     options = Options(max_tokens=8, sampling=GREEDY)
     assert written(list(stream_texts(cached(cfg), tokenizer, PROMPTS, options)))
     sampled = SampleConfig(prompts=PROMPTS, n_tokens=8, temperature=0)
@@ -265,7 +265,9 @@ def test_ids_that_no_text_has_are_never_drawn(tokenizer: Tokenizer) -> None:
 
 
 def test_a_prompt_without_room_and_a_broken_model_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match=r"prompt 2 has \d+ tokens .* seq_len=24 .* shorten it to 23"):
+    with pytest.raises(
+        ConfigError, match=r"prompt 2 has \d+ tokens, .* seq_len=24 .* shorten it to at most 23 tokens"
+    ):
         stream(tokenizer, ["a", "switch " * 30])
     model = cached()
     with torch.no_grad():

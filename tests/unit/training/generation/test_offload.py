@@ -1,4 +1,4 @@
-"""A model spread by accelerate over memory and disk computes what it computes in one piece."""
+"""A model that accelerate spreads over memory and disk computes the same as in one piece."""
 
 from pathlib import Path
 from typing import Any
@@ -69,20 +69,20 @@ def test_blocks_on_disk_compute_the_same(
     want = run(CachedDecoder(*load_decoder(weights, dtype=dtype)))
     blocks, ends = block_bytes(weights)
     room = (ends + sum(blocks[:n_resident]) + max(blocks)) * dtype.itemsize // 4
-    model, told = spread(weights, tmp_path, room, dtype)
+    model, summary = spread(weights, tmp_path, room, dtype)
     on_disk = {name for name, p in model.named_parameters() if p.is_meta}
     assert {int(name.split(".")[1]) for name in on_disk} == set(range(n_resident, N_LAYERS))
-    assert f"{N_LAYERS - n_resident} on disk" in told and str(tmp_path) in told
+    assert f"{N_LAYERS - n_resident} on disk" in summary and str(tmp_path) in summary
     for got, expected in zip(run(model), want, strict=True):
         assert torch.equal(got, expected)
-    assert {name for name, p in model.named_parameters() if p.is_meta} == on_disk, "blocks leave memory again"
+    assert {name for name, p in model.named_parameters() if p.is_meta} == on_disk, "a block stayed in memory"
     assert len([*tmp_path.glob("*.dat")]) == len(on_disk)
 
 
 def test_what_fits_is_all_in_memory(weights: Weights, tmp_path: Path) -> None:
-    model, told = spread(weights, tmp_path, None, torch.float32)
+    model, summary = spread(weights, tmp_path, None, torch.float32)
     assert not any(parameter.is_meta for parameter in model.parameters())
-    assert told.startswith(f"blocks: {N_LAYERS} on the CPU (")
+    assert summary.startswith(f"blocks: {N_LAYERS} on the CPU (")
     want = run(CachedDecoder(*load_decoder(weights)))
     assert all(torch.equal(a, b) for a, b in zip(run(model), want, strict=True))
 

@@ -1,4 +1,4 @@
-"""Drawing tokens: greedy is the argmax, each cut leaves out the tail it names, frequencies are right."""
+"""Sampling: greedy is the argmax, each filter removes its tail, and frequencies follow the probabilities."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_greedy_takes_the_most_likely_and_the_lower_id_of_equals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cuts", "left"),
+    ("filters", "left"),
     [
         ({}, {0, 1, 2, 3}),
         ({"top_k": 9}, {0, 1, 2, 3}),
@@ -33,24 +33,24 @@ def test_greedy_takes_the_most_likely_and_the_lower_id_of_equals() -> None:
         ({"min_p": 0.45}, {0, 1, 3}),
         ({"min_p": 0.7}, {1, 3}),
         ({"min_p": 1.0}, {1}),
-        # Of the three that top_k leaves the first two have 7/9.
+        # top_k leaves three; the first two of them have 7/9 of the probability.
         ({"top_k": 3, "top_p": 0.75}, {1, 3}),
         ({"top_p": 0.95, "min_p": 0.7}, {1, 3}),
     ],
 )
-def test_cuts_leave_out_the_tail(cuts: dict[str, float], left: set[int]) -> None:
-    assert drawn(Sampling(temperature=1.0, **cuts)) == left
+def test_filters_remove_the_tail(filters: dict[str, float], left: set[int]) -> None:
+    assert drawn(Sampling(temperature=1.0, **filters)) == left
 
 
-def test_cuts_see_the_temperature() -> None:
+def test_filters_apply_after_the_temperature() -> None:
     # Half the temperature squares the probabilities: 16, 9, 4 and 1 of 30.
     assert drawn(Sampling(temperature=0.5, min_p=0.5)) == {1, 3}
     assert drawn(Sampling(temperature=0.5, top_p=0.82)) == {1, 3}
     assert drawn(Sampling(temperature=1.0, top_p=0.82)) == {0, 1, 3}
 
 
-def test_a_cut_is_measured_by_the_row_itself() -> None:
-    """Of the first row one token is far above the others; of the second the cut leaves three of four."""
+def test_min_p_is_relative_to_each_row() -> None:
+    """In the first row one token is far above the others; in the second min_p keeps three of four."""
     rows = torch.stack([torch.tensor([0.02, 0.03, 0.9, 0.05]).log(), LOGITS]).repeat(2000, 1)
     ids = sample_tokens(rows, Sampling(temperature=1.0, min_p=0.45), [torch.Generator().manual_seed(0)]).view(
         -1, 2
@@ -65,7 +65,7 @@ def test_frequencies_follow_the_probabilities_left() -> None:
     assert share.tolist() == pytest.approx([4 / 29, 16 / 29, 0, 9 / 29], abs=0.01)
 
 
-def test_a_row_with_its_own_generator_draws_what_it_draws_alone() -> None:
+def test_a_row_with_its_own_generator_does_not_depend_on_the_others() -> None:
     rows = torch.randn(5, 50, generator=torch.Generator().manual_seed(1))
     how = Sampling(temperature=2.0)
 

@@ -1,4 +1,4 @@
-"""Text that is shown as it comes: no half characters, no half stop strings, and nothing lost."""
+"""Streamed text: no half characters, no half stop strings, and nothing is lost."""
 
 import io
 import random
@@ -36,7 +36,7 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int], *stop: str, prompt: str = "
 
 
 def until_stop(text: str, *stop: str) -> str:
-    """The slow twin: one character after the other, until the text ends with a stop string."""
+    """Slow twin: read character by character until the text ends with a stop string."""
     for end in range(1, len(text) + 1):
         ending = [word for word in stop if text[:end].endswith(word)]
         if ending:
@@ -52,11 +52,11 @@ def test_characters_are_whole_and_nothing_is_lost(tokenizer: Tokenizer) -> None:
     assert "".join(out) == text
     assert not any("\ufffd" in piece for piece in out)
     assert "" in out, "no character took more than one token, so this proves nothing"
-    assert sum(piece != "" for piece in out) > len(text) / 8, "text is shown as it comes"
+    assert sum(piece != "" for piece in out) > len(text) / 8, "text is shown early"
 
 
 def test_a_token_may_end_inside_a_character(tmp_path: Path) -> None:
-    """Of a byte-level tokenizer that joins a space to the first byte of the character after it."""
+    """This byte-level tokenizer joins a space to the first byte of the next character."""
     trained = HfTokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -78,7 +78,7 @@ def test_a_token_may_end_inside_a_character(tmp_path: Path) -> None:
     assert not any("\ufffd" in piece for piece in out)
 
 
-def test_bytes_that_are_no_character_are_shown_once_it_is_certain(tokenizer: Tokenizer) -> None:
+def test_invalid_bytes_are_shown_once_they_are_certain(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("\u20ac")
     assert len(ids) == 3
     assert "".join(pieces(tokenizer, [*ids, ids[0]])) == "\u20ac"

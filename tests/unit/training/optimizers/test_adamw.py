@@ -1,4 +1,4 @@
-"""Learning-rate schedules at their corners, what is decayed, and the engine's AdamW against its formula."""
+"""Corner cases of learning-rate schedules, which weights decay, and the engine's AdamW against a formula."""
 
 import math
 
@@ -39,13 +39,13 @@ def test_middle_of_cosine_and_linear_is_half_way() -> None:
     assert rates(21, kind="linear", final_frac=0.0)[5] == pytest.approx(1.5)
 
 
-def test_wsd_is_stable_until_the_last_share() -> None:
+def test_wsd_is_stable_until_the_decay() -> None:
     values = rates(20, kind="wsd", warmup_steps=2, decay_frac=0.25, final_frac=0.0)
     assert values[2:16] == [2.0] * 14
     assert values[15:] == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
 
 
-def test_norms_are_not_decayed_and_everything_is_in_one_group() -> None:
+def test_norms_are_not_decayed_and_every_weight_is_in_one_group() -> None:
     decoder = build_decoder(tiny_config(qk_norm=True, n_shared_experts=1))
     decayed, undecayed = param_groups(decoder.named_parameters(), 0.1)
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
@@ -56,7 +56,7 @@ def test_norms_are_not_decayed_and_everything_is_in_one_group() -> None:
 
 
 def adamw_by_hand(cfg: RunConfig, lr: float) -> dict[str, torch.Tensor]:
-    """Train as Loshchilov and Hutter 2019 (1711.05101), algorithm 2, writes it; clip the gradient first."""
+    """Train by algorithm 2 of Loshchilov and Hutter 2019 (1711.05101), with clipped gradients."""
     objective, state = build_objective(cfg, dtype=torch.float64), starting_state(cfg)
     optim, (beta1, beta2) = cfg.optim, cfg.optim.betas
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in objective.named_parameters()}
@@ -79,7 +79,7 @@ def adamw_by_hand(cfg: RunConfig, lr: float) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in objective.named_parameters()}
 
 
-def test_adamw_takes_every_setting_of_the_config(one_rank: None) -> None:
+def test_adamw_uses_every_setting_of_the_config(one_rank: None) -> None:
     optim = {"betas": (0.7, 0.85), "eps": 1e-3, "weight_decay": 0.3}
     cfg = run_config(optim=optim, train={"n_steps": 4, "batch_tokens": 96, "microbatch_seqs": 2})
     got = train_on_ranks(0, cfg, 1, optimizer="adamw", lr=0.02)["parameters"]

@@ -1,4 +1,4 @@
-"""Private parts of torch and DeepSpeed that we rely on are where they were."""
+"""The private parts of torch and DeepSpeed that we rely on still exist."""
 
 import deepspeed.runtime.compiler
 import pytest
@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from turnout.training.optimizers.adamw import CACHED, METHODS_OUT_OF_GRAPHS, AdamW, keep_compiler_out
 
-MOVED = "training/optimizers/adamw.py keeps torch's compiler out of ranks by what has moved in this torch"
+MOVED = "training/optimizers/adamw.py keeps torch's compiler out of ranks by a part that this torch has moved"
 
 
 @pytest.mark.parametrize("name", METHODS_OUT_OF_GRAPHS)
@@ -24,7 +24,7 @@ def test_adamws_step_has_a_plain_form() -> None:
 
 def test_deepspeed_compiles_by_a_function_that_can_be_replaced() -> None:
     assert callable(deepspeed.runtime.compiler.compile), (
-        "training/engine/engine.py imports its Muon uncompiled"
+        "training/engine/engine.py replaces it to import Muon uncompiled"
     )
 
 

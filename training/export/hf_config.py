@@ -1,30 +1,42 @@
-"""Which Hugging Face architecture can hold a model of ours, and its config.json in both directions.
+"""Which Hugging Face architecture holds a model, its config.json both ways, and the names of the files.
 
-The config is written by us and not by transformers: version 5 writes spellings that version 4 does not read,
-or reads as something else (rope_theta), and the other way round. So both are written, everywhere.
+We write config.json ourselves: transformers 5 writes spellings that version 4 does not read or misreads
+(rope_theta), and the other way round. So both spellings are written, everywhere. The names of the tensors are
+in huggingface.py. Imports no torch, so that refusals are quick.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from turnout.moe.config import ModelConfig
 from turnout.training.errors import ConfigError, printable
-from turnout.training.export.naming import DENSE, ROUTED, Architecture
 
-MAX_POSITIONS = 1 << 24  # more than any model has been trained on
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+
+# We read and write the first three. llama and qwen3 are dense: import makes experts of their layers.
+Architecture = Literal["mixtral", "qwen3_moe", "glm4_moe", "llama", "qwen3"]
+ROUTED: tuple[Architecture, ...] = ("mixtral", "qwen3_moe", "glm4_moe")
+DENSE: tuple[Architecture, ...] = ("llama", "qwen3")
 CLASSES: dict[Architecture, str] = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
 }
+MAX_POSITIONS = 1 << 24  # more than any model has been trained on
+
+
+def is_hf_directory(path: Path) -> bool:
+    """Return whether a directory looks like a Hugging Face model: config.json and safetensors beside it."""
+    return (path / CONFIG).is_file() and ((path / INDEX).is_file() or (path / SINGLE).is_file())
 
 
 def choose_architecture(cfg: ModelConfig, *, has_bias: bool) -> Architecture:
     """Return the first architecture that computes what the model computes.
 
-    has_bias: some router's bias is not 0. Raises ConfigError with what stands against the nearest.
+    has_bias: some router's bias is not 0. Raises ConfigError that lists the obstacles of the nearest one.
     """
     faults = {architecture: obstacles(architecture, cfg, has_bias=has_bias) for architecture in ROUTED}
     for architecture, found in faults.items():
@@ -38,9 +50,9 @@ def choose_architecture(cfg: ModelConfig, *, has_bias: bool) -> Architecture:
 
 
 def obstacles(architecture: Architecture, cfg: ModelConfig, *, has_bias: bool) -> list[str]:
-    """Return why an architecture cannot hold the model, each with the setting with which it could.
+    """Return why an architecture cannot hold the model, each reason with the setting that would remove it.
 
-    Read off transformers 4.57 and 5.23, models/{mixtral,qwen3_moe,glm4_moe}/modeling_*.py.
+    Source: transformers 4.57 and 5.23, models/{mixtral,qwen3_moe,glm4_moe}/modeling_*.py.
     """
     router, found = cfg.router, []
 
@@ -49,7 +61,7 @@ def obstacles(architecture: Architecture, cfg: ModelConfig, *, has_bias: bool) -
             found.append(f"{reason} ({setting} would do)")
 
     need(router.capacity_factor is None, "it drops no rows", "model.router.capacity_factor=none")
-    need(router.n_groups == 1, "versions differ in how they close groups", "model.router.n_groups=1")
+    need(router.n_groups == 1, "versions mask groups differently", "model.router.n_groups=1")
     if architecture == "glm4_moe":
         need(router.score == "sigmoid", "its scores are sigmoid", "model.router.score=sigmoid")
         need(cfg.sliding_window is None, "it has no sliding window", "model.sliding_window=none")
@@ -70,7 +82,7 @@ def obstacles(architecture: Architecture, cfg: ModelConfig, *, has_bias: bool) -
 def to_hf_config(
     architecture: Architecture, cfg: ModelConfig, *, dtype: str, bos_id: int, eos_id: int
 ) -> dict[str, Any]:
-    """Return the tree of config.json, which transformers 4 and 5 both read as the same model."""
+    """Return the contents of config.json, which transformers 4 and 5 both read as the same model."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     tree: dict[str, Any] = {
         "architectures": [CLASSES[architecture]],
@@ -129,25 +141,25 @@ def to_hf_config(
 def from_hf_config(
     tree: Mapping[str, Any], where: str, *, experts: Mapping[str, Any] | None = None
 ) -> tuple[Architecture, ModelConfig]:
-    """Return the model that a config.json describes, balanced by the defaults, which it says nothing of.
+    """Return the model that a config.json describes, with default balancing, which the file does not hold.
 
-    experts: of a dense model, the settings of the experts that are to be made of its layers. Raises
-    ConfigError where the model is none that Turnout computes.
+    experts: settings of the experts to make of a dense model's layers. Raises ConfigError for a model that
+    Turnout does not compute.
     """
     architecture = _architecture(tree, where, is_upcycled=experts is not None)
     try:
-        _refuse_strange(tree, where, architecture)
+        _check_supported(tree, where, architecture)
         _check_sizes(tree, where)
         return architecture, ModelConfig.model_validate(_settings(tree, architecture, experts or {}))
     except KeyError as err:
-        raise ConfigError(f"{where}: does not say {err.args[0]}; take the config.json of the model") from err
+        raise ConfigError(f"{where}: lacks {err.args[0]}; use the model's own config.json") from err
     except (TypeError, AttributeError, ZeroDivisionError) as err:
-        raise ConfigError(f"{where}: is not the config of a model ({printable(str(err))})") from err
+        raise ConfigError(f"{where}: is not a model's config ({printable(str(err))})") from err
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
         path = ".".join(str(part) for part in first["loc"])
         message = printable(f"{path}: {first['msg']}".removeprefix(": "))
-        raise ConfigError(f"{where}: is none of a model that Turnout trains: {message}") from err
+        raise ConfigError(f"{where}: describes a model that Turnout cannot train: {message}") from err
 
 
 def _architecture(tree: Mapping[str, Any], where: str, *, is_upcycled: bool) -> Architecture:
@@ -155,22 +167,24 @@ def _architecture(tree: Mapping[str, Any], where: str, *, is_upcycled: bool) -> 
     for architecture in DENSE if is_upcycled else ROUTED:
         if found == architecture:
             return architecture
-    said = printable(repr(found), 40)
+    shown = printable(repr(found), 40)
     if is_upcycled:
-        raise ConfigError(f"{where}: model_type {said} is no dense model to upcycle; one of {list(DENSE)} is")
+        raise ConfigError(f"{where}: model_type {shown} cannot be upcycled; use one of {list(DENSE)}")
     if found in DENSE:
-        raise ConfigError(f"{where}: model_type {said} is dense; make experts of it with --upcycle N_EXPERTS")
-    raise ConfigError(f"{where}: model_type {said} cannot be read; one of {list(ROUTED)} can")
+        raise ConfigError(
+            f"{where}: model_type {shown} is dense; make experts of it with --upcycle N_EXPERTS"
+        )
+    raise ConfigError(f"{where}: model_type {shown} cannot be read; use one of {list(ROUTED)}")
 
 
-def _refuse_strange(tree: Mapping[str, Any], where: str, architecture: Architecture) -> None:
-    """Raise ConfigError for what a config can ask for and our decoder does not do."""
+def _check_supported(tree: Mapping[str, Any], where: str, architecture: Architecture) -> None:
+    """Raise ConfigError for a feature that a config can ask for and our decoder lacks."""
     rope = _rope(tree)
     rotary = rope.get("partial_rotary_factor", tree.get("partial_rotary_factor"))
     if rotary is None:
         rotary = 0.5 if architecture == "glm4_moe" else 1.0
     scaling = tree.get("rope_scaling") or {}
-    asked = {
+    requested = {
         "hidden_act": (tree.get("hidden_act", "silu"), "silu"),
         "attention_bias": (tree.get("attention_bias", False), False),
         "mlp_bias": (tree.get("mlp_bias", False), False),
@@ -181,12 +195,12 @@ def _refuse_strange(tree: Mapping[str, Any], where: str, architecture: Architect
         "decoder_sparse_step": (tree.get("decoder_sparse_step", 1), 1),
         "quantization_config": (tree.get("quantization_config"), None),
     }
-    if architecture == "qwen3":  # whose window begins at some layer
-        asked["use_sliding_window"] = (tree.get("use_sliding_window", False), False)
-    for name, (found, wanted) in asked.items():
+    if architecture == "qwen3":  # its first layers may have no window
+        requested["use_sliding_window"] = (tree.get("use_sliding_window", False), False)
+    for name, (found, wanted) in requested.items():
         if found != wanted:
-            said = printable(repr(found), 60)
-            raise ConfigError(f"{where}: {name} is {said}, and Turnout computes {wanted!r} only")
+            shown = printable(repr(found), 60)
+            raise ConfigError(f"{where}: {name} is {shown}, and Turnout computes {wanted!r} only")
     dense = tree.get("mlp_only_layers") or []
     if dense != list(range(len(dense))):
         raise ConfigError(f"{where}: mlp_only_layers {printable(repr(dense), 60)} are not the first layers")
@@ -197,26 +211,24 @@ def _rope(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_sizes(tree: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for a sequence length that no tensor bears out and that evaluation would make room
-    for.
-    """
+    """Raise ConfigError for an absurd sequence length: evaluation would allocate for it."""
     if (length := tree["max_position_embeddings"]) > MAX_POSITIONS:
-        said = printable(repr(length), 40)
+        shown = printable(repr(length), 40)
         raise ConfigError(
-            f"{where}: max_position_embeddings is {said}, more than {MAX_POSITIONS:,}; write what the model "
-            "was trained on"
+            f"{where}: max_position_embeddings is {shown}, more than {MAX_POSITIONS:,}; write the length "
+            "that the model was trained on"
         )
 
 
 def _settings(
     tree: Mapping[str, Any], architecture: Architecture, experts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the fields of ModelConfig. Raises KeyError where one is not said."""
+    """Return the fields of ModelConfig. Raises KeyError where the config lacks one."""
     rope = _rope(tree)
     has_window = architecture == "mixtral" or bool(tree.get("use_sliding_window", False))
     window = tree.get("sliding_window") if has_window else None
     if window is not None and window >= tree["max_position_embeddings"]:
-        window = None  # it hides nothing
+        window = None  # it never hides a token
     common = {
         "n_layers": tree["num_hidden_layers"],
         "d_model": tree["hidden_size"],
