@@ -33,9 +33,11 @@ def linear_cross_entropy(
     1909.08053, section 3), and hidden_TD is the same on every rank; its gradient is this rank's part.
     compiles: let torch.compile fuse the operations on logits; no effect under tensor parallelism.
     """
-    return _LinearCrossEntropy.apply(
-        hidden_TD, weight_VD, targets_T, tp, torch.is_grad_enabled(), compiles and tp.size == 1
+    has_grad, is_compiled = torch.is_grad_enabled(), compiles and tp.size == 1
+    nll: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
+        hidden_TD, weight_VD, targets_T, tp, has_grad, is_compiled
     )
+    return nll
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

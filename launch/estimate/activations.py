@@ -109,6 +109,7 @@ class _SortedLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weights_R: Tensor, counts_L: Tensor, *matrices: Tensor) -> Tensor:
+        out_RD: Tensor
         out_RD, products_RJ = torch.ops.turnout.sorted_loop(rows_RD, weights_R, counts_L, *matrices, False)
         ctx.save_for_backward(rows_RD, weights_R, counts_L, products_RJ, *matrices)
         return out_RD

@@ -133,3 +133,47 @@ def test_nothing_generated_or_large_is_tracked() -> None:
         assert not name.startswith(("corpora/", "runs/", "build/", ".venv/")), name
         path = ROOT / name
         assert not path.exists() or path.stat().st_size <= 500_000, f"{name} is large"
+
+
+# What runs before or beside the ranks, on every node and at every command: importing torch takes seconds there.
+FREE_OF_TORCH = (
+    "turnout.launch.cli.main",
+    "turnout.launch.commands.status",
+    "turnout.launch.ranks.deepspeed_launcher",
+    "turnout.launch.ranks.launcher",
+    "turnout.launch.slurm.node",
+    "turnout.launch.slurm.node_check",
+)
+HEAVY = {"torch", "accelerate", "datasets", "deepspeed", "transformers"}
+
+
+@pytest.mark.parametrize("module", FREE_OF_TORCH)
+def test_launchers_and_checks_import_nothing_heavy(module: str) -> None:
+    files = {module_of(path): path for path in sources(*PACKAGES)}
+    came_from, to_visit = {module: ""}, [module]
+    while to_visit:
+        here = to_visit.pop()
+        for name in imported_when_loaded(files[here]):
+            assert name.split(".")[0] not in HEAVY, (
+                f"{here} imports {name}; {here} came from {came_from[here]}"
+            )
+            if name in files and name not in came_from:
+                came_from[name] = here
+                to_visit.append(name)
+
+
+def imported_when_loaded(path: Path) -> set[str]:
+    """Return the modules that a file imports as it is loaded: not in functions, nor for annotations."""
+    names: set[str] = set()
+    nodes: list[ast.AST] = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            nodes += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+    return names

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class RankState:
             torch.cuda.synchronize()
         return replace(self, tensors={key: buffers[key] for key in self.tensors}, router=router)
 
-    def to_plain_placements(self) -> dict[str, tuple]:
+    def to_plain_placements(self) -> dict[str, tuple[Any, ...]]:
         """Return the placements as plain integers for JSON: (shape, n_rows, row_width, shard) by name."""
         return {
             name: (

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -336,12 +337,16 @@ class Saver:
         return f"{'taken over' if isinstance(err, TakenOverError) else 'failed'}:{err}"
 
     def _manifest(
-        self, directory: Path, reports: list[dict], files: dict[str, FileEntry], state: TrainingState
+        self,
+        directory: Path,
+        reports: list[dict[str, Any]],
+        files: dict[str, FileEntry],
+        state: TrainingState,
     ) -> Manifest:
         files |= {rank_file(rank): FileEntry(**report["file"]) for rank, report in enumerate(reports)}
         for name, content in self._attached.files.items():
             files[name] = write_bytes(self._disk, directory / name, content)
-        tensors: dict[str, dict] = {}
+        tensors: dict[str, dict[str, Any]] = {}
         for rank, report in enumerate(reports):
             for name, (shape, n_rows, row_width, shard) in report["shards"].items():
                 entry = tensors.setdefault(

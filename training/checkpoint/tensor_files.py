@@ -131,7 +131,8 @@ class TensorReader:
                     f"{path}: {key} is {stored.get_dtype()} {stored.get_shape()}, but the manifest says "
                     f"F32 [{numel}]"
                 )
-            return stored[elements[0] : elements[1]]
+            values: Tensor = stored[elements[0] : elements[1]]
+            return values
         except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{path}: {key}: {printable(str(err))}") from err
 

@@ -110,7 +110,8 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        return self._engine.module
+        module: nn.Module = self._engine.module
+        return module
 
     @property
     def loss_scale(self) -> float:
@@ -149,7 +150,9 @@ class Engine:
 
     @staticmethod
     def _reduced_gradient(parameter: nn.Parameter) -> Tensor:
-        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
+        mapping, index = parameter._hp_mapping, parameter._index_in_param_group  # type: ignore[attr-defined]
+        gradient: Tensor = mapping.get_lp_grad_fragment(index)
+        return gradient
 
     def _step(self) -> StepOutcome:
         self._engine.step()
@@ -266,7 +269,8 @@ class Engine:
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
-        return self._engine.optimizer.optimizer
+        optimizer: torch.optim.Optimizer = self._engine.optimizer.optimizer
+        return optimizer
 
     def close(self) -> None:
         """Free DeepSpeed's engine."""

@@ -166,7 +166,8 @@ class ExpertUsage:
         joint_MGE /= joint_MGE.sum((1, 2), keepdims=True)
         independent_MGE = joint_MGE.sum(2, keepdims=True) * joint_MGE.sum(1, keepdims=True)
         ratio_MGE = np.divide(joint_MGE, independent_MGE, out=np.ones_like(joint_MGE), where=joint_MGE > 0)
-        return (joint_MGE * np.log2(ratio_MGE)).sum((1, 2))
+        information_M: np.ndarray = (joint_MGE * np.log2(ratio_MGE)).sum((1, 2))
+        return information_M
 
 
 def count_usage(

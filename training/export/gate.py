@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def _expected_of_equal(weights: Weights, length: int, rows: Sequence[Tensor]) ->
     decoder, state = load_decoder(_Shortened(weights, length))
     close, found = list[Tensor](), []
 
-    def note_ties(router: nn.Module, arguments: tuple, _: object) -> None:
+    def note_ties(router: nn.Module, arguments: tuple[Any, ...], _: object) -> None:
         assert isinstance(router, Router)
         close.append(_is_close(router, *arguments[:2]))
 

@@ -262,7 +262,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, path: Path, vocab_size: int) -> None
 
 
 def _has_dummy_prefix(model: sentencepiece.SentencePieceProcessor) -> bool:
-    return model.encode("a", out_type=str)[0].startswith(SPACE)
+    pieces: list[str] = model.encode("a", out_type=str)
+    return pieces[0].startswith(SPACE)
 
 
 def read_back_gguf(path: Path, weights: Weights, architecture: Architecture, kind: Kind) -> str:

@@ -17,7 +17,9 @@ from turnout.moe.parallel.sharding import is_expert, split_of
 from turnout.training.checkpoint.directory import checkpoint_path
 from turnout.training.checkpoint.durable_io import Disk
 from turnout.training.checkpoint.manifest import (
+    BIAS,
     FORMAT_VERSION,
+    LOAD_FRAC,
     MANIFEST,
     MANIFEST_SUM,
     ROUTER_FILE,
@@ -30,7 +32,6 @@ from turnout.training.checkpoint.manifest import (
     rank_file,
     to_bytes,
 )
-from turnout.training.checkpoint.rank_state import BIAS, LOAD_FRAC
 from turnout.training.checkpoint.resharding import Matrix
 from turnout.training.checkpoint.safetensors_stream import Stored, cut_by_bytes
 from turnout.training.checkpoint.tensor_files import key_of, write_bytes, write_stored, write_tensors

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -43,7 +44,7 @@ def load_spread(
     places = _place_blocks(model, limits, main)
     sizes = {f"blocks.{i}": _n_bytes(block) for i, block in enumerate(model.blocks)}
     _check_disk(offload_dir, sum(sizes[name] for name, place in places.items() if place == DISK))
-    index: dict[str, dict] = {}
+    index: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         value = torch.empty(parameter.shape, dtype=dtype)
         read_into(weights, name, value)

@@ -124,7 +124,9 @@ class Groups:
 
 def _join(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:
     """Create all of these groups, in the same order on every rank, and return the one with this rank."""
-    built = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in groups}
+    built: dict[tuple[int, ...], dist.ProcessGroup] = {
+        tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in groups
+    }
     return next(group for ranks, group in built.items() if rank in ranks)
 
 

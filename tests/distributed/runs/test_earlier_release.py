@@ -1,4 +1,4 @@
-"""A run that an earlier release made is continued, evaluated and exported by this one, with the same commands."""
+"""A run that an earlier release made is continued, evaluated and exported by this one."""
 
 import os
 import shutil
