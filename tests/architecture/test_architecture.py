@@ -135,7 +135,7 @@ def test_nothing_generated_or_large_is_tracked() -> None:
         assert not path.exists() or path.stat().st_size <= 500_000, f"{name} is large"
 
 
-# What runs before or beside the ranks, on every node and at every command: importing torch takes seconds there.
+# What runs before or beside the ranks, on every node and at every command, where torch would take a second.
 FREE_OF_TORCH = (
     "turnout.launch.cli.main",
     "turnout.launch.commands.status",
