@@ -41,7 +41,7 @@ SAYS = {
     "status": r"(?m)^checkpoint +step 80, .*verified: every byte is as it was written$",
     "doctor": r"(?m)^all \d+ variants agree",
     "export": r"(?m)^exported to exports/",
-    "import": r"(?m)^imported as runs/\w+; turnout train runs/\w+/config.toml",
+    "import": r"(?m)^imported as runs/\w+; to train it: turnout train runs/\w+/config.toml",
     "generate": r"\S",
     "evaluate": r"(?m)total +\W +40 \W .*\d\.\d{4} \W*$",
     "lm-eval": r"own_text",

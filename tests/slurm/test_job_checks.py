@@ -131,6 +131,7 @@ def test_a_crash_loop_stops_with_its_reason(lab: Lab, tmp_path: Path) -> None:
     assert re.search(r"^failure +attempt-00002: .*nowhere0", shown, re.MULTILINE), shown
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(lab: Lab) -> None:
     small = lab.place / "small"
     run = lab.submit("small/full")

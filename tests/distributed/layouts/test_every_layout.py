@@ -248,10 +248,11 @@ def test_three_steps_through_the_engine_are_those_of_one_process(
         assert_same_tensors(got["parameters"], want["parameters"], rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("layout", "recompute"),
     [
-        pytest.param(Layout(2, ep=2), "full", id="ep2", marks=pytest.mark.long),
+        pytest.param(Layout(2, ep=2), "full", id="ep2"),
         pytest.param(Layout(2, tp=2, ep=2), "selective", id="tp2-ep2"),
     ],
 )

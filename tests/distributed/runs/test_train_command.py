@@ -219,6 +219,7 @@ def start_long_run(
     return run, psutil.Process(run.pid).children(recursive=True)
 
 
+@pytest.mark.long
 def test_an_error_in_one_rank_ends_the_run_and_blames_no_other(place: Path) -> None:
     run, below = start_long_run(place, "error")
     (victim,) = [p for p in below if p.environ().get("RANK") == "1"]
