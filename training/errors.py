@@ -21,6 +21,10 @@ class UnreadableError(CheckpointError):
     """A file of a checkpoint could not be read; its contents may be intact."""
 
 
+class UnknownVersionError(CheckpointError):
+    """A checkpoint has a format that this release does not know. It may be intact."""
+
+
 class TakenOverError(RuntimeError):
     """A later attempt of the run owns its directory; this one must not write there any more."""
 

@@ -49,7 +49,7 @@ class GuardPolicy:
         return self._anomaly is None
 
     def intervention(self, result: StepResult) -> Intervention | None:
-        """Return the anomaly of a step whose update was tried and the action to take, or None.
+        """Return the anomaly of a step, found before its update or in it and the action to take, or None.
 
         Raises DivergedError on every rank if the action is to stop, or guard.max_interventions is reached.
         """

@@ -82,9 +82,8 @@ def train(
             elif run.progress.step < cfg.train.n_steps:
                 run.stop_early()
                 return
-    except (
-        DivergedError
-    ):  # every rank raises it at the same step, so a save in the background can still finish
+    # Every rank raises it at the same step, so a save in the background can still finish.
+    except DivergedError:
         run.wait_saved()
         raise
     run.write_samples()
@@ -314,7 +313,9 @@ class Run:
         self.groups.recorder.enter_phase(self.progress.step, "last checkpoint")
         self._saver.close()
         if state == "saved":
-            self._report(f"stopped after step {self.progress.step}, as asked; --resume continues from there")
+            self._report(
+                f"stopped after step {self.progress.step}, as asked, and saved; --resume continues from there"
+            )
         self._report_status(state)
         if self._metrics is not None:
             self._metrics.close()

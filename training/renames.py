@@ -16,18 +16,30 @@ ATTEMPT_DIR, EARLIER_ATTEMPT_DIR = "attempt", "start"  # directories in logs/, a
 
 
 def rename_keys(fields: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields under today's names; a field with any other name is unchanged."""
-    return {new_names.get(name, name): value for name, value in fields.items()}
+    """Return the fields under today's names; a field with any other name is unchanged.
+
+    So is an old name beside its new one: neither value may replace the other in silence.
+    """
+    return {
+        name if new_names.get(name) in fields else new_names.get(name, name): value
+        for name, value in fields.items()
+    }
 
 
 def rename_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config as plain values, {section: {name: value}}, with today's names."""
+    """Return a config as plain values, {section: {name: value}}, with today's names.
+
+    An old name beside its new one stays, so that the check of the config refuses it.
+    """
     renamed = {name: dict(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
     for old, new in SETTINGS.items():
         (old_section, _, old_name), (new_section, _, new_name) = old.rpartition("."), new.rpartition(".")
         section = renamed.get(old_section)
-        if isinstance(section, dict) and old_name in section:
-            renamed.setdefault(new_section, {})[new_name] = section.pop(old_name)
+        if not isinstance(section, dict) or old_name not in section:
+            continue
+        target = renamed.setdefault(new_section, {})
+        if isinstance(target, dict) and new_name not in target:
+            target[new_name] = section.pop(old_name)
     return renamed
 
 

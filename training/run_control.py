@@ -71,7 +71,11 @@ def ask_to_stop(attempt_dir: Path) -> None:
 
 
 class StopFile:
-    """The stop file of one attempt. Only the first rank looks at it."""
+    """The stop file of one attempt. Only the first rank looks at it.
+
+    A file, not a signal: a signal would reach each rank at a different step, and the launcher and the ranks'
+    worker processes too.
+    """
 
     def __init__(self, attempt_dir: Path, groups: "Groups") -> None:
         self._path, self._groups = attempt_dir / STOP_FILE, groups

@@ -47,10 +47,8 @@ app.command(checkpoint)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command, and exit with its code. An error that the user can cause is one line on stderr."""
-    for (
-        name,
-        value,
-    ) in thread_wait_settings().items():  # set before torch is imported, because its threads read them once
+    # Before torch is imported, because its threads read them once.
+    for name, value in thread_wait_settings().items():
         os.environ.setdefault(name, value)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale's encoding may lack characters of the text
         sys.stdout.reconfigure(errors="backslashreplace")

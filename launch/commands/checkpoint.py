@@ -160,10 +160,8 @@ def _statistics(reader: "TensorReader", name: str) -> str:
         n += chunk.numel()
         total += float(chunk.sum(dtype=torch.float64))
         square_sum += float(chunk.double().square().sum())
-        low, high = (
-            torch.minimum(low, chunk.min()),
-            torch.maximum(high, chunk.max()),
-        )  # minimum and maximum propagate NaN
+        # minimum and maximum propagate NaN.
+        low, high = torch.minimum(low, chunk.min()), torch.maximum(high, chunk.max())
     mean = total / n
     # Rounding can make the variance of equal elements negative.
     std = math.sqrt(max(0.0, square_sum / n - mean**2)) if math.isfinite(square_sum) else math.nan

@@ -58,12 +58,8 @@ def run_lm_eval(
         )
     except (CheckpointError, ConfigError, DataError):
         raise
-    except (
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as err:  # an error in the task's own code or options
+    # An error in the task's own code or options.
+    except (ArithmeticError, LookupError, TypeError, ValueError) as err:
         raise DataError(f"--tasks {tasks}: {type(err).__name__}: {err}; fix the task or its options") from err
     if out is not None:  # before anything is printed, because stdout may be a closed pipe
         text = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)

@@ -65,7 +65,7 @@ def status_lines(run_dir: Path, *, is_verified: bool) -> Iterator[tuple[str, str
 
 
 def describe_progress(row: Row, n_steps: int, attempts: list[AttemptRecord]) -> str:
-    """Word the newest row's step, with an estimate of the time left to train while steps are left."""
+    """Describe the newest row's step, with an estimate of the time left to train while steps are left."""
     progress = f"{row['step']:,} of {n_steps:,}"
     left_s = row["perf/step_ms"] / 1000 * (n_steps - row["step"])
     if left_s > 0:
@@ -94,21 +94,22 @@ def queue_lines(run_dir: Path) -> Iterator[tuple[str, str]]:
 
 
 def describe_job(job: QueuedJob) -> str:
-    """Word a job's state, with the nodes and the time that a running one has left."""
+    """Describe a job's state, with the nodes and the time that a running one has left."""
     if job.state == "PENDING":
         return f"waiting ({job.reason})"
     return f"{job.state.lower()} on {job.nodes}, {job.time_left} left"
 
 
 def describe_attempts(attempts: list[AttemptRecord]) -> str:
-    """Word how many attempts there were, and how the newest one stands or ended."""
+    """Describe how many attempts there were, and how the newest one stands or ended."""
     newest = attempts[-1]
     where = f"{len(attempts)}, {newest.begin.n_ranks} ranks on {', '.join(newest.begin.nodes)}"
     if newest.ending is None:
         ago = format_duration(time.time() - newest.begin.began_s)
         return f"{where}, {_describe_process(newest)}, began {ago} ago at step {newest.begin.from_step}"
     end = newest.ending
-    return f"{where}, ended ({end.kind}): {end.decision or f'exit code {end.code}'}"
+    kind = "ended by SLURM or a signal" if end.kind == "told" else f"ended ({end.kind})"
+    return f"{where}, {kind}: {end.decision or f'exit code {end.code}'}"
 
 
 def _describe_process(newest: AttemptRecord) -> str:
@@ -135,7 +136,7 @@ def newest_row(run_dir: Path) -> Row | None:
 
 
 def describe_checkpoint(run_dir: Path, *, is_verified: bool) -> str:
-    """Word the newest checkpoint's step and size, and whether its files are intact."""
+    """Describe the newest checkpoint's step and size, and whether its files are intact."""
     try:
         newest = newest_readable(run_dir)
         if newest is None:

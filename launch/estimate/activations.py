@@ -119,7 +119,8 @@ class _SortedLoop(torch.autograd.Function):
         saved = ctx.saved_tensors
         results = torch.ops.turnout.sorted_loop_backward(grads[0].contiguous(), *saved, False)
         n_rows, d_expert = min(len(saved[0]), ROWS_AT_ONCE), saved[-1].size(2)
-        # For the rows of one turn: hidden activations, their gradient, silu(gate), two gradients of products.
+        # For the rows of one block of sorted_loop: hidden activations, their gradient, silu(gate), and two
+        # gradients of products.
         scratch = [grads[0].new_empty(n_rows, d_expert) for _ in range(5)]
         del scratch
         return *results[:2], None, *results[2:]

@@ -139,12 +139,12 @@ def write_ending(attempt_dir: Path, ending: Ending) -> None:
 def read_attempts(run_dir: Path) -> list[AttemptRecord]:
     """Return the attempts at a run, oldest first, including those that an earlier release recorded."""
     records, logs = [], run_dir / "logs"
-    names = (EARLIER_ATTEMPT_DIR, ATTEMPT_DIR)
-    for directory in (path for name in names for path in sorted(logs.glob(f"{name}-*"))):
+    for directory in (path for name in (EARLIER_ATTEMPT_DIR, ATTEMPT_DIR) for path in logs.glob(f"{name}-*")):
         if begin := _read(directory / BEGIN_FILE):
             end = _read(directory / ENDING_FILE)
             records.append(AttemptRecord(directory, Begin(**begin), Ending(**end) if end else None))
-    return records
+    # By time: an earlier release that goes on with the run does not count the attempts of this one.
+    return sorted(records, key=lambda record: (record.begin.began_s, record.directory.name))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -115,9 +115,8 @@ def launch_ranks(
 
 @contextmanager
 def interruptible(attempt_dir: Path, fencing_token: FencingToken | None) -> Iterator[None]:
-    """Have SIGHUP interrupt this process, and SIGTERM, too, unless there is a fencing token.
-
-    With one, SIGTERM asks the run's ranks to save and end.
+    """On SIGHUP, interrupt this process. On SIGTERM do the same, or with a fencing token ask the ranks of the
+    run to save and end.
     """
     on_term = partial(_stop, attempt_dir) if fencing_token is not None else _interrupt
     wanted = {signal.SIGTERM: on_term, signal.SIGHUP: _interrupt}
@@ -221,9 +220,8 @@ def _is_running(pid: int) -> bool:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return (
-        status.rpartition(")")[2].split()[0] not in "ZX"
-    )  # zombie or dead; a stopped process counts as running
+    # Z: zombie, X: dead. A stopped process counts as running.
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def _signal_to_end(pid: int) -> None:

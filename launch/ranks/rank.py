@@ -36,9 +36,8 @@ def main() -> None:
     threading.excepthook = log_thread_failure
     try:
         run_rank(run_dir, attempt_dir, rank)
-    except (
-        BaseException
-    ) as err:  # even KeyboardInterrupt: the peers wait in a collective until this process is gone
+    # Even KeyboardInterrupt: the peers wait in a collective until this process is gone.
+    except BaseException as err:
         code = OTHER
         try:
             code = record_failure(err, rank, attempt_dir)

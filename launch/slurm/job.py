@@ -5,13 +5,14 @@ The life of a job, in order (Job.run):
 1. Record the attempt, and claim the run directory: ranks of an earlier attempt that still run then end.
 2. Check the nodes, and fit the run to them.
 3. Resume the run, and start the ranks: srun runs launch/slurm/node.py on each node.
-4. Until they have ended, look each second at the time limit and the fencing token.
+4. Until they have ended, compare each second the time left with the time that a save takes, and check
+   the fencing token.
 5. Classify how the attempt ended, decide what to do next (requeue_policy.py), and do it: requeue the job,
    let it end, or stop with the reason.
 
 SLURM sends two signals. Its warning before the time limit is SIGUSR1. SIGTERM means that SLURM ends the
 job: it was cancelled, preempted or requeued, or its time is up. Both handlers (_on_warning, _on_sigterm)
-only note that the run must stop. The next look (_watch) writes the stop file, and the ranks save at their
+only set flags. The next look (_watch) writes the stop file, and the ranks save at their
 next step boundary and end.
 
 A preflight runs only the checks of 2 and a sum over all ranks.
@@ -207,7 +208,7 @@ class Job:
             attempt.fencing_token.check()
 
     def _must_leave(self, attempt_dir: Path) -> bool:
-        """Return whether SLURM ends the job and there is nothing to wait for, or no time to."""
+        """Return whether SLURM ends the job, and the ranks have saved or GRACE_S is over."""
         if self._sigterm_s is None:
             return False
         return is_over(attempt_dir) or (self._is_out_of_time() and time.time() - self._sigterm_s > GRACE_S)

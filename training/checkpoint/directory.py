@@ -16,7 +16,7 @@ from turnout.moe.config import ModelConfig
 from turnout.moe.flops import n_params
 from turnout.training.checkpoint.durable_io import Disk
 from turnout.training.checkpoint.manifest import Manifest, check_file, read_manifest
-from turnout.training.errors import CheckpointError
+from turnout.training.errors import CheckpointError, UnknownVersionError
 
 CHECKPOINTS = "checkpoints"
 POINTER_FILE = "latest"  # for other tools; nothing in Turnout reads it
@@ -126,6 +126,8 @@ def newest_readable(run_dir: Path) -> tuple[Path, Manifest] | None:
     for path in list_checkpoints(run_dir):
         try:
             return path, read_checkpoint(path)
+        except UnknownVersionError:  # an older one would lose the steps that a later release has taken
+            raise
         except CheckpointError as err:
             faults.append(str(err))
     # A run with only damaged checkpoints must not start again from the first step.

@@ -27,7 +27,7 @@ from turnout.data.skips import SkippedWindow
 from turnout.moe.config import STRICT
 from turnout.training.checkpoint.resharding import Matrix, Shard, tiling_fault
 from turnout.training.config.optim import MASTER
-from turnout.training.errors import CheckpointError, UnreadableError, printable
+from turnout.training.errors import CheckpointError, UnknownVersionError, UnreadableError, printable
 from turnout.training.guard import GuardState
 from turnout.training.renames import rename_manifest
 
@@ -218,8 +218,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         # Python's json accepts NaN and Infinity, which JSON does not have, and reads 1e999 as infinity.
         tree = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_each_key_once)
-        _check_version(path, tree)
-        manifest = Manifest.model_validate(rename_manifest(tree) if isinstance(tree, dict) else tree)
+        version = _check_version(path, tree)
+        manifest = Manifest.model_validate(rename_manifest(tree) if version < FORMAT_VERSION else tree)
     except (ValueError, RecursionError) as err:
         if isinstance(err, CheckpointError):
             raise
@@ -229,14 +229,16 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _check_version(path: Path, tree: Any) -> None:
+def _check_version(path: Path, tree: Any) -> int:
     # Checked before the fields, because another version may have other fields.
     found = tree.get("format_version", FORMAT_VERSION) if isinstance(tree, dict) else FORMAT_VERSION
     if found not in READ_VERSIONS:
-        raise CheckpointError(
+        # A damaged one would not have its SHA-256.
+        raise UnknownVersionError(
             f"{path}: format_version={printable(repr(found), 20)} must be one of {list(READ_VERSIONS)}; "
             "use the version of Turnout that wrote it"
         )
+    return int(found)
 
 
 def _finite(literal: str) -> float:

@@ -67,7 +67,13 @@ from turnout.training.checkpoint.manifest import (
 from turnout.training.checkpoint.rank_state import RankState
 from turnout.training.checkpoint.tensor_files import write_bytes, write_tensors
 from turnout.training.config.checkpoint import CheckpointConfig
-from turnout.training.errors import CheckpointError, SaveError, TakenOverError, UnreadableError
+from turnout.training.errors import (
+    CheckpointError,
+    SaveError,
+    TakenOverError,
+    UnknownVersionError,
+    UnreadableError,
+)
 from turnout.training.parallel.groups import Groups
 from turnout.training.run_control import FencingToken
 
@@ -75,6 +81,9 @@ log = logging.getLogger("turnout")
 
 # How much longer one rank may write than another. The training step notices a dead rank long before.
 PATIENCE = timedelta(hours=2)
+
+# Errors that leave a checkpoint possibly intact, so that it keeps its name.
+INTACT_PERHAPS = (UnreadableError, UnknownVersionError, OSError)
 
 
 class Messages:
@@ -251,7 +260,7 @@ class Saver:
             manifest = read_checkpoint(path)
             verify_files(path, manifest, self._groups.rank, self._groups.layout.world_size)
         except (CheckpointError, OSError) as err:
-            fault = json.dumps([str(err), not isinstance(err, UnreadableError | OSError)])
+            fault = json.dumps([str(err), not isinstance(err, INTACT_PERHAPS)])
         fault = self._messages.broadcast(next(filter(None, self._messages.gather(fault)), ""))
         return Fault(*json.loads(fault)) if fault else manifest
 

@@ -29,7 +29,7 @@ class GuardConfig(BaseModel):
 
     # Action when the loss or the gradient norm is not finite.
     on_non_finite: Literal["stop", "skip", "rollback"] = "stop"
-    # Action when the loss is more than spike_sigma above its running mean.
+    # Action when the loss is more than spike_sigma standard deviations above its running mean.
     on_spike: Literal["off", "stop", "skip", "rollback"] = "off"
     # Standard deviations above the mean beyond which a loss is a spike. Default with on_spike: 6.
     spike_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)

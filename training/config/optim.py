@@ -6,7 +6,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from turnout.moe.config import STRICT
 
-# The kind of optimizer tensor that holds the fp32 weights; the optimizer names the other kinds.
+# The kind of optimizer tensor that holds the fp32 weights; the optimizer names the other kinds. Here because
+# training/engine and training/checkpoint both need it, and the engine must not import checkpoints.
 MASTER = "master"
 
 

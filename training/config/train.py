@@ -18,7 +18,8 @@ class TrainConfig(BaseModel):
     batch_tokens: PositiveInt
     # Sequences per rank in one forward pass.
     microbatch_seqs: PositiveInt
-    # Data type of the forward and backward passes; weights and optimizer state are also kept in fp32.
+    # Data type of the forward and backward passes. In bf16 and fp16, master weights and optimizer state are
+    # fp32.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     # Seed of the initial weights and of sampling.
     seed: int = Field(default=0, ge=0)
@@ -36,7 +37,8 @@ class TrainConfig(BaseModel):
         "triton_grouped",
     ] = "auto"
     # Activations that are recomputed in the backward pass instead of being kept. selective: attention and
-    # feed-forward layers, without repeating their communication. full: whole blocks, communication included.
+    # feed-forward layers, without repeating their communication, except for rows above parallel.ep_max_load.
+    # full: whole blocks, communication included.
     recompute: Literal["none", "selective", "full"] = "none"
     # Whether torch.compile compiles the blocks, and with parallel.tp=1 the loss. Slower first step, faster
     # later ones.

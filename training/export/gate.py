@@ -17,7 +17,7 @@ tokens have to agree: with other keys none would, except by chance. A longer win
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from turnout.data.corpus import Corpus
+from turnout.data.errors import DataError
 from turnout.data.tokenizer import Tokenizer
 from turnout.moe.config import ModelConfig
 from turnout.moe.router import Router
@@ -93,8 +94,10 @@ class _Shortened:
 def held_out_tokens(cfg: ModelConfig, corpus: Corpus | None) -> HeldOut:
     """Return text that no step has trained on; pseudo-random tokens where the corpus has too little of it."""
     lengths = row_lengths(cfg)
-    if corpus is not None:
-        for stream in corpus.split("valid"):
+    # A corpus that has become unreadable must not cost an export whose files are already written.
+    with suppress(DataError, OSError):
+        for stream in corpus.split("valid") if corpus is not None else ():
+            assert corpus is not None
             if stream.n_tokens >= sum(lengths):
                 tokens = torch.as_tensor(stream.read(0, sum(lengths)).astype("int64"))
                 return HeldOut(tokens.split(lengths), f"held-out text of {corpus.path}")

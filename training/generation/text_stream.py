@@ -21,9 +21,8 @@ class TextStream:
         self.is_stopped = False
         self._tokenizer, self._stop = tokenizer, stop
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._shown = tokenizer.decode(
-            self._ids
-        )  # the part of the text of _ids that was returned or held back
+        # The part of the text of _ids that was returned or held back.
+        self._shown = tokenizer.decode(self._ids)
         self._held = ""  # may be the beginning of a stop string
 
     def push(self, token: int) -> str:

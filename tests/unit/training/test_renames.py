@@ -159,3 +159,19 @@ def test_the_attempts_of_an_earlier_release_are_listed_and_counted(tmp_path: Pat
     (tmp_path / "start-00001").mkdir()
     assert make_attempt_dir(tmp_path) == tmp_path / "attempt-00002"
     assert make_attempt_dir(tmp_path) == tmp_path / "attempt-00003"
+
+
+def test_neither_of_two_names_for_one_thing_replaces_the_other() -> None:
+    assert rename_keys({"saved_at": 1, "saved_layout": 2}, MANIFEST) == {"saved_at": 1, "saved_layout": 2}
+    both = {"parallel": {"ep_trips": 1, "ep_chunks": 4}}
+    assert rename_settings(both) == both, "so that the check of the config refuses the old one"
+
+
+def test_attempts_of_two_releases_are_in_the_order_in_which_they_began(tmp_path: Path) -> None:
+    began = {"attempt-00002": 20.0, "start-00001": 10.0, "start-00003": 30.0}
+    for name, began_s in began.items():
+        (directory := tmp_path / "logs" / name).mkdir(parents=True)
+        begin = {"began_s": began_s, "nodes": ["n1"], "n_ranks": 1, "from_step": 0, "pid": 1}
+        (directory / "begin.json").write_text(json.dumps(begin))
+    names = [record.directory.name for record in read_attempts(tmp_path)]
+    assert names == ["start-00001", "attempt-00002", "start-00003"]

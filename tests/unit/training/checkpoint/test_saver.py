@@ -3,6 +3,7 @@
 Deaths with more ranks are tested in tests/distributed/checkpoint/test_kills.py.
 """
 
+import json
 import os
 import re
 import shutil
@@ -27,21 +28,23 @@ from tests.checkpoints import (
 )
 from tests.layouts import groups_of
 from tests.runs import run_config
+from tests.unit.hostile_fixtures import put_manifest
 from turnout.training.checkpoint.directory import (
     CHECKPOINTS,
     POINTER_FILE,
     checkpoint_path,
     list_checkpoints,
+    newest_readable,
     step_of,
     verify_checkpoint,
 )
 from turnout.training.checkpoint.durable_io import Disk
-from turnout.training.checkpoint.manifest import MANIFEST, ROUTER_FILE, rank_file
+from turnout.training.checkpoint.manifest import FORMAT_VERSION, MANIFEST, ROUTER_FILE, rank_file
 from turnout.training.checkpoint.resharding import Shard
 from turnout.training.checkpoint.saver import Saver
 from turnout.training.checkpoint.tensor_files import TensorReader
 from turnout.training.config.checkpoint import CheckpointConfig
-from turnout.training.errors import CheckpointError, TakenOverError
+from turnout.training.errors import CheckpointError, TakenOverError, UnknownVersionError
 from turnout.training.parallel.layout import Layout
 from turnout.training.run_control import take_over
 
@@ -312,3 +315,18 @@ def test_the_newest_checkpoint_has_the_largest_step(tmp_path: Path) -> None:
     for name in ("step-00000008.ab12.tmp", "step-00000009.damaged", "step-10", "latest"):
         (tmp_path / CHECKPOINTS / name).mkdir()
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == sorted(steps, reverse=True)
+
+
+def test_a_checkpoint_of_a_later_release_stops_the_run_and_keeps_its_name(run_dir: Path) -> None:
+    """An older one would lose the steps that the later release has taken."""
+    path = checkpoint_path(run_dir, 2)
+    tree = json.loads((path / MANIFEST).read_bytes())
+    put_manifest(path, json.dumps(tree | {"format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(UnknownVersionError, match="use the version of Turnout that wrote it"):
+        newest_readable(run_dir)
+    events: list[str] = []
+    saver = new_attempt(run_dir)
+    assert saver.find_intact(events.append) is not None
+    saver.close()
+    assert "it keeps its name" in events[0]
+    assert names(run_dir) == {"step-00000001", "step-00000002"}
