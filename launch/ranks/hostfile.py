@@ -5,6 +5,7 @@ DeepSpeed's own runner starts the ranks there, by pdsh and ssh.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def launch_on_hosts(
 ) -> RanksOutcome:
     """Run the ranks on all hosts until they have ended. The paths must be the same on all of them.
 
-    Raises ConfigError if a path would need quotes.
+    Raises ConfigError if a path would need quotes, or if pdsh is missing.
     """
     environment = attempt_dir.resolve() / ENVIRONMENT_FILE
     settings = rank_environment(hosts.slots, has_gpus=count_gpus() > 0)
@@ -89,7 +90,10 @@ def launch_on_hosts(
 
 
 def runner_command(run_dir: Path, attempt_dir: Path, hosts: Hosts) -> list[str]:
-    """Return the command line of DeepSpeed's runner. Raises ConfigError if a path would need quotes."""
+    """Return the command line of DeepSpeed's runner.
+
+    Raises ConfigError if a path would need quotes, or if pdsh is missing.
+    """
     paths = [str(path.resolve()) for path in (run_dir, attempt_dir)]
     command = [
         sys.executable,
@@ -110,6 +114,11 @@ def runner_command(run_dir: Path, attempt_dir: Path, hosts: Hosts) -> list[str]:
                 f"--hostfile: {path!r} passes through the shells of other machines; use a path of letters, "
                 "digits and ./-_"
             )
+    if shutil.which("pdsh") is None:
+        raise ConfigError(
+            "--hostfile needs pdsh, by which the machines are reached, and there is none here; install it "
+            "(Debian: apt install pdsh), or use turnout submit"
+        )
     return command
 
 

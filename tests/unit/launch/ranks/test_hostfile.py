@@ -46,3 +46,11 @@ def test_a_path_that_a_shell_would_interpret_is_refused(name: str, tmp_path: Pat
     hosts = Hosts(tmp_path / "hosts", ("n1", "n2"), 2)
     with pytest.raises(ConfigError, match="passes through the shells of other machines"):
         runner_command(tmp_path / name, tmp_path / name / "logs", hosts)
+
+
+def test_a_missing_pdsh_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    hosts = Hosts(tmp_path / "hosts", ("a", "b"), 1)
+    with pytest.raises(ConfigError, match="--hostfile needs pdsh, .* use turnout submit"):
+        runner_command(tmp_path, tmp_path, hosts)
