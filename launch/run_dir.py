@@ -28,6 +28,8 @@ from turnout.training.renames import PROVENANCE, rename_keys, rename_settings
 if TYPE_CHECKING:
     from turnout.data.corpus import Corpus  # numpy, which `turnout status` does without
 
+SUBMISSIONS = "slurm"  # in the run's directory
+
 
 def create_run_dir(path: Path, cfg: RunConfig, corpus: "Corpus", *, nproc: int) -> None:
     """Create the directory with config.toml, provenance.json and logs/.
@@ -153,6 +155,3 @@ def _cpu_model() -> str:
             if name.strip() == "model name":
                 return value.strip()
     return platform.machine()
-
-
-SUBMISSIONS = "slurm"  # in the run's directory

@@ -17,7 +17,7 @@ from turnout.training.checkpoint.directory import (
     verify_files,
 )
 from turnout.training.checkpoint.manifest import CONFIG_FILE, MANIFEST
-from turnout.training.errors import CheckpointError, ConfigError
+from turnout.training.errors import CheckpointError, ConfigError, UnknownVersionError
 from turnout.training.export.hf_config import is_hf_directory
 
 
@@ -74,7 +74,10 @@ def verify_with_bar(path: Path) -> str:
 
 
 def newest_intact(run_dir: Path, report: Callable[[str], None]) -> Path:
-    """Return a run's newest checkpoint that passes verification. Raises CheckpointError if none does.
+    """Return a run's newest checkpoint that passes verification.
+
+    Raises CheckpointError if none does, or if a later release wrote the newest one.
+
 
     report: receives one line per checkpoint that was read, intact or damaged
     """
@@ -83,6 +86,8 @@ def newest_intact(run_dir: Path, report: Callable[[str], None]) -> Path:
         try:
             report(verify_with_bar(path))
             return path
+        except UnknownVersionError:  # neither damaged, nor to be replaced by an older one in silence
+            raise
         except CheckpointError as err:
             faults.append(str(err))
             report(f"damaged: {err}")

@@ -149,14 +149,16 @@ def main() -> int:
     for part in parts:
         lanes.setdefault(part.lane, []).append(part)
     start_s = time.monotonic()
-    if sys.executable != PYTHON:
+    has_link = sys.executable != PYTHON
+    if has_link:
         PLAIN_ENV.symlink_to(sys.prefix)
     try:
         with ThreadPoolExecutor(len(lanes)) as pool:
             found = pool.map(lambda lane: [run(part) for part in lane], lanes.values())
             outcomes = [outcome for lane in found for outcome in lane]
     finally:
-        PLAIN_ENV.unlink(missing_ok=True)
+        if has_link:
+            PLAIN_ENV.unlink()
     return summarise(outcomes, time.monotonic() - start_s)
 
 

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from turnout.launch.cli.parameters import Overrides, Recipe
 from turnout.launch.settings import load_config
 
 
 def submit(
-    recipe: Annotated[str, Parameter(help="A packaged recipe by name, or a TOML file.")],
+    recipe: Recipe,
     /,
     *,
     run_dir: Annotated[
@@ -25,9 +26,7 @@ def submit(
     ] = "24:00:00",
     gpus_per_node: Annotated[int | None, Parameter(help="GPUs per node, one rank on each.")] = None,
     ranks_per_node: Annotated[int | None, Parameter(help="CPU ranks per node, if it has no GPUs.")] = None,
-    overrides: Annotated[
-        tuple[str, ...], Parameter(name="--set", help="Change a setting: PATH=VALUE; may be repeated.")
-    ] = (),
+    overrides: Overrides = (),
     allow_change: Annotated[
         tuple[str, ...],
         Parameter(help="A setting, such as optim.lr, that may differ from before; may be repeated."),

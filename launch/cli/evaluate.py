@@ -5,16 +5,12 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from turnout.launch.cli.parameters import DType, Model, TextField
 from turnout.launch.verify import check_is_model
 
-Model = Annotated[
-    Path, Parameter(help="A run (its newest intact checkpoint), a checkpoint, or an exported model.")
-]
 Split = Annotated[
     Literal["train", "valid"] | None, Parameter(help="Which split of the corpus; default: valid.")
 ]
-TextField = Annotated[str | None, Parameter(help="Field with the text in jsonl and parquet; default: text.")]
-DType = Annotated[Literal["float32", "bfloat16"], Parameter(help="Dtype of the weights and the arithmetic.")]
 MaxDocuments = Annotated[
     int | None, Parameter(help="Read at most this many documents, in turn from each source; default: all.")
 ]

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from turnout.launch.cli.parameters import Overrides
 from turnout.launch.settings import load_config
 from turnout.launch.verify import check_is_model
 from turnout.training.errors import ConfigError
@@ -52,9 +53,7 @@ def import_(
     upcycle: Annotated[
         int | None, Parameter(help="Copy each feed-forward layer of a dense model into this many experts.")
     ] = None,
-    overrides: Annotated[
-        tuple[str, ...], Parameter(name="--set", help="Change a setting: PATH=VALUE; may be repeated.")
-    ] = (),
+    overrides: Overrides = (),
 ) -> None:
     """Turn a Hugging Face model into a run that `turnout train --resume` continues, at any layout.
 

@@ -5,13 +5,12 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from turnout.launch.cli.parameters import DType, Model
 from turnout.launch.verify import check_is_model
 
 
 def generate(
-    path: Annotated[
-        Path, Parameter(help="A run (its newest intact checkpoint), a checkpoint, or an exported model.")
-    ],
+    path: Model,
     /,
     *prompts: Annotated[str, Parameter(help="Texts to continue; without any, stdin is one prompt.")],
     prompt_file: Annotated[
@@ -34,9 +33,7 @@ def generate(
     ] = 0,
     stop: Annotated[tuple[str, ...], Parameter(help="End a text before this string; may be repeated.")] = (),
     n_samples: Annotated[int, Parameter(help="Number of continuations of each prompt.")] = 1,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"], Parameter(help="Dtype of the weights and the arithmetic.")
-    ] = "float32",
+    dtype: DType = "float32",
     device_map: Annotated[
         Literal["auto"] | None,
         Parameter(help="auto: spread a model larger than one device over GPUs, memory and disk (in TMPDIR)."),

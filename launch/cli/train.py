@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from turnout.launch.cli.parameters import Overrides, Recipe, TextField
 from turnout.launch.ranks.hostfile import read_hosts
 from turnout.launch.settings import load_config
 from turnout.training.errors import ConfigError
@@ -32,9 +33,7 @@ def prepare(
     vocab_size: Annotated[
         int | None, Parameter(help="Vocabulary size of the trained tokenizer; default: 32768.")
     ] = None,
-    text_field: Annotated[
-        str | None, Parameter(help="Field with the text in jsonl and parquet; default: text.")
-    ] = None,
+    text_field: TextField = None,
     valid_frac: Annotated[
         float, Parameter(help="Fraction of the documents held out for evaluation, 0 to 1.")
     ] = 0.01,
@@ -62,7 +61,7 @@ def prepare(
 
 
 def train(
-    recipe: Annotated[str, Parameter(help="A packaged recipe by name, or a TOML file.")],
+    recipe: Recipe,
     /,
     *,
     run_dir: Annotated[
@@ -75,9 +74,7 @@ def train(
         Path | None,
         Parameter(help="File of machines to train on, with lines NAME slots=RANKS; pdsh and ssh reach them."),
     ] = None,
-    overrides: Annotated[
-        tuple[str, ...], Parameter(name="--set", help="Change a setting: PATH=VALUE; may be repeated.")
-    ] = (),
+    overrides: Overrides = (),
     resume: Annotated[
         bool,
         Parameter(
@@ -132,7 +129,7 @@ def train(
 
 
 def doctor(
-    recipe: Annotated[str, Parameter(help="A packaged recipe by name, or a TOML file.")],
+    recipe: Recipe,
     /,
     *,
     nproc: Annotated[
@@ -144,9 +141,7 @@ def doctor(
             help="Only these layouts, such as tp=2,ep=4; default: all that fit.", consume_multiple=True
         ),
     ] = (),
-    overrides: Annotated[
-        tuple[str, ...], Parameter(name="--set", help="Change a setting: PATH=VALUE; may be repeated.")
-    ] = (),
+    overrides: Overrides = (),
 ) -> None:
     """Review a config, and check that every parallel layout trains it exactly as one process does.
 

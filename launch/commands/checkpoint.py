@@ -33,7 +33,7 @@ from turnout.training.checkpoint.directory import (
 from turnout.training.checkpoint.durable_io import Disk
 from turnout.training.checkpoint.manifest import CONFIG_FILE, MANIFEST, Manifest, TrainingState
 from turnout.training.config.optim import MASTER
-from turnout.training.errors import CheckpointError, printable
+from turnout.training.errors import CheckpointError, UnknownVersionError, printable
 
 if TYPE_CHECKING:
     from turnout.training.checkpoint.tensor_files import TensorReader
@@ -67,6 +67,8 @@ def _row(path: Path) -> tuple[str, ...]:
             manifest = read_checkpoint(path)
             layout, tokens = _layout(manifest), f"{manifest.state.tokens_seen:,}"
             state = "readable"
+        except UnknownVersionError as err:
+            state = f"not read: {err}"
         except (CheckpointError, OSError) as err:
             state = f"damaged: {err}"
     return str(nominal_step(path)), format_size(_bytes_in(path)), layout, tokens, _written_at(path), state

@@ -19,7 +19,7 @@ from turnout.launch.ranks.attempt_records import (
     write_begin,
     write_ending,
 )
-from turnout.launch.ranks.hostfile import Hosts, launch_on_hosts
+from turnout.launch.ranks.hostfile import Hosts, check_hosts, launch_on_hosts
 from turnout.launch.ranks.launcher import RanksOutcome, launch_ranks, this_machine
 from turnout.launch.run_dir import create_run_dir, has_run
 from turnout.launch.settings import check_setting_paths
@@ -45,6 +45,8 @@ def start_run(
     n_ranks = nproc * (len(hosts.names) if hosts else 1)
     layout = plan_layout(cfg, n_ranks)
     check_machine(cfg, nproc)
+    if hosts is not None:
+        check_hosts(hosts, run_dir)
     corpus = check_corpus(cfg)
     if is_resumed and has_run(run_dir):
         newest = resume_run(run_dir, cfg, corpus, nproc=n_ranks, allowed_changes=allowed_changes)

@@ -68,13 +68,25 @@ def read_hosts(path: Path) -> Hosts:
     return Hosts(path, tuple(slots), next(iter(slots.values())))
 
 
+def check_hosts(hosts: Hosts, run_dir: Path) -> None:
+    """Raise ConfigError if the hosts cannot be reached from here: a path needs quotes, or pdsh is missing."""
+    for path in (run_dir.resolve(), hosts.path.resolve(), sys.executable, Path.cwd()):
+        if not UNQUOTED.fullmatch(str(path)):
+            raise ConfigError(
+                f"--hostfile: {str(path)!r} passes through the shells of other machines; use a path of "
+                "letters, digits and ./-_"
+            )
+    if shutil.which("pdsh") is None:
+        raise ConfigError(
+            "--hostfile needs pdsh to reach the machines, and it is not installed; install it (Debian: apt "
+            "install pdsh), or use turnout submit"
+        )
+
+
 def launch_on_hosts(
     run_dir: Path, attempt_dir: Path, hosts: Hosts, *, fencing_token: FencingToken
 ) -> RanksOutcome:
-    """Run the ranks on all hosts until they have ended. The paths must be the same on all of them.
-
-    Raises ConfigError if a path would need quotes, or if pdsh is missing.
-    """
+    """Run the ranks on all hosts until they have ended. The paths must be the same on all of them."""
     environment = attempt_dir.resolve() / ENVIRONMENT_FILE
     settings = rank_environment(hosts.slots, has_gpus=count_gpus() > 0)
     lines = [f"{name}={value}\n" for name, value in settings.items()]
@@ -90,12 +102,9 @@ def launch_on_hosts(
 
 
 def runner_command(run_dir: Path, attempt_dir: Path, hosts: Hosts) -> list[str]:
-    """Return the command line of DeepSpeed's runner.
-
-    Raises ConfigError if a path would need quotes, or if pdsh is missing.
-    """
+    """Return the command line of DeepSpeed's runner."""
     paths = [str(path.resolve()) for path in (run_dir, attempt_dir)]
-    command = [
+    return [
         sys.executable,
         "-m",
         "deepspeed.launcher.runner",
@@ -108,18 +117,6 @@ def runner_command(run_dir: Path, attempt_dir: Path, hosts: Hosts) -> list[str]:
         "turnout.launch.ranks.worker",
         *paths,
     ]
-    for path in (*paths, sys.executable, str(Path.cwd())):
-        if not UNQUOTED.fullmatch(path):
-            raise ConfigError(
-                f"--hostfile: {path!r} passes through the shells of other machines; use a path of letters, "
-                "digits and ./-_"
-            )
-    if shutil.which("pdsh") is None:
-        raise ConfigError(
-            "--hostfile needs pdsh, by which the machines are reached, and there is none here; install it "
-            "(Debian: apt install pdsh), or use turnout submit"
-        )
-    return command
 
 
 def end_remote(launcher: int) -> None:

@@ -118,6 +118,11 @@ def _is_reachable(node: str) -> bool:
 # ---- submit and requeue ----
 
 
+# Variables that are not named after their option, and variables that would turn the job into something else.
+_OTHER_VARIABLES = {"SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU"}
+_OTHER_VARIABLES |= {"SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_TEST_ONLY", "SBATCH_IGNORE_PBS"}
+
+
 def sbatch(script: Path, run_dir: Path, *options: str) -> str:
     """Submit a script from a run's directory; return the job's id. Raises ConfigError if SLURM refuses it.
 
@@ -130,11 +135,6 @@ def sbatch(script: Path, run_dir: Path, *options: str) -> str:
     except SlurmError as err:
         raise ConfigError(f"SLURM does not take the job: {err}") from err
     return answer.strip().partition(";")[0]
-
-
-# Variables that are not named after their option, and variables that would turn the job into something else.
-_OTHER_VARIABLES = {"SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU"}
-_OTHER_VARIABLES |= {"SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_TEST_ONLY", "SBATCH_IGNORE_PBS"}
 
 
 def _options_in(script: Path) -> list[str]:

@@ -13,8 +13,7 @@ Shapes
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -23,37 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from turnout.moe.experts.permute import invert, permute_rows
+from turnout.moe.parallel.record import Record, no_record
 
 # Waits for rows that are being sent, and returns them. It is called once.
 Wait = Callable[[], Tensor]
-
-
-class Record(Protocol):
-    """Record a collective while it runs, so that a hang report can name it.
-
-    sent, received: rows to and from each rank of the group, if they are known
-    """
-
-    def __call__(
-        self,
-        operation: str,
-        group: str,
-        *,
-        layer: int | None = None,
-        sent: Sequence[int] = (),
-        received: Sequence[int] = (),
-    ) -> AbstractContextManager[None]: ...
-
-
-def no_record(
-    operation: str,
-    group: str,
-    *,
-    layer: int | None = None,
-    sent: Sequence[int] = (),
-    received: Sequence[int] = (),
-) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 @dataclass(frozen=True)

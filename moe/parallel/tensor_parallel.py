@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from turnout.moe.parallel.expert_parallel import Record, no_record
+from turnout.moe.parallel.record import Record, no_record
 from turnout.moe.torch_compile import uncompiled
 
 

@@ -10,10 +10,16 @@ from turnout.data.tokenizer import load_tokenizer
 from turnout.launch.commands.export import run_export
 from turnout.training.errors import ExportError
 from turnout.training.export import gguf_file
-from turnout.training.export.gate import check_logits, expected_logits, random_tokens
+from turnout.training.export.gate import (
+    check_logits,
+    expected_logits,
+    has_llama_cpp,
+    llama_cpp_logits,
+    random_tokens,
+)
 from turnout.training.export.huggingface import PROBES
 
-if not gguf_file.has_llama_cpp():
+if not has_llama_cpp():
     pytest.skip("needs llama-cpp-python; `make test-llamacpp` has it", allow_module_level=True)
 
 
@@ -37,7 +43,7 @@ def test_rows_that_were_not_reordered_change_llama_cpps_logits(
     monkeypatch.setattr(gguf_file, "to_neighbours", lambda rows, n_heads: rows)
     path = gguf_file.write_gguf(weights, "mixtral", tmp_path, kind=gguf_file.Kind.F32)
     with pytest.raises(ExportError, match="computes another model"):
-        found = gguf_file.llama_cpp_logits(path, held_out.rows)
+        found = llama_cpp_logits(path, held_out.rows)
         check_logits(found, expected, client="llama.cpp", held_out=held_out)
 
 

@@ -82,9 +82,6 @@ log = logging.getLogger("turnout")
 # How much longer one rank may write than another. The training step notices a dead rank long before.
 PATIENCE = timedelta(hours=2)
 
-# Errors that leave a checkpoint possibly intact, so that it keeps its name.
-INTACT_PERHAPS = (UnreadableError, UnknownVersionError, OSError)
-
 
 class Messages:
     """Sends texts between the ranks, over a gloo group of its own that a background thread may use."""
@@ -132,11 +129,13 @@ def _to_text(data: Tensor) -> str:
 class Fault:
     """Why a checkpoint is not used.
 
-    is_damage  False if it could not be read: then it may be intact
+    is_damage      False if it could not be read: then it may be intact
+    is_unknown     it has a version that this release does not know
     """
 
     message: str
     is_damage: bool
+    is_unknown: bool
 
 
 class Saver:
@@ -210,8 +209,8 @@ class Saver:
 
         Each rank reads a part of the files. Once an intact checkpoint is found, damaged newer ones are
         reported to on_event and renamed. If there are checkpoints but none is intact, they keep their names.
-        Raises, on every rank, CheckpointError if none is intact, and TakenOverError if a later attempt
-        owns the run, because then this one must not rename anything.
+        Raises, on every rank, CheckpointError if none is intact, UnknownVersionError for one of a later
+        release, and TakenOverError if a later attempt owns the run; nothing is renamed then.
         """
         self.wait()
         self._check_fencing_token()
@@ -222,6 +221,8 @@ class Saver:
             path = checkpoint_path(self._run_dir, 0).with_name(name)
             found = self._verify(path)
             if isinstance(found, Fault):
+                if found.is_unknown:  # an older one would lose the steps that a later release has taken
+                    raise UnknownVersionError(found.message)
                 faults[path] = found
                 continue
             for other, fault in faults.items():
@@ -260,7 +261,9 @@ class Saver:
             manifest = read_checkpoint(path)
             verify_files(path, manifest, self._groups.rank, self._groups.layout.world_size)
         except (CheckpointError, OSError) as err:
-            fault = json.dumps([str(err), not isinstance(err, INTACT_PERHAPS)])
+            is_unknown = isinstance(err, UnknownVersionError)
+            is_damage = not is_unknown and not isinstance(err, UnreadableError | OSError)
+            fault = json.dumps([str(err), is_damage, is_unknown])
         fault = self._messages.broadcast(next(filter(None, self._messages.gather(fault)), ""))
         return Fault(*json.loads(fault)) if fault else manifest
 

@@ -1,6 +1,6 @@
 """The gate of every export: the other program must compute the logits that our model computes.
 
-transformers_logits and gguf_file.llama_cpp_logits load what was written, as a user would, and check_logits
+transformers_logits and llama_cpp_logits load what was written, as a user would, and check_logits
 compares. Both sides run in fp32 on the stored values, so rounding to bf16 or Q8_0 makes no difference; only
 the order of sums does. Unlike the writer, the gate needs memory for the whole model in fp32: first for ours,
 then, after that is freed, for the other program's.
@@ -14,6 +14,7 @@ own that is longer than the window. Ties nearly always come before the end of th
 tokens have to agree: with other keys none would, except by chance. A longer window is reported as not tried.
 """
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ from turnout.moe.config import ModelConfig
 from turnout.moe.router import Router
 from turnout.training.checkpoint.weights import Weights, load_decoder
 from turnout.training.errors import ExportError
+from turnout.training.export.gguf_file import Kind
 from turnout.training.export.huggingface import PROBES
 
 TOLERANCE = 1e-4  # of a logit, absolute
@@ -92,12 +95,16 @@ class _Shortened:
 
 
 def held_out_tokens(cfg: ModelConfig, corpus: Corpus | None) -> HeldOut:
-    """Return text that no step has trained on; pseudo-random tokens where the corpus has too little of it."""
+    """Return text that no step has trained on, or pseudo-random tokens.
+
+    The latter where there is no corpus, where it has too little held-out text, and where it cannot be read:
+    that must not cost an export whose files are already written.
+    """
     lengths = row_lengths(cfg)
-    # A corpus that has become unreadable must not cost an export whose files are already written.
+    if corpus is None:
+        return random_tokens(cfg)
     with suppress(DataError, OSError):
-        for stream in corpus.split("valid") if corpus is not None else ():
-            assert corpus is not None
+        for stream in corpus.split("valid"):
             if stream.n_tokens >= sum(lengths):
                 tokens = torch.as_tensor(stream.read(0, sum(lengths)).astype("int64"))
                 return HeldOut(tokens.split(lengths), f"held-out text of {corpus.path}")
@@ -315,3 +322,49 @@ def _check_window(differences: Sequence[Tensor], window: int | None) -> str:
             f"{n_needed} are needed to show that it hides anything; nothing was kept"
         )
     return f"; {n_agreeing:,} of {len(past):,} well past the sliding window agree"
+
+
+def has_llama_cpp() -> bool:
+    """Return whether llama-cpp-python is installed."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def load_llama_cpp(path: Path, n_tokens: int = 8) -> Any:
+    """Load a file with llama.cpp for rows of up to n_tokens. Raises ExportError where that fails.
+
+    The key-value cache is fp32: the default, fp16, alone changes logits by 1e-2.
+    """
+    import llama_cpp  # optional, and a large native library
+
+    try:
+        return llama_cpp.Llama(
+            model_path=str(path),
+            n_ctx=n_tokens,
+            n_batch=n_tokens,
+            n_ubatch=n_tokens,
+            logits_all=True,
+            verbose=False,
+            flash_attn=False,
+            type_k=Kind.F32.value,
+            type_v=Kind.F32.value,
+        )
+    except Exception as err:  # whatever llama.cpp raises, the file must not be kept
+        raise ExportError(f"{llama_cpp_name()} cannot load it: {err}; nothing was kept") from err
+
+
+def llama_cpp_logits(path: Path, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return llama.cpp's logits [length, V] of each row of tokens [length]."""
+    model = load_llama_cpp(path, max(map(len, rows)))
+    logits = []
+    for row in rows:
+        model.reset()
+        model.eval(row.tolist())
+        logits.append(torch.from_numpy(np.array(model.scores[: len(row)])))
+    return logits
+
+
+def llama_cpp_name() -> str:
+    """Return llama.cpp's name and version."""
+    import llama_cpp
+
+    return f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"

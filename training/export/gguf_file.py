@@ -1,4 +1,4 @@
-"""A model as one GGUF file for llama.cpp: written one expert at a time, read back, and loaded by llama.cpp.
+"""A model as one GGUF file for llama.cpp: written one expert at a time, and read back.
 
 Tensor names are the `gguf` package's own, looked up from Hugging Face's. Two things differ from Hugging Face.
 Experts are stacked. And llama.cpp treats a Mixtral as a llama, whose RoPE rotates neighbouring rows of a
@@ -9,14 +9,12 @@ Reading back shares only the tensor names with the writer: it compares experts w
 which rows RoPE pairs.
 """
 
-import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -364,49 +362,3 @@ def _check_settings(reader: gguf.GGUFReader, arch: str, cfg: ModelConfig, tokeni
         if not is_same:
             here, there = (str(x)[:60] for x in (found, value))
             raise ExportError(f"{key} was written as {here} where the model has {there}; nothing was kept")
-
-
-def has_llama_cpp() -> bool:
-    """Return whether llama-cpp-python is installed."""
-    return importlib.util.find_spec("llama_cpp") is not None
-
-
-def load_llama_cpp(path: Path, n_tokens: int = 8) -> Any:
-    """Load a file with llama.cpp for rows of up to n_tokens. Raises ExportError where that fails.
-
-    The key-value cache is fp32: the default, fp16, alone changes logits by 1e-2.
-    """
-    import llama_cpp  # optional, and a large native library
-
-    try:
-        return llama_cpp.Llama(
-            model_path=str(path),
-            n_ctx=n_tokens,
-            n_batch=n_tokens,
-            n_ubatch=n_tokens,
-            logits_all=True,
-            verbose=False,
-            flash_attn=False,
-            type_k=Kind.F32.value,
-            type_v=Kind.F32.value,
-        )
-    except Exception as err:  # whatever llama.cpp raises, the file must not be kept
-        raise ExportError(f"{llama_cpp_name()} cannot load it: {err}; nothing was kept") from err
-
-
-def llama_cpp_logits(path: Path, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Return llama.cpp's logits [length, V] of each row of tokens [length]."""
-    model = load_llama_cpp(path, max(map(len, rows)))
-    logits = []
-    for row in rows:
-        model.reset()
-        model.eval(row.tolist())
-        logits.append(torch.from_numpy(np.array(model.scores[: len(row)])))
-    return logits
-
-
-def llama_cpp_name() -> str:
-    """Return llama.cpp's name and version."""
-    import llama_cpp
-
-    return f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"

@@ -11,12 +11,13 @@ import struct
 import time
 import zlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from turnout.moe.parallel.record import Record, no_record
 from turnout.training.parallel.layout import Layout
 
 GROUPS = ("ep", "tp", "dp", "edp", "world")
@@ -107,19 +108,11 @@ class Recorder(Protocol):
     def enter_phase(self, step: int, phase: str) -> None:
         """Record that this rank begins a phase of a step."""
 
-    def collective(
-        self,
-        operation: str,
-        group: str,
-        *,
-        layer: int | None = None,
-        sent: Sequence[int] = (),
-        received: Sequence[int] = (),
-    ) -> AbstractContextManager[None]:
+    @property
+    def collective(self) -> Record:
         """Record a collective over one of this rank's groups, which runs in the body of the context.
 
-        sent, received: rows to and from each rank of the group. If the body raises an exception, the entry
-        remains WAITING, as the hang report needs it.
+        If the body raises an exception, the entry remains WAITING, as the hang report needs it.
         """
         ...
 
@@ -127,19 +120,10 @@ class Recorder(Protocol):
 class NullRecorder:
     """Records nothing: for tests, and for groups outside a run."""
 
+    collective = staticmethod(no_record)
+
     def enter_phase(self, step: int, phase: str) -> None:
         pass
-
-    def collective(
-        self,
-        operation: str,
-        group: str,
-        *,
-        layer: int | None = None,
-        sent: Sequence[int] = (),
-        received: Sequence[int] = (),
-    ) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 class FlightRecorder:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from turnout.launch.commands.status import describe_progress, status_lines
+from turnout.launch.commands.status import describe_attempts, describe_progress, status_lines
 from turnout.launch.ranks.attempt_records import AttemptRecord, Begin, Ending, Kind
 
 OLD_RUN = Path(__file__).parents[3] / "old_run" / "a31d440" / "run"
@@ -46,3 +46,10 @@ def test_a_finished_run_of_an_earlier_release_is_shown(tmp_path: Path) -> None:
     )
     assert rows["loss"] == "2.9557"
     assert rows["checkpoint"].startswith("step 12, ")
+
+
+def test_an_attempt_that_was_ended_from_outside_is_said_to_be() -> None:
+    assert describe_attempts([attempt("told")]) == (
+        "1, 2 ranks on here, ended by SLURM or a signal: exit code 0"
+    )
+    assert describe_attempts([attempt("failed")]).endswith("ended (failed): exit code 0")

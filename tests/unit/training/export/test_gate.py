@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.exports import DecoderWeights, run_config_of, save_weights, variant_weights
 from tests.models import tiny_config, tiny_decoder
 from tests.unit.data_fixtures import make_corpus, make_texts
+from turnout.data.corpus import open_corpus
 from turnout.launch.cli.main import main
 from turnout.launch.commands.export import corpus_of, publish
 from turnout.launch.settings import to_toml
@@ -283,6 +284,16 @@ def test_other_rows_are_tried_where_the_first_have_too_few_clear_tokens(tokenize
     assert n_tried == 3 and not torch.equal(used.rows[0], held_out.rows[0])
     with pytest.raises(ExportError, match="any of 5 sets of rows: only 25 of 1025 where 52 are needed"):
         choose_rows(weights, None, tied_up_to(99))
+
+
+def test_a_corpus_that_can_no_longer_be_read_is_replaced_by_random_tokens(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, {"text": make_texts(300)}, valid_frac=0.5)
+    cfg = tiny_config(vocab_size=corpus.load_tokenizer().vocab_size)
+    assert held_out_tokens(cfg, corpus).description.startswith("held-out text of ")
+    gone = open_corpus(corpus.path, verify="size")
+    for shard in (corpus.path / "valid").iterdir():
+        shard.unlink()
+    assert held_out_tokens(cfg, gone).description == "pseudo-random tokens"
 
 
 @pytest.mark.parametrize(

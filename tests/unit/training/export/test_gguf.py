@@ -11,12 +11,12 @@ from tests.exports import VARIANTS, save_weights, variant_config, variant_weight
 from tests.unit.data_fixtures import make_texts, write_hf_tokenizer, write_tokenizer
 from turnout.launch.commands.export import run_export
 from turnout.training.errors import CheckpointError, ConfigError, ExportError
+from turnout.training.export.gate import has_llama_cpp
 from turnout.training.export.gguf_file import (
     GGUF_FILE,
     KINDS,
     Kind,
     check_gguf,
-    has_llama_cpp,
     read_back_gguf,
     to_stored,
     write_gguf,
